@@ -1,0 +1,1 @@
+"""The CPU backend: one file per algorithm, all of them around the vector microkernel of `simd`."""

@@ -1,0 +1,128 @@
+"""What the kernels need to know of this CPU: vector width, registers, caches, cores."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastconv.problem import ConvProblem
+
+CLOCK = 3.0e9  # Hz; nominal, so that estimates (and the choices made from them) do not depend on the hour
+FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most ARM ones
+BANDWIDTH = 12.0e9  # bytes/s that one core moves to and from memory; a typical server core
+TILE_CYCLES = 60  # to start a tile and to store it
+ROW_CYCLES = 20  # to start a row that is copied
+
+
+@dataclass(frozen=True)
+class Device:
+    """One CPU as the kernels see it.
+
+    name         model, as the operating system names it
+    vector_bits  width of one vector
+    registers    vector registers the microkernel may count on
+    l1, l2       bytes of data cache one core has for itself
+    """
+
+    name: str
+    vector_bits: int
+    registers: int
+    l1: int
+    l2: int
+
+    def lanes(self, dtype: str) -> int:
+        """Return the elements of one vector."""
+        return self.vector_bits // (32 if dtype == "float32" else 64)
+
+    def peak(self, dtype: str) -> float:
+        """Return the nominal FLOP/s of one core."""
+        return CLOCK * FMA_PER_CYCLE * 2 * self.lanes(dtype)
+
+    def fits(self, tile: Any) -> bool:
+        """Say whether a tile's accumulators, one tap of B and one broadcast fit the registers."""
+        return tile.rows * tile.vectors + tile.vectors + 1 <= self.registers
+
+    def tap_cycles(self, rows: int, vectors: int) -> float:
+        """Return the cycles of one tap of a tile: its FMAs, its loads or the latency of a sum, whichever is most."""
+        return max(rows * vectors / 2, (rows + vectors + 2) / 2, 4)
+
+    def multiply_cycles(self, tile: Any, rows: int, columns: int, taps: int, dtype: str) -> float:
+        """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included."""
+        whole, left = divmod(math.ceil(columns / self.lanes(dtype)), tile.vectors)
+        strip = whole * (taps * self.tap_cycles(tile.rows, tile.vectors) + TILE_CYCLES)
+        if left:
+            strip += taps * self.tap_cycles(tile.rows, left) + TILE_CYCLES
+        return math.ceil(rows / tile.rows) * strip
+
+    def copy_cycles(self, problem: ConvProblem, rows: float, length: float, step: int) -> float:
+        """Return the cycles to copy rows of an input, its columns `step` apart, to where they lie together."""
+        scattered = step > 1 or problem.order == "NHWC"
+        return rows * (ROW_CYCLES + length * (1.0 if scattered else 2 / self.lanes(problem.compute_dtype)))
+
+    def seconds(self, problem: ConvProblem, cycles: float) -> float:
+        """Return the seconds of `cycles` of arithmetic, or of the problem's traffic if that takes longer."""
+        return max(cycles / CLOCK, problem.bytes / BANDWIDTH)
+
+
+def itemsize(problem: ConvProblem) -> int:
+    """Return the bytes of one element in the arithmetic of a problem."""
+    return 8 if problem.compute_dtype == "float64" else 4
+
+
+# feature that LLVM reports -> (vector bits, vector registers), widest first
+_WIDTHS = {"avx512f": (512, 32), "avx2": (256, 16), "neon": (128, 32), "sse2": (128, 16)}
+
+
+def current() -> Device:
+    """Return this machine's CPU; FASTCONV_VECTOR_BITS (128, 256 or 512) forces narrower vectors."""
+    return _detect(os.environ.get("FASTCONV_VECTOR_BITS", ""))
+
+
+@lru_cache(maxsize=8)
+def _detect(forced: str) -> Device:
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    bits, registers = next((w for name, w in _WIDTHS.items() if features.get(name)), (128, 16))
+    if forced:
+        bits, registers = _forced_width(forced, bits, registers)
+    return Device(_model_name(), bits, registers, _cache_size("1", 32 << 10), _cache_size("2", 512 << 10))
+
+
+def _forced_width(forced: str, bits: int, registers: int) -> tuple[int, int]:
+    from fastconv.problem import ConvError
+
+    if forced not in ("128", "256", "512") or int(forced) > bits:
+        known = [str(w) for w in (128, 256, 512) if w <= bits]
+        raise ConvError(f"FASTCONV_VECTOR_BITS must be one of {', '.join(known)} on this CPU, got {forced!r}")
+    return int(forced), registers if int(forced) == bits else 16
+
+
+def _model_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _cache_size(level: str, default: int) -> int:
+    """Return the bytes of core 0's data cache of a level, where Linux tells, else `default`."""
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if (index / "level").read_text().strip() != level:
+                continue
+            if (index / "type").read_text().strip() == "Instruction":
+                continue
+            return int((index / "size").read_text().strip().rstrip("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return default

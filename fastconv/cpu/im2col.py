@@ -1,0 +1,196 @@
+"""im2col and GEMM: the taps of a block of pixels are gathered into columns, then multiplied."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastconv.cpu import threads
+from fastconv.cpu.band import (
+    copy,
+    fill,
+    finish,
+    finish_arguments,
+    multiply,
+    padded_bias,
+    task_threads,
+    view,
+)
+from fastconv.cpu.device import itemsize
+from fastconv.cpu.simd import (
+    Block,
+    Tile,
+    advance,
+    allocate,
+    block_columns,
+    block_rows,
+    jit,
+    pointer,
+    release,
+    table,
+)
+
+if TYPE_CHECKING:
+    from fastconv.cpu.device import Device
+    from fastconv.problem import ConvProblem, Epilogue
+
+TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(8, 1))
+
+
+class Geometry(NamedTuple):
+    """The sizes of an im2col convolution; C and K are those of one group."""
+
+    groups: int
+    C: int
+    K: int
+    D: int
+    H: int
+    W: int
+    O: int
+    P: int
+    Q: int
+    T: int
+    R: int
+    S: int
+    stride_d: int
+    stride_h: int
+    stride_w: int
+    pad_d: int
+    pad_h: int
+    pad_w: int
+    dilation_d: int
+    dilation_h: int
+    dilation_w: int
+    columns: int  # pixels of one block, and how many blocks make a plane of the output
+    blocks: int
+
+
+def _geometry(problem: ConvProblem, tile: Tile, device: Device) -> Geometry:
+    """Divide the pixels of an output plane into blocks whose columns take at most half of L2."""
+    C, K = problem.C // problem.groups, problem.K // problem.groups
+    width = tile.vectors * device.lanes(problem.compute_dtype)
+    most = max(1, device.l2 // 2 // itemsize(problem) // problem.gemm_k // width) * width
+    columns = min(most, math.ceil(problem.P * problem.Q / width) * width)
+    return Geometry(
+        problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
+        problem.T, problem.R, problem.S, *problem.stride, *(before for before, _ in problem.padding),
+        *problem.dilation, columns, math.ceil(problem.P * problem.Q / columns),
+    )  # fmt: skip
+
+
+def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
+    """Return the estimated seconds on one core."""
+    g = _geometry(problem, tile, device)
+    pixels = problem.P * problem.Q
+    multiply = device.multiply_cycles(tile, g.K, pixels, problem.gemm_k, problem.compute_dtype)
+    gather = device.copy_cycles(problem, problem.gemm_k * problem.P, problem.Q, problem.stride[2])
+    return device.seconds(problem, problem.N * g.groups * g.O * (multiply + gather))
+
+
+def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+    """Return the bytes of columns that all threads hold together."""
+    g = _geometry(problem, tile, device)
+    return threads.thread_count() * itemsize(problem) * problem.gemm_k * g.columns
+
+
+def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray) -> np.ndarray:
+    """Return the weight as the kernel reads it."""
+    return np.ascontiguousarray(weight)
+
+
+def run(
+    problem: ConvProblem,
+    tile: Tile,
+    device: Device,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    epilogue: Epilogue,
+    out: np.ndarray,
+) -> None:
+    """Convolve x with a weight, prepared or as given, into out; all of rank 5."""
+    dtype = problem.compute_dtype
+    block = Block(dtype, tile.rows, tile.vectors, device.lanes(dtype))
+    g = _geometry(problem, tile, device)
+    weight = np.ascontiguousarray(weight)
+    taps = np.arange(problem.gemm_k), np.arange(problem.gemm_k) * g.columns
+    views = view(x), view(weight)[0], view(padded_bias(problem, bias, tile.rows))[0], view(out)
+    arguments = finish_arguments(residual, epilogue)
+
+    def work(first: int, last: int) -> None:
+        _run_blocks(block, first, last, g, *taps, *views, *arguments)
+
+    threads.run_tasks(work, problem.N * g.groups * g.O * g.blocks, task_threads(problem))
+
+
+@jit
+def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
+    taps = a_taps.size
+    columns = allocate(block, taps * g.columns)
+    tile = allocate(block, block_rows(block) * block_columns(block))
+    steps, more_steps = (y[2], y[4], y[5]), (residual[2], residual[4], residual[5])
+    for task in range(first, last):
+        rest, index = divmod(task, g.blocks)
+        rest, o = divmod(rest, g.O)
+        n, group = divmod(rest, g.groups)
+        pixel = index * g.columns
+        count = min(g.columns, g.P * g.Q - pixel)
+        image = advance(pointer(block, x[0]), n * x[1] + group * g.C * x[2])
+        _gather(columns, image, x, g, o, pixel, count)
+        channel = group * g.K
+        target = advance(pointer(block, y[0]), n * y[1] + channel * y[2] + o * y[3])
+        multiply(
+            block, advance(pointer(block, w), channel * taps), taps, g.K, table(a_taps),
+            columns, table(b_taps), taps, advance(pointer(block, bias), channel),
+            count, pixel, g.Q, g.Q, target, steps, tile,
+        )  # fmt: skip
+        if residual[0] != 0 or activation != 0:
+            r = residual
+            more = advance(pointer(block, r[0]), n * r[1] + channel * r[2] + o * r[3])
+            while count > 0:  # one row of pixels at a time
+                p, q = divmod(pixel, g.Q)
+                run = min(count, g.Q - q)
+                finish(
+                    advance(target, p * y[4] + q * y[5]), steps, advance(more, p * r[4] + q * r[5]), more_steps,
+                    r[0] != 0, (g.K, 1, run), activation, slope,
+                )  # fmt: skip
+                pixel, count = pixel + run, count - run
+    release(columns)
+    release(tile)
+
+
+@jit
+def _gather(columns, image, x, g, o, pixel, count):
+    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to columns[tap, 0 ... count-1]."""
+    at = 0
+    for c in range(g.C):
+        for t in range(g.T):
+            d = o * g.stride_d + t * g.dilation_d - g.pad_d
+            for r in range(g.R):
+                for s in range(g.S):
+                    j = 0
+                    while j < count:  # one output row, or what of it is in the block, at a time
+                        p, q = divmod(pixel + j, g.Q)
+                        run = min(count - j, g.Q - q)
+                        h = p * g.stride_h + r * g.dilation_h - g.pad_h
+                        w = q * g.stride_w + s * g.dilation_w - g.pad_w
+                        if d < 0 or d >= g.D or h < 0 or h >= g.H:
+                            fill(columns, at + j, at + j + run)
+                        else:
+                            start = c * x[2] + d * x[3] + h * x[4]
+                            _gather_row(columns, at + j, image, start, w, g.stride_w, x[5], run, g.W)
+                        j += run
+                    at += g.columns
+
+
+@jit
+def _gather_row(columns, at, image, start, w, stride, step, count, W):
+    """Copy columns w, w + stride ... of an input row, zeros where there are none."""
+    low = min(max(-(w // stride), 0), count)
+    high = min(max(-((w - W) // stride), low), count)
+    fill(columns, at, at + low)
+    copy(columns, at + low, image, start + (w + low * stride) * step, stride * step, high - low)
+    fill(columns, at + high, at + count)

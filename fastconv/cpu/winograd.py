@@ -1,0 +1,388 @@
+"""Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all four stages while it lies in cache.
+
+    w (K, C, 3, 3)     --filter-->  U (a*a, K, C)        a = m + 2
+    x, a block of tiles --input-->  V (a*a, C, block)    lanes are neighbouring tiles
+    U, V              --multiply->  M (a*a, k_group, block)   a*a independent products
+    M                  --output-->  y + bias             m x m pixels per tile, then activation and residual
+
+Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
+are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
+twice (and is larger than the caches: 36 x 512 x 512 floats are 38 MB), one group of channels at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastconv.cpu import threads
+from fastconv.cpu.band import copy, fill, finish, finish_arguments, padded_bias, task_threads, view
+from fastconv.cpu.device import itemsize
+from fastconv.cpu.simd import (
+    Block,
+    advance,
+    allocate,
+    block_columns,
+    block_lanes,
+    block_m,
+    block_rows,
+    jit,
+    merge_columns,
+    multiply_tile,
+    pointer,
+    release,
+    split_columns,
+    table,
+    transform_filter,
+    transform_input,
+    transform_output,
+)
+
+if TYPE_CHECKING:
+    from fastconv.cpu.device import Device
+    from fastconv.problem import ConvProblem, Epilogue
+
+
+class WinogradTile(NamedTuple):
+    """F(m x m, 3 x 3) with a register tile of `rows` channels times `vectors` vectors of tiles."""
+
+    m: int
+    rows: int
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"f{self.m}_{self.rows}x{self.vectors}"
+
+
+TILES = tuple(WinogradTile(m, *tile) for m in (4, 2) for tile in ((6, 4), (4, 3), (8, 1)))
+
+
+class Geometry(NamedTuple):
+    """Sizes of a Winograd convolution; C and K are those of one group."""
+
+    groups: int
+    C: int
+    K: int
+    H: int
+    W: int
+    P: int
+    Q: int
+    pad_h: int
+    pad_w: int
+    tiles_h: int
+    tiles_w: int
+    tiles: int  # in the whole batch
+    blocks: int
+    C_padded: int  # to whole vectors
+    k_step: int  # output channels of one task, and how many tasks make a group
+    k_parts: int
+    k_group: int  # output channels multiplied before their output transform, so that M lies in L2
+    U_step: int  # distance of the a*a matrices of U and of V, in elements: one vector more than they
+    V_step: int  # need, because a power of two would put all a*a lines into one set of the cache
+
+
+def geometry(
+    problem: ConvProblem, tile: WinogradTile, device: Device, threads: int, prepared: bool
+) -> Geometry:
+    """Divide a problem into blocks of tiles and groups of output channels."""
+    lanes = device.lanes(problem.compute_dtype)
+    C, K = problem.C // problem.groups, problem.K // problem.groups
+    tiles_h, tiles_w = math.ceil(problem.P / tile.m), math.ceil(problem.Q / tile.m)
+    tiles = problem.N * tiles_h * tiles_w
+    width = tile.vectors * lanes
+    blocks = math.ceil(tiles / width)
+    parts = 1 if threads == 1 else math.ceil(2 * threads / (blocks * problem.groups))
+    k_step = min(K, math.ceil(K / parts / tile.rows) * tile.rows)
+    C_padded = math.ceil(C / lanes) * lanes
+    U_ready = prepared or transforms_filters_first(blocks)
+    channel = (tile.m + 2) ** 2 * itemsize(problem) * (width if U_ready else width + C_padded)
+    k_group = max(1, min(math.ceil(k_step / tile.rows), device.l2 // 2 // channel // tile.rows)) * tile.rows
+    U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows that do not exist
+    return Geometry(
+        problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
+        problem.padding[1][0], problem.padding[2][0], tiles_h, tiles_w, tiles, blocks,
+        C_padded, k_step, math.ceil(K / k_step), k_group, U_rows * C_padded + lanes, C * width + lanes,
+    )  # fmt: skip
+
+
+def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
+    """Return the estimated seconds on one core, the transform of the filters included."""
+    dtype = problem.compute_dtype
+    lanes, a = device.lanes(dtype), tile.m + 2
+    g = geometry(problem, tile, device, 1, prepared=False)
+    vectors = math.ceil(g.tiles / lanes)
+    columns = min(g.tiles, g.blocks * tile.vectors * lanes) / g.blocks
+    products = g.blocks * a * a * device.multiply_cycles(tile, g.K, math.ceil(columns), g.C, dtype)
+    filters = g.K * math.ceil(g.C / lanes) * (9 * lanes + 4 * a * a)
+    lines = device.copy_cycles(problem, 2 * a, lanes * tile.m, 1)
+    inputs = vectors * g.C * (lines + 6 * a * a)
+    outputs = vectors * g.K * (4 * a * a + device.copy_cycles(problem, tile.m, lanes * tile.m, 1))
+    return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
+
+
+def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
+    """Return the bytes of transformed tensors: U once where it is shared, V, M (and U) in every thread."""
+    workers = threads.thread_count()
+    g = geometry(problem, tile, device, workers, prepared=False)
+    matrices = (tile.m + 2) ** 2
+    width = tile.vectors * device.lanes(problem.compute_dtype)
+    held = g.V_step + g.k_group * width
+    shared = transforms_filters_first(g.blocks)
+    U = g.U_step if shared else g.U_step * workers
+    return itemsize(problem) * matrices * (workers * held + U)
+
+
+def transforms_filters_first(blocks: int) -> bool:
+    """Say whether U is made before the tiles: where more than two blocks of tiles read it."""
+    return blocks > 2
+
+
+def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
+    """Return the transformed filters U: one row for each of its a*a matrices (K, C padded), and a vector more."""
+    block = _block(problem, tile, device)
+    g = geometry(problem, tile, device, 1, prepared=True)
+    filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
+    U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
+
+    def work(first: int, last: int) -> None:
+        _prepare_filters(block, g, view(filters)[0], first, last, view(U)[0])
+
+    threads.run_tasks(work, problem.K, task_threads(problem))
+    return U
+
+
+def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
+    dtype = problem.compute_dtype
+    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), m=tile.m)
+
+
+def run(
+    problem: ConvProblem,
+    tile: WinogradTile,
+    device: Device,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    epilogue: Epilogue,
+    out: np.ndarray,
+) -> None:
+    """Convolve x with a weight, prepared (rank 2) or as given (rank 5), into out."""
+    block = _block(problem, tile, device)
+    workers = task_threads(problem)
+    g = geometry(problem, tile, device, workers, prepared=weight.ndim == 2)
+    if weight.ndim == 5 and transforms_filters_first(g.blocks):
+        weight = prepare(problem, tile, device, weight)
+    U_given = weight.ndim == 2
+    filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
+    arguments = finish_arguments(residual, epilogue)
+    bias_rows = padded_bias(problem, bias, 0)
+    views = (view(x), view(filters)[0], view(bias_rows)[0], view(out))
+    taps = np.arange(g.C), np.arange(g.C) * tile.vectors * block.lanes
+
+    def work(first: int, last: int) -> None:
+        _run_blocks(block, first, last, g, U_given, *taps, *views, *arguments)
+
+    threads.run_tasks(work, g.groups * g.blocks * g.k_parts, workers)
+
+
+@jit
+def _zeros(block, elements):
+    """Allocate zeros."""
+    memory = allocate(block, elements)
+    fill(memory, 0, elements)
+    return memory
+
+
+@jit
+def _transform_filters(block, g, w, first, count, U, at):
+    """Transform the filters of output channels first ... first+count-1 to the rows from `at` of U's matrices."""
+    lanes = block_lanes(block)
+    vectors, nothing = _zeros(block, 9 * lanes), _zeros(block, 1)
+    for k in range(count):
+        source = advance(w, (first + k) * g.C * 9)
+        for c in range(0, g.C, lanes):
+            for e in range(min(lanes, g.C - c)):
+                for tap in range(9):
+                    vectors[tap * lanes + e] = source[(c + e) * 9 + tap]
+            transform_filter(
+                block, vectors, 3 * lanes, lanes,
+                advance(U, (at + k) * g.C_padded + c), g.U_step, nothing,
+            )  # fmt: skip
+    release(vectors)
+    release(nothing)
+
+
+@jit
+def _prepare_filters(block, g, w, first, last, U):
+    _transform_filters(block, g, pointer(block, w), first, last - first, pointer(block, U), first)
+
+
+@jit
+def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
+    width, a = block_columns(block), block_m(block) + 2
+    V, M = allocate(block, a * a * g.V_step), allocate(block, a * a * g.k_group * width)
+    own_U = allocate(block, 0 if U_given else a * a * g.U_step)
+    segments = np.empty((width, 5), np.int64)
+    held = -1  # the group and block of tiles whose V is in hand
+    for task in range(first, last):
+        here, part = divmod(task, g.k_parts)
+        group, tile_block = divmod(here, g.blocks)
+        tiles = min(width, g.tiles - tile_block * width)
+        vectors = (tiles + block_lanes(block) - 1) // block_lanes(block)
+        if here != held:
+            count = _find_segments(g, tile_block * width, tiles, block_lanes(block), segments)
+            image = advance(pointer(block, x[0]), group * g.C * x[2])
+            _transform_inputs(block, image, x, g, segments, count, vectors, V)
+            held = here
+        k_end = min(g.K, (part + 1) * g.k_step)
+        for k in range(part * g.k_step, k_end, g.k_group):
+            k_count, channel = min(g.k_group, k_end - k), group * g.K + k
+            if not U_given:
+                _transform_filters(block, g, pointer(block, w), channel, k_count, own_U, 0)
+            U = advance(pointer(block, w), channel * g.C_padded) if U_given else own_U
+            _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M)
+            target = advance(pointer(block, y[0]), channel * y[2])
+            _transform_outputs(
+                block, M, g, segments, count, vectors, k_count, advance(pointer(block, bias), channel), target, y,
+            )  # fmt: skip
+            if residual[0] != 0 or activation != 0:
+                more = advance(pointer(block, residual[0]), channel * residual[2])
+                _finish_tiles(block, target, y, more, residual, g, segments, count, k_count, activation, slope)
+    release(V)
+    release(M)
+    release(own_U)
+
+
+@jit
+def _find_segments(g, first, tiles, lanes, segments):
+    """List the runs of tiles of one vector and one row of tiles: (lane in the block, run, n, row, column)."""
+    count, j = 0, 0
+    while j < tiles:
+        rest, column = divmod(first + j, g.tiles_w)
+        n, row = divmod(rest, g.tiles_h)
+        run = min(g.tiles_w - column, tiles - j, lanes - j % lanes)
+        segments[count, 0], segments[count, 1] = j, run
+        segments[count, 2], segments[count, 3], segments[count, 4] = n, row, column
+        count += 1
+        j += run
+    return count
+
+
+@jit
+def _transform_inputs(block, image, x, g, segments, count, vectors, V):
+    """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
+    lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
+    nothing, near, d = _zeros(block, 1), _zeros(block, 2 * m * lanes), allocate(block, (m + 2) * 2 * m * lanes)
+    far = advance(near, m * lanes)
+    for c in range(g.C):
+        index = 0
+        for vector in range(vectors):
+            begin, end = index, index
+            while end < count and segments[end, 0] < (vector + 1) * lanes:
+                end += 1
+            for i in range(m + 2):
+                for s in range(begin, end):
+                    _copy_line(image, x, g, segments[s], c, i, m, lanes, near, far)
+                split_columns(block, near, lanes, advance(d, i * 2 * m * lanes), lanes)
+                split_columns(block, far, lanes, advance(d, (i * 2 + 1) * m * lanes), lanes)
+            transform_input(
+                block, d, 2 * m * lanes, lanes, advance(V, c * width + vector * lanes), g.V_step,
+                nothing,
+            )  # fmt: skip
+            index = end
+    release(nothing)
+    release(near)
+    release(d)
+
+
+@jit
+def _copy_line(image, x, g, segment, c, i, m, lanes, near, far):
+    """Copy line i of a run of tiles: its columns 0 ... m-1 of each tile to `near`, m ... 2m-1 to `far`."""
+    at, run = segment[0] % lanes * m, segment[1] * m
+    h = segment[3] * m + i - g.pad_h
+    w = segment[4] * m - g.pad_w
+    if h < 0 or h >= g.H:
+        fill(near, at, at + run)
+        fill(far, at, at + run)
+        return
+    start = segment[2] * x[1] + c * x[2] + h * x[4]
+    _copy_clipped(near, at, image, start, w, x[5], run, g.W)
+    _copy_clipped(far, at, image, start, w + m, x[5], run, g.W)
+
+
+@jit
+def _copy_clipped(target, at, source, start, w, step, count, W):
+    """Copy columns w ... w+count-1 of a row of W columns, zeros where there are none."""
+    low = min(max(-w, 0), count)
+    high = max(min(W - w, count), low)
+    fill(target, at, at + low)
+    copy(target, at + low, source, start + (w + low) * step, step, high - low)
+    fill(target, at + high, at + count)
+
+
+@jit
+def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M):
+    """Multiply the a*a matrices: M[e] = U[e] V[e]."""
+    height, width, a = block_rows(block), block_columns(block), block_m(block) + 2
+    zeros = _zeros(block, height)
+    for e in range(a * a):
+        for row in range(0, k_count, height):
+            k = max(0, min(row, k_count - height))  # the last tile overlaps the one before
+            multiply_tile(
+                block, vectors, advance(U, e * g.U_step + k * g.C_padded), g.C_padded, a_taps,
+                advance(V, e * g.V_step), b_taps, g.C, zeros, advance(M, (e * g.k_group + k) * width), width,
+            )  # fmt: skip
+    release(zeros)
+
+
+@jit
+def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, y_steps):
+    """Transform the products and store the pixels that exist: y = A^T M A + bias."""
+    lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
+    pixels, line = allocate(block, m * m * lanes), allocate(block, m * lanes)
+    M_step = g.k_group * width
+    for k in range(k_count):
+        index = 0
+        for vector in range(vectors):
+            source = advance(M, k * width + vector * lanes)
+            transform_output(block, source, (m + 2) * M_step, M_step, pixels, lanes, advance(bias, k))
+            begin = index
+            while index < count and segments[index, 0] < (vector + 1) * lanes:
+                index += 1
+            for i in range(m):
+                merge_columns(block, advance(pixels, i * m * lanes), lanes, line, lanes)
+                for s in range(begin, index):
+                    p, q = segments[s, 3] * m + i, segments[s, 4] * m
+                    if p < g.P:
+                        at = segments[s, 2] * y_steps[1] + k * y_steps[2] + p * y_steps[4] + q * y_steps[5]
+                        exist = min(segments[s, 1] * m, g.Q - q)
+                        _store_line(y, at, y_steps[5], line, segments[s, 0] % lanes * m, exist)
+    release(pixels)
+    release(line)
+
+
+@jit
+def _store_line(y, at, step, line, start, count):
+    if step == 1:  # its own loop, because only this one becomes vector code
+        for e in range(count):
+            y[at + e] = line[start + e]
+    else:
+        for e in range(count):
+            y[at + e * step] = line[start + e]
+
+
+@jit
+def _finish_tiles(block, y, y_steps, residual, r, g, segments, count, k_count, activation, slope):
+    """Add the residual to the tiles of a block, then apply the activation."""
+    m = block_m(block)
+    for s in range(count):
+        n, p, q = segments[s, 2], segments[s, 3] * m, segments[s, 4] * m
+        sizes = (k_count, min(m, g.P - p), min(segments[s, 1] * m, g.Q - q))
+        finish(
+            advance(y, n * y_steps[1] + p * y_steps[4] + q * y_steps[5]), (y_steps[2], y_steps[4], y_steps[5]),
+            advance(residual, n * r[1] + p * r[4] + q * r[5]), (r[2], r[4], r[5]), r[0] != 0,
+            sizes, activation, slope,
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""The matrices of Winograd's minimal filtering F(m, 3), exact, from which both backends take their constants.
+
+A tile of m outputs of a 3-tap filter g over m + 2 inputs d is  A^T [(G g) * (B^T d)]  with m + 2 multiplications
+instead of 3 m; in two dimensions  A^T [(G g G^T) * (B^T d B)] A. Construction by Toom-Cook interpolation at small
+points and infinity (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; points of the latter).
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+Matrix = tuple[tuple[Fraction, ...], ...]
+
+TAPS = 3
+POINTS = {2: (0, 1, -1), 4: (0, 1, -1, 2, -2)}
+
+
+class Matrices(NamedTuple):
+    """A^T (m, m+2), G (m+2, 3) and B^T (m+2, m+2)."""
+
+    AT: Matrix
+    G: Matrix
+    BT: Matrix
+
+
+@lru_cache(maxsize=4)
+def matrices(m: int) -> Matrices:
+    """Return the matrices of F(m, 3), m = 2 or 4.
+
+    >>> matrices(2).BT[0] == (1, 0, -1, 0)
+    True
+    """
+    points = [Fraction(p) for p in POINTS[m]]
+    a = m + TAPS - 1
+    AT = tuple(tuple(p**i for p in points) + (Fraction(int(i == m - 1)),) for i in range(m))
+    G = [tuple(p**i / _others(points, p) for i in range(TAPS)) for p in points]
+    BT = [_polynomial([q for q in points if q != p], a) for p in points]
+    infinity = (Fraction(0),) * (TAPS - 1) + (Fraction(1),)
+    raw = Matrices(AT, (*G, infinity), (*BT, _polynomial(points, a)))
+    return _positive_first(raw)
+
+
+def _others(points: list[Fraction], p: Fraction) -> Fraction:
+    """Return the product of p's distances to the other points."""
+    product = Fraction(1)
+    for q in points:
+        if q != p:
+            product *= p - q
+    return product
+
+
+def _polynomial(roots: list[Fraction], length: int) -> tuple[Fraction, ...]:
+    """Return the coefficients of the monic polynomial with these roots, lowest power first."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        scaled = [*(-root * c for c in coefficients), Fraction(0)]
+        coefficients = [s + t for s, t in zip(shifted, scaled, strict=True)]
+    return (*coefficients, *[Fraction(0)] * (length - len(coefficients)))
+
+
+def _positive_first(raw: Matrices) -> Matrices:
+    """Move the sign of each row of B^T to G, so that fewer transforms begin with a negation."""
+    signs = [1 if next(c for c in row if c) > 0 else -1 for row in raw.BT]
+    G = tuple(tuple(s * c for c in row) for s, row in zip(signs, raw.G, strict=True))
+    BT = tuple(tuple(s * c for c in row) for s, row in zip(signs, raw.BT, strict=True))
+    return Matrices(raw.AT, G, BT)
