@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastconv import measured
-from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm
+from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm, ErrorBound
 from fastconv.problem import ConvError, ConvProblem, Epilogue
 
-BACKENDS = ("cpu",)
+LARGEST = 1 << 60  # kernels count elements in 64-bit integers
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -45,7 +45,7 @@ class Plan:
     @property
     def weight_form(self) -> tuple[Any, ...]:
         """What the form of a prepared weight depends on."""
-        return self.algorithm.name, self.tile, self.problem.order
+        return self.algorithm.name, self.tile, self.problem.order, self.device
 
     def run(
         self,
@@ -65,14 +65,14 @@ class Plan:
 
     def workspace(self) -> int:
         """Return the bytes that `run` allocates beside input and output."""
-        return int(self.module.workspace(self.problem, self.tile, self.device))
+        return 0 if self.problem.N == 0 else int(self.module.workspace(self.problem, self.tile, self.device))
 
     def cost(self) -> float:
         """Return the estimated seconds on one core, at a nominal clock."""
-        return float(self.module.cost(self.problem, self.tile, self.device))
+        return 0.0 if self.problem.N == 0 else float(self.module.cost(self.problem, self.tile, self.device))
 
-    def error_bound(self) -> float:
-        """Return c in |y - reference| <= c * eps * conv(|x|, |w|)."""
+    def error_bound(self) -> ErrorBound:
+        """Return the bound of every element's error."""
         return self.algorithm.error_bound(self.problem, self.tile)
 
     def __str__(self) -> str:
@@ -86,13 +86,14 @@ class _Settings(NamedTuple):
     workspace: str
     threads: str
     vector_bits: str
+    cache: str
 
 
 def _settings() -> _Settings:
     get = os.environ.get
     return _Settings(
         get("FASTCONV_ALGO", ""), get("FASTCONV_WORKSPACE", ""),
-        get("FASTCONV_THREADS", ""), get("FASTCONV_VECTOR_BITS", ""),
+        get("FASTCONV_THREADS", ""), get("FASTCONV_VECTOR_BITS", ""), get("FASTCONV_CACHE", ""),
     )  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def make_plan(problem: ConvProblem, algo: str = "auto", backend: str = "cpu", ti
     Raises ConvError for an unknown name, for an algorithm that cannot run the problem (with the reason), and where
     nothing that can run it keeps to the workspace limit.
     """
+    if not isinstance(algo, str):
+        raise TypeError(f"{problem.op}: algo must be a string, got {algo!r}")
     return _make_plan(problem, problem.op, algo, backend, tile, _settings())
 
 
@@ -112,49 +115,59 @@ def make_plan(problem: ConvProblem, algo: str = "auto", backend: str = "cpu", ti
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
 ) -> Plan:
+    largest = max(problem.bytes, *problem.stride, *problem.dilation, *map(sum, problem.padding))
+    if largest >= LARGEST:
+        raise ConvError(f"{op}: bytes, stride, dilation and padding must be below 2**60, got {largest} ({problem})")
     if algo != "auto":
-        return _named_plan(problem, algo, backend, tile, settings)
-    limit = _workspace_limit(settings.workspace)
-    plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend, settings, limit)]
+        return _named_plan(problem, op, algo, backend, tile)
+    if settings.algo:
+        _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
+    plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
-        least = min(p.workspace() for name in TABLE for p in possible_plans(problem, name, backend))
-        rule = f"FASTCONV_WORKSPACE must be at least {least} bytes for any algorithm"
-        raise ConvError(f"{problem.op}: {rule}, got {settings.workspace} ({problem})")
+        raise _out_of_workspace(problem, [p for name in TABLE for p in possible_plans(problem, name, backend)])
     for plan in plans:
         if settings.algo == plan.algorithm.name:
             return plan
-    remembered = measured.lookup(problem, plans[0].device.name)
-    if remembered is not None:
-        for plan in possible_plans(problem, remembered["algorithm"], backend):
-            if str(plan.tile) == remembered["tile"] and _fits(plan, limit):
-                return plan
-    return min(plans, key=Plan.cost)
+    return _remembered_plan(problem, plans[0]) or min(plans, key=Plan.cost)
 
 
-def _named_plan(
-    problem: ConvProblem, algo: str, backend: str, tile: str | None, settings: _Settings
-) -> Plan:
+def forget_plans() -> None:
+    """Let the next plan of every problem be made anew, because more has been measured."""
+    _make_plan.cache_clear()
+
+
+def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
+    """Return the plan that was measured fastest on this device, if it is possible here and now."""
+    record = measured.lookup(problem, any_plan.device.label())
+    if record is None:
+        return None
+    plans = fitting_plans(problem, record["algorithm"], any_plan.backend)
+    return next((plan for plan in plans if str(plan.tile) == record["tile"]), None)
+
+
+def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    _check_name(problem.op, "algo", algo, ("auto", *TABLE))
+    _check_name(op, "algo", algo, ("auto", *TABLE))
     reason = TABLE[algo].refuses(problem)
     if reason is not None:
-        raise ConvError(f"{problem.op}: algo={algo!r} cannot run {problem}: {reason}")
+        raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
     if tile is not None:
         plans = {str(plan.tile): plan for plan in possible_plans(problem, algo, backend)}
-        _check_name(problem.op, f"tile of {algo}", tile, tuple(plans))
+        _check_name(op, f"tile of {algo}", tile, tuple(plans))
         return plans[tile]
-    limit = _workspace_limit(settings.workspace)
-    plans = _cheapest(problem, algo, backend, settings, limit)
-    if not plans:
-        least = min(plan.workspace() for plan in possible_plans(problem, algo, backend))
-        rule = f"FASTCONV_WORKSPACE must be at least {least} bytes for algo={algo!r}"
-        raise ConvError(f"{problem.op}: {rule}, got {settings.workspace} ({problem})")
-    return plans[0]
+    found = _cheapest(problem, algo, backend)
+    if not found:
+        raise _out_of_workspace(problem, possible_plans(problem, algo, backend))
+    return found[0]
 
 
-def _check_name(op: str, what: str, name: object, known: tuple[str, ...]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"{op}: {what} must be a string, got {name!r}")
+def _out_of_workspace(problem: ConvProblem, plans: list[Plan]) -> ConvError:
+    least = min(plans, key=Plan.workspace)
+    rule = f"FASTCONV_WORKSPACE must be at least {least.workspace()} bytes, which algo={least.algorithm.name!r} takes"
+    return ConvError(f"{problem.op}: {rule}, got {os.environ['FASTCONV_WORKSPACE']!r} ({problem})")
+
+
+def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise ConvError(f"{op}: {what} must be one of {', '.join(known)}, got {name!r}")
 
@@ -166,7 +179,7 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
         return []
     module, device = _backend(backend, algo)
     plans = (Plan(problem, backend, row, tile, device, module) for tile in module.TILES if device.fits(tile))
-    return [p for p in plans if problem.precision != "highest" or p.error_bound() <= DIRECT_ERROR]
+    return [p for p in plans if problem.precision != "highest" or row.error_factor(p.tile) <= DIRECT_ERROR]
 
 
 def _backend(backend: str, algo: str) -> tuple[ModuleType, Any]:
@@ -174,20 +187,22 @@ def _backend(backend: str, algo: str) -> tuple[ModuleType, Any]:
     return importlib.import_module(f"fastconv.{backend}.{algo}"), device
 
 
-def _cheapest(
-    problem: ConvProblem, algo: str, backend: str, settings: _Settings, limit: int | None
-) -> list[Plan]:
-    """Return the plan with the cheapest tile among those that keep to the limit, or nothing."""
-    plans = [plan for plan in possible_plans(problem, algo, backend) if _fits(plan, limit)]
+def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
+    """Return those of `possible_plans` that keep to FASTCONV_WORKSPACE."""
+    limit = workspace_limit()
+    plans = possible_plans(problem, algo, backend)
+    return plans if limit is None else [plan for plan in plans if plan.workspace() <= limit]
+
+
+def _cheapest(problem: ConvProblem, algo: str, backend: str) -> list[Plan]:
+    """Return the plan with the cheapest tile, or nothing."""
+    plans = fitting_plans(problem, algo, backend)
     return [min(plans, key=Plan.cost)] if plans else []
 
 
-def _fits(plan: Plan, limit: int | None) -> bool:
-    return limit is None or plan.workspace() <= limit
-
-
-def _workspace_limit(text: str) -> int | None:
-    """Return the bytes that a text such as 64M states; None for no limit."""
+def workspace_limit() -> int | None:
+    """Return the bytes that FASTCONV_WORKSPACE states, such as 64M; None for no limit."""
+    text = os.environ.get("FASTCONV_WORKSPACE", "")
     if not text:
         return None
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
@@ -223,18 +238,17 @@ class Explanation:
         rate = found.problem.flops / found.cost() / 1e9
         return (
             f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  tile {found.tile!s:<8} "
-            f"workspace {_count(found.workspace(), 'B'):<9} error <= {found.error_bound():.0f} eps"
+            f"workspace {_count(found.workspace(), 'B'):<9} error <= {found.error_bound().factor:.0f} eps"
         )
 
 
 def explain_problem(problem: ConvProblem, algo: str = "auto", backend: str = "cpu") -> Explanation:
     """Tell which plan `make_plan` chooses, what it is estimated to cost, and why not the others."""
     chosen = make_plan(problem, algo, backend)
-    limit = _workspace_limit(_settings().workspace)
     rows: list[tuple[str, Plan | str]] = []
     for name, row in TABLE.items():
         reason = row.refuses(problem)
-        fitting = _cheapest(problem, name, backend, _settings(), limit)
+        fitting = _cheapest(problem, name, backend)
         if name == chosen.algorithm.name:
             rows.append((name, chosen))
         elif fitting:

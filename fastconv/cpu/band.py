@@ -30,10 +30,13 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
+    copy,
+    fill,
     jit,
     multiply_tile,
     pointer,
     release,
+    spread,
     table,
 )
 
@@ -87,7 +90,7 @@ class Tables(NamedTuple):
 
 
 def view(array: np.ndarray) -> View:
-    """Return an array as (address, strides in elements...)."""
+    """Return an array as (address, strides in elements...); the caller keeps the array alive."""
     return (array.__array_interface__["data"][0], *(s // array.itemsize for s in array.strides))
 
 
@@ -214,7 +217,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, residual,
         rows, cols = min(g.rows, g.P - p), min(g.cols, g.Q - q)
         image = advance(source, n * x[1] + group * g.C * x[2])
         if not g.direct_b and here != held:
-            pack_band(band, image, x, g, tables, o, p, q, rows)
+            pack_band(block, band, image, x, g, tables, o, p, q, rows)
         held = here
         b = advance(image, o * g.stride_d * x[3] + p * x[4] + q * x[5]) if g.direct_b else band
         k = part * g.k_step
@@ -239,7 +242,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, residual,
 
 
 @jit
-def pack_band(b, image, x, g, tables, o, p, q, rows):
+def pack_band(block, b, image, x, g, tables, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read into the packed band, zeros for padding."""
     at = 0
     deep = g.Hb - g.rows + rows
@@ -253,33 +256,15 @@ def pack_band(b, image, x, g, tables, o, p, q, rows):
                     high = min(max(-((w - g.W) // g.stride_w), low), g.Wb)
                     for i in range(deep):
                         h = (p + i) * g.stride_h + row_phase - g.pad_h
-                        line = at + i * g.Wb
+                        line = advance(b, at + i * g.Wb)
                         if d < 0 or d >= g.D or h < 0 or h >= g.H:
-                            fill(b, line, line + g.Wb)
+                            fill(block, line, g.Wb)
                             continue
-                        fill(b, line, line + low)
+                        fill(block, line, low)
                         start = c * x[2] + d * x[3] + h * x[4] + (w + low * g.stride_w) * x[5]
-                        copy(b, line + low, image, start, g.stride_w * x[5], high - low)
-                        fill(b, line + high, line + g.Wb)
+                        copy(block, advance(line, low), advance(image, start), g.stride_w * x[5], high - low)
+                        fill(block, advance(line, high), g.Wb - high)
                     at += g.Hb * g.Wb
-
-
-@jit
-def fill(target, first, last):
-    """Set target[first ... last-1] to zero."""
-    for i in range(first, last):
-        target[i] = 0
-
-
-@jit
-def copy(target, at, source, start, step, count):
-    """Copy `count` elements, `step` apart in the source, to target[at ...]."""
-    if step == 1:  # its own loop, because only this one becomes vector code
-        for i in range(count):
-            target[at + i] = source[start + i]
-    else:
-        for i in range(count):
-            target[at + i] = source[start + i * step]
 
 
 @jit
@@ -296,8 +281,8 @@ def multiply(
     live = min(height, k_count)
     spare = allocate(block, height * w_row if live < height else 0)
     if live < height:  # rows of zeros make a whole tile
-        copy(spare, 0, w, 0, 1, live * w_row)
-        fill(spare, live * w_row, height * w_row)
+        copy(block, spare, w, 1, live * w_row)
+        fill(block, advance(spare, live * w_row), (height - live) * w_row)
         w = spare
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before, here and below
@@ -314,12 +299,12 @@ def multiply(
                 advance(bias, k), c, c_row,
             )  # fmt: skip
             if not whole:
-                _store_rows(tile, width, advance(y, k * step_k), y_steps, live, first + j, count, pitch, cols)
+                _store_rows(block, tile, advance(y, k * step_k), y_steps, live, first + j, count, pitch, cols)
     release(spare)
 
 
 @jit
-def _store_rows(tile, width, y, y_steps, live, first, count, pitch, cols):
+def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
     """Store the existing pixels first ... first+count-1 of a tile, one image row at a time."""
     step_k, step_p, step_q = y_steps
     j = 0
@@ -328,13 +313,8 @@ def _store_rows(tile, width, y, y_steps, live, first, count, pitch, cols):
         run = min(pitch - q, count - j)
         exist = min(cols - q, run)
         for i in range(live):
-            at = i * step_k + p * step_p + q * step_q
-            if step_q == 1:
-                for e in range(exist):
-                    y[at + e] = tile[i * width + j + e]
-            else:
-                for e in range(exist):
-                    y[at + e * step_q] = tile[i * width + j + e]
+            source = advance(tile, i * block_columns(block) + j)
+            spread(block, advance(y, i * step_k + p * step_p + q * step_q), step_q, source, exist)
         j += run
 
 

@@ -20,9 +20,7 @@ import numpy as np
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
     activate,
-    copy,
     even_share,
-    fill,
     finish_arguments,
     padded_bias,
     task_threads,
@@ -36,10 +34,13 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
+    copy,
+    fill,
     jit,
     multiply_tile,
     pointer,
     release,
+    spread,
     table,
 )
 
@@ -148,7 +149,8 @@ def run(
     steps = _steps(g, x)
     a_taps = _tap_offsets(problem, g, steps, depthwise=block.form == "elementwise")
     b_taps = np.arange(a_taps.size) * block.vectors * block.lanes
-    views = view(x), view(packed)[0], view(padded_bias(problem, bias, block.vectors * block.lanes))[0], view(out)
+    bias_columns = padded_bias(problem, bias, block.vectors * block.lanes)
+    views = view(x), view(packed)[0], view(bias_columns)[0], view(out)
     arguments = finish_arguments(residual, epilogue)
 
     def work(first: int, last: int) -> None:
@@ -194,7 +196,7 @@ def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, resi
         if g.from_x:
             image = advance(image, o * g.stride_d * x[3] + p * g.stride_h * x[4] + q * g.stride_w * x[5])
         elif here != held:
-            _pack_band(band, image, x, g, group, o, p, q, rows)
+            _pack_band(block, band, image, x, g, group, o, p, q, rows)
         held = here
         a = image if g.from_x else band
         channel = group * g.K + part * g.k_step
@@ -219,30 +221,30 @@ def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, resi
 
 
 @jit
-def _pack_band(band, image, x, g, group, o, p, q, rows):
+def _pack_band(block, band, image, x, g, group, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read, zeros for padding and for missing channels."""
     channels = min(g.C, g.C_all - group * g.C)
     for t in range(g.T):
         d = o * g.stride_d + t * g.dilation_d - g.pad_d
         for i in range(g.Hb - (g.rows - rows) * g.stride_h):
             h = p * g.stride_h + i - g.pad_h
-            line = (t * g.Hb + i) * g.Wb * g.C
+            line = advance(band, (t * g.Hb + i) * g.Wb * g.C)
             if d < 0 or d >= g.D or h < 0 or h >= g.H:
-                fill(band, line, line + g.Wb * g.C)
+                fill(block, line, g.Wb * g.C)
                 continue
             w = q * g.stride_w - g.pad_w
             low = min(max(-w, 0), g.Wb)
             high = max(min(g.W - w, g.Wb), low)
-            fill(band, line, line + low * g.C)
-            start = d * x[3] + h * x[4] + (w + low) * x[5]
+            fill(block, line, low * g.C)
+            source = advance(image, d * x[3] + h * x[4] + (w + low) * x[5])
             if x[2] == 1 and x[5] == g.C and channels == g.C:
-                copy(band, line + low * g.C, image, start, 1, (high - low) * g.C)
+                copy(block, advance(line, low * g.C), source, 1, (high - low) * g.C)
             else:
                 for j in range(high - low):
-                    at = line + (low + j) * g.C
-                    copy(band, at, image, start + j * x[5], x[2], channels)
-                    fill(band, at + channels, at + g.C)
-            fill(band, line + high * g.C, line + g.Wb * g.C)
+                    pixel = advance(line, (low + j) * g.C)
+                    copy(block, pixel, advance(source, j * x[5]), x[2], channels)
+                    fill(block, advance(pixel, channels), g.C - channels)
+            fill(block, advance(line, high * g.C), (g.Wb - high) * g.C)
 
 
 @jit
@@ -270,8 +272,7 @@ def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_c
                 for i in range(live):
                     p, q = divmod(pixel + i, cols)
                     at = k * y_steps[2] + p * y_steps[4] + q * y_steps[5]
-                    for e in range(count):
-                        y[at + e * y_steps[2]] = tile[i * width + e]
+                    spread(block, advance(y, at), y_steps[2], advance(tile, i * width), count)
 
 
 @jit

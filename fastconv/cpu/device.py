@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastconv.cpu.threads import thread_count
+
 if TYPE_CHECKING:
     from fastconv.problem import ConvProblem
 
@@ -17,6 +19,8 @@ CLOCK = 3.0e9  # Hz; nominal, so that estimates (and the choices made from them)
 FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most ARM ones
 BANDWIDTH = 12.0e9  # bytes/s that one core moves to and from memory; a typical server core
 TILE_CYCLES = 60  # to start a tile and to store it
+L2_CYCLES = 2  # to load a vector from L2
+SUM_CYCLES = 4  # from one FMA to the next on its result
 ROW_CYCLES = 20  # to start a row that is copied
 
 
@@ -36,6 +40,10 @@ class Device:
     l1: int
     l2: int
 
+    def label(self) -> str:
+        """Return the name under which measurements are kept: what is fastest depends on vectors and threads."""
+        return f"{self.name}, {self.vector_bits} bits, {thread_count()} threads"
+
     def lanes(self, dtype: str) -> int:
         """Return the elements of one vector."""
         return self.vector_bits // (32 if dtype == "float32" else 64)
@@ -49,8 +57,8 @@ class Device:
         return tile.rows * tile.vectors + tile.vectors + 1 <= self.registers
 
     def tap_cycles(self, rows: int, vectors: int) -> float:
-        """Return the cycles of one tap of a tile: its FMAs, its loads or the latency of a sum, whichever is most."""
-        return max(rows * vectors / 2, (rows + vectors + 2) / 2, 4)
+        """Return the cycles of one tap of a tile: those of its FMAs, its loads, its B from L2, or of one sum."""
+        return max(rows * vectors / 2, (rows + vectors + 2) / 2, vectors * L2_CYCLES, SUM_CYCLES)
 
     def multiply_cycles(self, tile: Any, rows: int, columns: int, taps: int, dtype: str) -> float:
         """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included."""

@@ -9,8 +9,6 @@ import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
-    copy,
-    fill,
     finish,
     finish_arguments,
     multiply,
@@ -26,6 +24,8 @@ from fastconv.cpu.simd import (
     allocate,
     block_columns,
     block_rows,
+    copy,
+    fill,
     jit,
     pointer,
     release,
@@ -117,7 +117,8 @@ def run(
     g = _geometry(problem, tile, device)
     weight = np.ascontiguousarray(weight)
     taps = np.arange(problem.gemm_k), np.arange(problem.gemm_k) * g.columns
-    views = view(x), view(weight)[0], view(padded_bias(problem, bias, tile.rows))[0], view(out)
+    bias_rows = padded_bias(problem, bias, tile.rows)
+    views = view(x), view(weight)[0], view(bias_rows)[0], view(out)
     arguments = finish_arguments(residual, epilogue)
 
     def work(first: int, last: int) -> None:
@@ -139,7 +140,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, 
         pixel = index * g.columns
         count = min(g.columns, g.P * g.Q - pixel)
         image = advance(pointer(block, x[0]), n * x[1] + group * g.C * x[2])
-        _gather(columns, image, x, g, o, pixel, count)
+        _gather(block, columns, image, x, g, o, pixel, count)
         channel = group * g.K
         target = advance(pointer(block, y[0]), n * y[1] + channel * y[2] + o * y[3])
         multiply(
@@ -163,7 +164,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, 
 
 
 @jit
-def _gather(columns, image, x, g, o, pixel, count):
+def _gather(block, columns, image, x, g, o, pixel, count):
     """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to columns[tap, 0 ... count-1]."""
     at = 0
     for c in range(g.C):
@@ -178,19 +179,19 @@ def _gather(columns, image, x, g, o, pixel, count):
                         h = p * g.stride_h + r * g.dilation_h - g.pad_h
                         w = q * g.stride_w + s * g.dilation_w - g.pad_w
                         if d < 0 or d >= g.D or h < 0 or h >= g.H:
-                            fill(columns, at + j, at + j + run)
+                            fill(block, advance(columns, at + j), run)
                         else:
-                            start = c * x[2] + d * x[3] + h * x[4]
-                            _gather_row(columns, at + j, image, start, w, g.stride_w, x[5], run, g.W)
+                            row = advance(image, c * x[2] + d * x[3] + h * x[4])
+                            _gather_row(block, advance(columns, at + j), row, w, g.stride_w, x[5], run, g.W)
                         j += run
                     at += g.columns
 
 
 @jit
-def _gather_row(columns, at, image, start, w, stride, step, count, W):
-    """Copy columns w, w + stride ... of an input row, zeros where there are none."""
+def _gather_row(block, target, row, w, stride, step, count, W):
+    """Copy columns w, w + stride ... of an input row of W columns, zeros where there are none."""
     low = min(max(-(w // stride), 0), count)
     high = min(max(-((w - W) // stride), low), count)
-    fill(columns, at, at + low)
-    copy(columns, at + low, image, start + (w + low * stride) * step, stride * step, high - low)
-    fill(columns, at + high, at + count)
+    fill(block, target, low)
+    copy(block, advance(target, low), advance(row, (w + low * stride) * step), stride * step, high - low)
+    fill(block, advance(target, high), count - high)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -327,6 +327,110 @@ def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c
     c, c_row pointer to the tile and the distance of its rows, in elements
     """
     _microkernel(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row)
+
+
+def _mask(simd: Vectors, count: Any) -> Any:
+    """Emit the mask of the first `count` lanes."""
+    builder, kind = simd.builder, ir.VectorType(INT, simd.lanes)
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(undefined, count, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), simd.lanes), [0] * simd.lanes)
+    limit = builder.shuffle_vector(one, undefined, zeros)
+    return builder.icmp_signed("<", ir.Constant(kind, list(range(simd.lanes))), limit)
+
+
+def _masked(simd: Vectors, name: str, result: Any, arguments: list[Any]) -> Any:
+    """Call LLVM's masked load or store."""
+    suffix = f"v{simd.lanes}f{8 * simd.bytes}.p0"
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(simd.builder.module, signature, f"llvm.masked.{name}.{suffix}")
+    return simd.builder.call(function, arguments)
+
+
+@intrinsic
+def copy_lanes(typingctx: Any, block: BlockType, target: Any, source: Any, count: Any) -> Any:
+    """Copy the first `count` elements of a vector, at most block.lanes; what lies behind is not touched."""
+    floats = types.CPointer(block.float)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        mask, align = _mask(simd, args[3]), ir.IntType(32)(simd.bytes)
+        p, q = (builder.bitcast(args[i], simd.type.as_pointer()) for i in (1, 2))
+        zeros = ir.Constant(simd.type, None)
+        value = _masked(simd, "load", simd.type, [q, align, mask, zeros])
+        _masked(simd, "store", ir.VoidType(), [value, p, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(block, floats, floats, types.int64), codegen
+
+
+@intrinsic
+def zero_lanes(typingctx: Any, block: BlockType, target: Any, count: Any) -> Any:
+    """Set the first `count` elements of a vector, at most block.lanes, to zero."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        mask, align = _mask(simd, args[2]), ir.IntType(32)(simd.bytes)
+        p = builder.bitcast(args[1], simd.type.as_pointer())
+        _masked(simd, "store", ir.VoidType(), [ir.Constant(simd.type, None), p, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(block, types.CPointer(block.float), types.int64), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, p: types.CPointer) -> Any:
+    """Ask for the cache line at p, to be read soon."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(args[0], address), number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(p), codegen
+
+
+@intrinsic
+def copy_pixels(typingctx: Any, block: BlockType, target: Any, source: Any) -> Any:
+    """Copy block.m elements, the width of a Winograd tile, as one small vector."""
+    floats = types.CPointer(block.float)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, replace(block.block, lanes=block.block.m))
+        simd.store(simd.load(args[2], INT(0)), args[1], INT(0))
+        return context.get_dummy_value()
+
+    return types.void(block, floats, floats), codegen
+
+
+@jit
+def copy(block, target, source, step, count):
+    """Copy `count` elements that lie `step` apart in the source to consecutive places."""
+    if step == 1:
+        for i in range(0, count, block_lanes(block)):
+            copy_lanes(block, advance(target, i), advance(source, i), count - i)
+    else:
+        for i in range(count):
+            target[i] = source[i * step]
+
+
+@jit
+def spread(block, target, step, source, count):
+    """Copy `count` consecutive elements to places `step` apart."""
+    if step == 1:
+        copy(block, target, source, 1, count)
+    else:
+        for i in range(count):
+            target[i * step] = source[i]
+
+
+@jit
+def fill(block, target, count):
+    """Set `count` elements to zero."""
+    for i in range(0, count, block_lanes(block)):
+        zero_lanes(block, advance(target, i), count - i)
 
 
 def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -> list[Any]:

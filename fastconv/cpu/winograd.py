@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import threads
-from fastconv.cpu.band import copy, fill, finish, finish_arguments, padded_bias, task_threads, view
+from fastconv.cpu.band import finish, finish_arguments, padded_bias, task_threads, view
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -28,12 +28,17 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_m,
     block_rows,
+    copy,
+    copy_pixels,
+    fill,
     jit,
     merge_columns,
     multiply_tile,
     pointer,
+    prefetch,
     release,
     split_columns,
+    spread,
     table,
     transform_filter,
     transform_input,
@@ -192,7 +197,7 @@ def run(
 def _zeros(block, elements):
     """Allocate zeros."""
     memory = allocate(block, elements)
-    fill(memory, 0, elements)
+    fill(block, memory, elements)
     return memory
 
 
@@ -243,7 +248,9 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, r
             if not U_given:
                 _transform_filters(block, g, pointer(block, w), channel, k_count, own_U, 0)
             U = advance(pointer(block, w), channel * g.C_padded) if U_given else own_U
-            _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M)
+            coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * 9
+            ahead = advance(pointer(block, w), (channel + k_count) * g.C * 9)
+            _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M, ahead, coming)
             target = advance(pointer(block, y[0]), channel * y[2])
             _transform_outputs(
                 block, M, g, segments, count, vectors, k_count, advance(pointer(block, bias), channel), target, y,
@@ -275,60 +282,70 @@ def _find_segments(g, first, tiles, lanes, segments):
 def _transform_inputs(block, image, x, g, segments, count, vectors, V):
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
-    nothing, near, d = _zeros(block, 1), _zeros(block, 2 * m * lanes), allocate(block, (m + 2) * 2 * m * lanes)
-    far = advance(near, m * lanes)
+    strip = _zeros(block, (m + 2) * (lanes + 1) * m)  # the input under one run of tiles, zero padded
+    lines = _zeros(block, (m + 2) * 2 * m * lanes)  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
+    d, nothing = allocate(block, (m + 2) * 2 * m * lanes), _zeros(block, 1)
     for c in range(g.C):
-        index = 0
+        s = 0
         for vector in range(vectors):
-            begin, end = index, index
-            while end < count and segments[end, 0] < (vector + 1) * lanes:
-                end += 1
-            for i in range(m + 2):
-                for s in range(begin, end):
-                    _copy_line(image, x, g, segments[s], c, i, m, lanes, near, far)
-                split_columns(block, near, lanes, advance(d, i * 2 * m * lanes), lanes)
-                split_columns(block, far, lanes, advance(d, (i * 2 + 1) * m * lanes), lanes)
-            transform_input(
-                block, d, 2 * m * lanes, lanes, advance(V, c * width + vector * lanes), g.V_step,
-                nothing,
-            )  # fmt: skip
-            index = end
-    release(nothing)
-    release(near)
+            while s < count and segments[s, 0] < (vector + 1) * lanes:
+                _copy_strip(block, image, x, g, segments[s], c, strip)
+                _copy_tiles(block, strip, segments[s, 1], advance(lines, segments[s, 0] % lanes * m))
+                s += 1
+            for i in range(2 * (m + 2)):
+                split_columns(block, advance(lines, i * m * lanes), lanes, advance(d, i * m * lanes), lanes)
+            target = advance(V, c * width + vector * lanes)
+            transform_input(block, d, 2 * m * lanes, lanes, target, g.V_step, nothing)
+    release(strip)
+    release(lines)
     release(d)
+    release(nothing)
 
 
 @jit
-def _copy_line(image, x, g, segment, c, i, m, lanes, near, far):
-    """Copy line i of a run of tiles: its columns 0 ... m-1 of each tile to `near`, m ... 2m-1 to `far`."""
-    at, run = segment[0] % lanes * m, segment[1] * m
-    h = segment[3] * m + i - g.pad_h
+def _copy_strip(block, image, x, g, segment, c, strip):
+    """Copy the m + 2 lines under a run of tiles, (run + 1) * m columns of each, zeros for padding."""
+    m = block_m(block)
+    columns = (segment[1] + 1) * m
     w = segment[4] * m - g.pad_w
-    if h < 0 or h >= g.H:
-        fill(near, at, at + run)
-        fill(far, at, at + run)
-        return
-    start = segment[2] * x[1] + c * x[2] + h * x[4]
-    _copy_clipped(near, at, image, start, w, x[5], run, g.W)
-    _copy_clipped(far, at, image, start, w + m, x[5], run, g.W)
+    low = min(max(-w, 0), columns)
+    high = max(min(g.W - w, columns), low)
+    for i in range(m + 2):
+        h = segment[3] * m + i - g.pad_h
+        line = advance(strip, i * columns)
+        if h < 0 or h >= g.H:
+            fill(block, line, columns)
+            continue
+        fill(block, line, low)
+        start = segment[2] * x[1] + c * x[2] + h * x[4] + (w + low) * x[5]
+        copy(block, advance(line, low), advance(image, start), x[5], high - low)
+        fill(block, advance(line, high), columns - high)
 
 
 @jit
-def _copy_clipped(target, at, source, start, w, step, count, W):
-    """Copy columns w ... w+count-1 of a row of W columns, zeros where there are none."""
-    low = min(max(-w, 0), count)
-    high = max(min(W - w, count), low)
-    fill(target, at, at + low)
-    copy(target, at + low, source, start + (w + low) * step, step, high - low)
-    fill(target, at + high, at + count)
+def _copy_tiles(block, strip, run, lines):
+    """Copy the tiles of a strip to lines whose columns do not overlap."""
+    m = block_m(block)
+    far = m * block_lanes(block)
+    for i in range(m + 2):
+        for e in range(run):
+            source, target = advance(strip, (i * (run + 1) + e) * m), advance(lines, 2 * i * far + e * m)
+            copy_pixels(block, target, source)
+            copy_pixels(block, advance(target, far), advance(source, m))
 
 
 @jit
-def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M):
-    """Multiply the a*a matrices: M[e] = U[e] V[e]."""
+def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
+    """Multiply the a*a matrices: M[e] = U[e] V[e]; meanwhile fetch the `coming` values of the next filters.
+
+    Their transform would wait for memory: on 512 -> 512 channels at 14 x 14 fetching them takes 4.9 ms to 3.9.
+    """
     height, width, a = block_rows(block), block_columns(block), block_m(block) + 2
     zeros = _zeros(block, height)
+    share = (coming + a * a - 1) // (a * a)
     for e in range(a * a):
+        for i in range(e * share, min(coming, (e + 1) * share), block_lanes(block)):
+            prefetch(advance(ahead, i))
         for row in range(0, k_count, height):
             k = max(0, min(row, k_count - height))  # the last tile overlaps the one before
             multiply_tile(
@@ -359,19 +376,9 @@ def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, 
                     if p < g.P:
                         at = segments[s, 2] * y_steps[1] + k * y_steps[2] + p * y_steps[4] + q * y_steps[5]
                         exist = min(segments[s, 1] * m, g.Q - q)
-                        _store_line(y, at, y_steps[5], line, segments[s, 0] % lanes * m, exist)
+                        spread(block, advance(y, at), y_steps[5], advance(line, segments[s, 0] % lanes * m), exist)
     release(pixels)
     release(line)
-
-
-@jit
-def _store_line(y, at, step, line, start, count):
-    if step == 1:  # its own loop, because only this one becomes vector code
-        for e in range(count):
-            y[at + e] = line[start + e]
-    else:
-        for e in range(count):
-            y[at + e * step] = line[start + e]
 
 
 @jit

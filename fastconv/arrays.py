@@ -1,0 +1,261 @@
+"""Arrays of any accepted kind enter, NumPy views of their memory leave; results go back in the caller's kind.
+
+Nothing is imported on the user's behalf: an array of a framework exists only if that framework is already in
+sys.modules. CUDA arrays are recognised in the same way and refused, because this version computes on the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastconv.problem import ConvError
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+ACCEPTED = "a NumPy array or a torch tensor on the CPU"
+
+# Deciding exactly whether two strided arrays share an element can take exponential time; past this many
+# steps of the search they count as overlapping.
+_MAX_OVERLAP_WORK = 10_000
+
+Given = dict[str, Any]  # argument name -> array, without the arguments that were not given
+
+
+class Kind(NamedTuple):
+    """One kind of array: what to call it, how to see its memory as NumPy and how to hand a result back."""
+
+    name: str
+    view: Callable[[str, str, Any], np.ndarray]  # (op, argument, array)
+    wrap: Callable[[np.ndarray, Any], Any]  # (result, input)
+
+
+def adapt(op: str, given: Given) -> Kind:
+    """Replace every array in `given` by a NumPy view of the same memory and return their common kind.
+
+    Raises TypeError for what is no array or for a mixture of kinds, ConvError for a CUDA array or a tensor
+    that requires gradients.
+
+    >>> adapt("conv1d", {"input": np.zeros((2, 5)), "weight": np.zeros((4, 2, 3))}).name
+    'NumPy'
+    """
+    for array in given.values():
+        if type(array) is not np.ndarray:
+            return _adapt_others(op, given)
+    return NUMPY
+
+
+def _adapt_others(op: str, given: Given) -> Kind:
+    names = {argument: _kind_name(op, argument, array) for argument, array in given.items()}
+    first, name = next(iter(names.items()))
+    for argument, other in names.items():
+        if other != name:
+            rule = f"{argument} must be a {name} array like {first}, got a {other} array"
+            raise TypeError(f"{op}: {rule} ({_join(f'{key} {value}' for key, value in names.items())})")
+    if name == CUDA:
+        rule = f"{first} must be in CPU memory, because this version has no CUDA backend"
+        found = f"{_type_name(given[first])} on a CUDA device"
+        raise ConvError(f"{op}: {rule}, got {found} (copy it to the host first)")
+    kind = KINDS[name]
+    # A new dict first: if one of them is refused, `given` still holds what the caller passed.
+    given.update({argument: kind.view(op, argument, array) for argument, array in given.items()})
+    return kind
+
+
+def _kind_name(op: str, argument: str, array: Any) -> str:
+    if isinstance(array, np.ndarray):
+        return NUMPY.name
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    if tensor is not None and isinstance(array, tensor):
+        return CUDA if array.device.type == "cuda" else TORCH.name
+    if hasattr(array, "__cuda_array_interface__"):
+        return CUDA
+    raise TypeError(f"{op}: {argument} must be {ACCEPTED}, got {_type_name(array)}")
+
+
+def _view_numpy(op: str, argument: str, array: np.ndarray) -> np.ndarray:
+    if isinstance(array, np.ma.MaskedArray):
+        hint = "the mask would be ignored; use .filled(value) or .data"
+        raise TypeError(f"{op}: {argument} must be an array without a mask, got {_type_name(array)} ({hint})")
+    return np.asarray(array)
+
+
+def _wrap_numpy(result: np.ndarray, like: np.ndarray) -> np.ndarray:
+    # NumPy's own protocol: a subclass gets its own kind; a memmap, whose result is in no file, an array.
+    return result if type(like) is np.ndarray else like.__array_wrap__(result)
+
+
+def _view_torch(op: str, argument: str, tensor: Any) -> np.ndarray:
+    torch = sys.modules["torch"]
+    if tensor.requires_grad and torch.is_grad_enabled():
+        rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
+        raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
+    _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        found = f"a {tensor.layout} tensor on {tensor.device}"
+        raise TypeError(f"{op}: {argument} must be a dense tensor on the CPU, got {found}")
+    plain = tensor.detach().resolve_neg()
+    if plain.dtype is not torch.bfloat16:
+        return plain.numpy()
+    import ml_dtypes
+
+    return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _wrap_torch(result: np.ndarray, like: Any) -> Any:
+    torch = sys.modules["torch"]
+    if result.dtype.name == "bfloat16":
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
+
+
+NUMPY = Kind("NumPy", _view_numpy, _wrap_numpy)
+TORCH = Kind("torch", _view_torch, _wrap_torch)
+KINDS = {kind.name: kind for kind in (NUMPY, TORCH)}
+CUDA = "CUDA"
+
+
+def common_dtype(op: str, given: Given) -> str:
+    """Name the dtype that all arrays of an adapted `given` share; byte order does not count.
+
+    Raises TypeError naming the first array whose dtype is not one of DTYPES or not that of the others.
+
+    >>> common_dtype("conv1d", {"input": np.zeros((2, 5)), "weight": np.zeros((4, 2, 3), ">f8")})
+    'float64'
+    """
+    expected: np.dtype | None = None
+    name = first = ""
+    for argument, array in given.items():
+        if array.dtype is not expected:
+            found = _check_dtype_name(op, argument, _dtype_name(array.dtype))
+            if expected is None:
+                expected, name, first = array.dtype, found, argument
+            elif found != name:
+                rule = f"{argument}.dtype must be {first}.dtype = {name}, got {found}"
+                raise TypeError(f"{op}: {rule} ({describe(given)})")
+    return name
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+def _check_dtype_name(op: str, argument: str, name: str) -> str:
+    if name in DTYPES:
+        return name
+    hint = f"convert it first, for example to float32; {argument} is never converted silently"
+    raise TypeError(f"{op}: {argument}.dtype must be {_join(DTYPES, ' or ')}, got {name} ({hint})")
+
+
+def is_computable(array: np.ndarray, dtype: np.dtype) -> bool:
+    """True if a kernel for `dtype` can read or write this memory: native, aligned, whole-element strides.
+
+    >>> is_computable(np.zeros((4, 4))[::-1, ::2], np.dtype("float64"))
+    True
+    >>> is_computable(np.zeros(4, np.dtype("float64").newbyteorder()), np.dtype("float64"))
+    False
+    """
+    return array.dtype == dtype and array.flags.aligned
+
+
+def to_computable(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array itself where a kernel for `dtype` can read it, else a copy in the same memory order."""
+    return array if is_computable(array, dtype) else array.astype(dtype, order="K")
+
+
+def to_storage(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round to the dtype of the input, in the byte order of the machine; no copy where nothing changes.
+
+    >>> to_storage(np.array([0.1, 1e6], dtype="float32"), np.dtype("float16"))
+    array([0.1, inf], dtype=float16)
+    """
+    native = dtype if dtype.isnative else dtype.newbyteorder("=")
+    if array.dtype == native:
+        return array
+    with np.errstate(over="ignore"):  # inf is what rounding gives
+        return array.astype(native, order="K")
+
+
+def store(array: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Round into `out`, whatever its byte order and alignment, and return it."""
+    with np.errstate(over="ignore"):
+        out[...] = array
+    return out
+
+
+@lru_cache(maxsize=1024)
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...], channel_axis: int, default: str) -> str:
+    """Read "NCHW" (channels first) or "NHWC" (channels last) off the strides of one sample, without batch.
+
+    Where they say nothing (one channel, one pixel, broadcast zeros) the answer is `default`.
+
+    >>> memory_order((64, 56, 56), (1, 3584, 64), 0, "NCHW")
+    'NHWC'
+    """
+    steps = [abs(stride) if size > 1 else 0 for size, stride in zip(shape, strides)]
+    channel = steps.pop(channel_axis)
+    pixels = [step for step in steps if step]
+    if not channel or not pixels:
+        return default
+    return "NHWC" if channel < min(pixels) else "NCHW"
+
+
+def check_out(op: str, given: Given, shape: tuple[int, ...]) -> None:
+    """Raise ConvError unless given["out"] has this shape, can be written and shares no memory with the rest.
+
+    >>> check_out("conv1d", {"input": np.zeros(4), "out": np.zeros(3)}, (3,))
+    """
+    out = given["out"]
+    found = ""
+    if out.shape != shape:
+        found = f"out.shape must be output.shape = {shape}, got {out.shape}"
+    elif not out.flags.writeable:
+        found = "out must be writeable, got a read-only array"
+    elif _overlaps_itself(out):
+        found = f"elements of out must not share memory, got strides {out.strides}"
+    else:
+        for argument, array in given.items():
+            if argument != "out" and _overlap(out, array):
+                found = f"out must not share memory with {argument}, got overlapping arrays"
+    if found:
+        raise ConvError(f"{op}: {found} ({describe(given)})")
+
+
+def _overlap(out: np.ndarray, array: np.ndarray) -> bool:
+    if not np.may_share_memory(out, array):
+        return False
+    try:
+        return np.shares_memory(out, array, max_work=_MAX_OVERLAP_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """True unless each axis steps over all that those of smaller stride span, as slices of an array do."""
+    if array.flags.c_contiguous or array.size == 0:
+        return False
+    axes = sorted((abs(stride), size) for size, stride in zip(array.shape, array.strides) if size > 1)
+    span = array.itemsize
+    for stride, size in axes:
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def describe(given: Given) -> str:
+    """Shapes and dtypes of all arrays, for the end of an error message."""
+    return _join(f"{argument} {array.shape} {array.dtype.name}" for argument, array in given.items())
+
+
+def _type_name(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+
+
+def _join(words: Any, last: str = ", ") -> str:
+    *most, final = words
+    return ", ".join(most) + last + final if most else final

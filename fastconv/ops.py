@@ -1,0 +1,616 @@
+"""The public operations: the caller's arrays enter, a plan runs, an array of the caller's kind leaves.
+
+The steps of every call: adapt the arrays, state the problem (remembered per shape), let plan.make_plan choose
+an algorithm, run it into the output.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from fastconv import arrays
+from fastconv import plan as planning
+from fastconv.algorithms import TABLE, Algorithm
+from fastconv.problem import (
+    OPERATIONS,
+    ORDERS,
+    ConvError,
+    ConvProblem,
+    Epilogue,
+    Padding,
+    PerAxis,
+    make_epilogue,
+    make_problem,
+)
+
+ArrayT = TypeVar("ArrayT")
+Array = Any
+Activation = str | tuple[str, float] | None
+Shape = tuple[int, ...]
+Options = tuple[Any, ...]  # the values of _NUMBERS, then layout and flip
+
+LAYOUTS = {"conv1d": ("NCL", "NLC"), "conv2d": ("NCHW", "NHWC"), "conv3d": ("NCDHW", "NDHWC")}
+"""Per operation, the names of the shapes with channels first and with channels last."""
+
+_NUMBERS = ("stride", "padding", "dilation", "groups", "precision")
+_ALGORITHMS = ("auto", *TABLE)
+_NO_EPILOGUE = Epilogue()
+
+# Larger than any array, yet only a Python int: the input a layer is checked against before it has seen one.
+_UNKNOWN_SIZE = 2**62
+
+
+def conv2d(
+    input: ArrayT,
+    weight: Array,
+    bias: Array | None = None,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    activation: Activation = None,
+    residual: Array | None = None,
+    layout: str = "NCHW",
+    flip: bool = False,
+    out: Array | None = None,
+) -> ArrayT:
+    """Convolve a batch of images with a bank of filters: activation(conv(input, weight) + bias + residual).
+
+    ========  ==================================================================================
+    input     (N, C, H, W), or (C, H, W) without a batch; N may be 0
+    weight    (K, C // groups, R, S)
+    bias      (K,)
+    residual  the shape of the result
+    out       the shape of the result; written and returned
+    returns   (N, K, P, Q) or (K, P, Q): P = (before + H + after - dilation * (R - 1) - 1) // stride + 1
+    ========  ==================================================================================
+
+    As in torch and in all deep learning this is the cross-correlation: a learned kernel makes the flip
+    superfluous. `flip=True` reverses the kernel along its spatial axes, which gives the true convolution of
+    mathematics and signal processing (SciPy's `convolve`).
+
+    stride, dilation
+        Elements: an int, or one per spatial axis.
+    padding
+        Zeros around the input, in elements: an int, one int per axis, a (before, after) pair per axis,
+        "valid" (none) or "same" (P = ceil(H / stride), an odd row of zeros goes after).
+    algo
+        "auto", or the name of a row of `fastconv.algorithms()`.
+    precision
+        "highest": the error of a direct sum in the arrays' dtype; "high": Winograd F(4x4, 3x3) too; "medium"
+        permits reduced-precision multiplication where a backend has it.
+    activation
+        "relu", "relu6", "silu", "gelu", "sigmoid", "tanh" or ("leaky_relu", slope).
+    layout
+        "NHWC" if the *shapes* of input, residual, out and result have the channels last; the weight keeps its
+        shape. The order in *memory* is read off the strides of the input, and the result has the same.
+
+    All arrays are of one kind: NumPy (a subclass gets its own kind back) or torch tensors on the CPU (without
+    a copy); and of one dtype: float32, float64, or float16 and bfloat16 (ml_dtypes), which are summed in
+    float32 and rounded once. Raises TypeError for arrays or options of another type and ConvError for values
+    that break a rule, both before `out` is touched.
+
+    Each algorithm names the paper it comes from in `fastconv.algorithms()`; the padding arithmetic is that of
+    Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (arXiv 1603.07285).
+
+    >>> import numpy as np
+    >>> image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> edges = np.array([[[[-1, 0, 1]]]], dtype=np.float32)
+    >>> conv2d(image, edges)[0, 0, 0], conv2d(image, edges, flip=True)[0, 0, 0]
+    (array([2., 2.], dtype=float32), array([-2., -2.], dtype=float32))
+    """
+    options = (stride, padding, dilation, groups, precision, layout, flip)
+    return _convolve("conv2d", input, weight, bias, options, algo, activation, residual, out)
+
+
+def conv1d(
+    input: ArrayT,
+    weight: Array,
+    bias: Array | None = None,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    activation: Activation = None,
+    residual: Array | None = None,
+    layout: str = "NCL",
+    flip: bool = False,
+    out: Array | None = None,
+) -> ArrayT:
+    """Convolve a batch of signals with a bank of filters; options, dtypes, errors and methods as for conv2d.
+
+    ========  ========================================
+    input     (N, C, L) or (C, L)
+    weight    (K, C // groups, S)
+    bias      (K,)
+    returns   (N, K, Q) or (K, Q); residual, out alike
+    layout    "NCL" or "NLC"
+    ========  ========================================
+
+    >>> import numpy as np
+    >>> conv1d(np.array([[1.0, 2.0, 4.0]]), np.array([[[1.0, 1.0]]]), padding="same")
+    array([[3., 6., 4.]])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, flip)
+    return _convolve("conv1d", input, weight, bias, options, algo, activation, residual, out)
+
+
+def conv3d(
+    input: ArrayT,
+    weight: Array,
+    bias: Array | None = None,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    activation: Activation = None,
+    residual: Array | None = None,
+    layout: str = "NCDHW",
+    flip: bool = False,
+    out: Array | None = None,
+) -> ArrayT:
+    """Convolve a batch of volumes with a bank of filters; options, dtypes, errors and methods as for conv2d.
+
+    ========  ================================================
+    input     (N, C, D, H, W) or (C, D, H, W)
+    weight    (K, C // groups, T, R, S)
+    bias      (K,)
+    returns   (N, K, O, P, Q) or (K, O, P, Q); residual, out alike
+    layout    "NCDHW" or "NDHWC"
+    ========  ================================================
+
+    >>> import numpy as np
+    >>> conv3d(np.ones((1, 2, 3, 3, 3)), np.ones((1, 2, 3, 3, 3))).item()
+    54.0
+    """
+    options = (stride, padding, dilation, groups, precision, layout, flip)
+    return _convolve("conv3d", input, weight, bias, options, algo, activation, residual, out)
+
+
+def _convolve(
+    op: str,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    options: Options,
+    algo: str,
+    activation: Activation,
+    residual: Any,
+    out: Any,
+) -> Any:
+    """The one implementation of conv1d, conv2d and conv3d."""
+    call = bind(op, input, weight, bias, options, activation, residual, out)
+    plan = planning.make_plan(call.frame.problem, _check_algorithm(op, algo))
+    result = _run(op, plan, call.frame, call.given, *call.filters(), call.epilogue)
+    return call.kind.wrap(result, input) if out is None else out
+
+
+class Call(NamedTuple):
+    """The checked arguments of an operation; explain and tune look at the same."""
+
+    kind: arrays.Kind
+    given: arrays.Given
+    frame: Frame
+    epilogue: Epilogue
+
+    def filters(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Weight of rank 5 and bias, as a plan takes them."""
+        compute, bias = self.frame.compute, self.given.get("bias")
+        if bias is not None:
+            bias = np.ascontiguousarray(bias, dtype=compute)
+        return arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert], bias
+
+
+def bind(
+    op: str,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    options: Options,
+    activation: Activation,
+    residual: Any,
+    out: Any,
+) -> Call:
+    """Adapt the arrays and check all arguments but the algorithm and the memory of `out`."""
+    given = _given({"input": input, "weight": weight}, bias=bias, residual=residual, out=out)
+    kind = arrays.adapt(op, given)
+    dtype = arrays.common_dtype(op, given)
+    epilogue = _NO_EPILOGUE if activation is None else make_epilogue(op, activation)
+    frame = _find_frame(op, given, given["weight"].shape, _shape(given.get("bias")), dtype, options)
+    return Call(kind, given, frame, epilogue)
+
+
+def find_op(caller: str, weight: Any) -> str:
+    """Name the operation that a weight of this rank belongs to."""
+    rank = getattr(weight, "ndim", None)
+    for op, ndim in OPERATIONS.items():
+        if rank == ndim + 2:
+            return op
+    rule = "weight must be an array of 3, 4 or 5 axes (for conv1d, conv2d or conv3d)"
+    raise (TypeError if rank is None else ConvError)(f"{caller}: {rule}, got {rank or type(weight).__name__}")
+
+
+def _given(required: arrays.Given, **optional: Any) -> arrays.Given:
+    """Add the optional arrays that are not None; a required one that is None stays, to be refused."""
+    for argument, array in optional.items():
+        if array is not None:
+            required[argument] = array
+    return required
+
+
+def _shape(array: np.ndarray | None) -> Shape | None:
+    return None if array is None else array.shape
+
+
+def _run(
+    op: str,
+    plan: planning.Plan,
+    frame: Frame,
+    given: arrays.Given,
+    weight: Any,
+    bias: np.ndarray | None,
+    epilogue: Epilogue,
+) -> np.ndarray:
+    """Run a plan into `out`, or into a new array of the input's dtype, shape letters and memory order."""
+    input, residual, out = given["input"], given.get("residual"), given.get("out")
+    compute = frame.compute
+    if out is not None:
+        arrays.check_out(op, given, frame.output_shape)
+    work = out if out is not None and arrays.is_computable(out, compute) else frame.allocate()
+    if frame.problem.N:
+        input5 = frame.view5(arrays.to_computable(input, compute))
+        residual5 = None if residual is None else frame.view5(arrays.to_computable(residual, compute))
+        plan.run(input5, weight, bias, residual5, epilogue, frame.view5(work))
+    if out is None:
+        return arrays.to_storage(work, input.dtype)
+    return work if work is out else arrays.store(work, out)
+
+
+class Frame(NamedTuple):
+    """How the caller's arrays lie in the rank-5, channels-first problem, and how the result is allocated."""
+
+    problem: ConvProblem
+    compute: np.dtype
+    channels_first: Shape | None  # transposition of the caller's axes; None if they are in this order
+    insert: tuple[Any, ...]  # index that adds the absent axes
+    weight_insert: tuple[Any, ...]  # the same for the weight; reverses its taps for a true convolution
+    output_shape: Shape
+    memory_shape: Shape  # of the output, axes in the order of memory
+    memory_axes: Shape | None  # transposition from there to output_shape
+
+    def view5(self, array: np.ndarray) -> np.ndarray:
+        if self.channels_first is not None:
+            array = array.transpose(self.channels_first)
+        return array[self.insert]
+
+    def allocate(self) -> np.ndarray:
+        array = np.empty(self.memory_shape, self.compute)
+        return array if self.memory_axes is None else array.transpose(self.memory_axes)
+
+
+def _find_frame(
+    op: str,
+    given: arrays.Given,
+    weight_shape: Shape,
+    bias_shape: Shape | None,
+    dtype: str,
+    options: Options,
+) -> Frame:
+    *numbers, layout, flip = options
+    is_last = _is_channels_last(op, layout)
+    _check_flip(op, flip)
+    input = given["input"]
+    order = ORDERS[is_last]
+    if not input.flags.c_contiguous:
+        sample = slice(-OPERATIONS[op] - 1, None)
+        order = arrays.memory_order(input.shape[sample], input.strides[sample], -is_last, order)
+    shapes = (input.shape, weight_shape, bias_shape, _shape(given.get("residual")))
+    plain = _plain(numbers)
+    make = _make_frame.__wrapped__ if plain is None else _make_frame
+    return make(op, shapes, dtype, order, is_last, flip, plain or tuple(numbers))
+
+
+def _is_channels_last(op: str, layout: str) -> bool:
+    names = LAYOUTS[op]
+    if isinstance(layout, str) and layout in names:
+        return layout == names[1]
+    error = ConvError if isinstance(layout, str) else TypeError
+    raise error(f"{op}: layout must be one of {', '.join(names)}, got {layout!r}")
+
+
+def _check_algorithm(op: str, algo: str) -> str:
+    if not isinstance(algo, str):
+        raise TypeError(f"{op}: algo must be a string, got {algo!r}")
+    if algo not in _ALGORITHMS:
+        raise ConvError(f"{op}: algo must be one of {', '.join(_ALGORITHMS)}, got {algo!r}")
+    return algo
+
+
+def _check_flip(op: str, flip: bool) -> None:
+    if flip is not True and flip is not False:
+        raise TypeError(f"{op}: flip must be True or False, got {flip!r}")
+
+
+def _plain(value: Any) -> Any:
+    """The value in ints, strings and tuples, or None: as a key of a cache 1.0 and True would pass for 1."""
+    kind = type(value)
+    if kind is int or kind is str:
+        return value
+    if kind is tuple or kind is list:
+        entries = tuple([_plain(entry) for entry in value])
+        return None if None in entries else entries
+    return _plain(value.tolist()) if isinstance(value, (np.generic, np.ndarray)) else None
+
+
+@lru_cache(maxsize=1024)
+def _make_frame(
+    op: str,
+    shapes: tuple[Shape, Shape, Shape | None, Shape | None],
+    dtype: str,
+    order: str,
+    is_last: bool,
+    flip: bool,
+    numbers: tuple[Any, ...],
+) -> Frame:
+    ndim = OPERATIONS[op]
+    is_single = len(shapes[0]) == ndim + 1
+    problem = _make_problem(op, shapes, dtype, order, is_last, is_single, numbers)
+    absent = (None,) * (3 - ndim)
+    taps = slice(None, None, -1 if flip else None)
+    channel, *pixels = range(0 if is_single else 1, ndim + 2 - is_single)
+    batch = [] if is_single else [0]
+    to_last = (*batch, *pixels, channel)  # transposition from channels first
+    to_first = (*batch, pixels[-1], channel, *pixels[:-1])  # and back
+    first_shape = problem.output_shape[is_single:]
+    last_shape = tuple(first_shape[axis] for axis in to_last)
+    is_memory_last = order == "NHWC"
+    return Frame(
+        problem=problem,
+        compute=np.dtype(problem.compute_dtype),
+        channels_first=to_first if is_last else None,
+        insert=(None if is_single else slice(None), slice(None), *absent),
+        weight_insert=(slice(None), slice(None), *absent, *(taps,) * ndim),
+        output_shape=last_shape if is_last else first_shape,
+        memory_shape=last_shape if is_memory_last else first_shape,
+        memory_axes=None if is_memory_last == is_last else to_last if is_last else to_first,
+    )
+
+
+def _make_problem(
+    op: str,
+    shapes: tuple[Shape, Shape, Shape | None, Shape | None],
+    dtype: str,
+    order: str,
+    is_last: bool,
+    is_single: bool,
+    numbers: tuple[Any, ...],
+) -> ConvProblem:
+    """State the problem with a batch and channels first; an error tells where that differs from the call."""
+    input_shape, weight_shape, bias_shape, residual_shape = shapes
+    if residual_shape is not None:
+        residual_shape = _to_channels_first(residual_shape, is_single, is_last)
+    try:
+        return make_problem(
+            op,
+            _to_channels_first(input_shape, is_single, is_last),
+            weight_shape,
+            dtype=dtype,
+            order=order,
+            bias_shape=bias_shape,
+            residual_shape=residual_shape,
+            **dict(zip(_NUMBERS, numbers)),
+        )
+    except (ConvError, TypeError) as error:
+        notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
+        notes += ["for an input without a batch N = 1 is listed"] * is_single
+        raise type(error)("; ".join([str(error), *notes])) from None
+
+
+def _to_channels_first(shape: Shape, is_single: bool, is_last: bool) -> Shape:
+    if is_single:
+        shape = (1, *shape)
+    return (shape[0], shape[-1], *shape[1:-1]) if is_last and len(shape) > 2 else shape
+
+
+class _Conv:
+    """What Conv1d, Conv2d and Conv3d share."""
+
+    _op: str
+
+    def __init__(
+        self,
+        weight: Array,
+        bias: Array | None = None,
+        stride: PerAxis = 1,
+        padding: Padding = 0,
+        dilation: PerAxis = 1,
+        groups: int = 1,
+        *,
+        algo: str = "auto",
+        precision: str = "high",
+        activation: Activation = None,
+        layout: str | None = None,
+        flip: bool = False,
+    ) -> None:
+        op = self._op
+        given = _given({"weight": weight}, bias=bias)
+        self._kind = arrays.adapt(op, given).name
+        self._dtype = arrays.common_dtype(op, given)
+        self._activation, self._epilogue = activation, make_epilogue(op, activation)
+        self._algo = _check_algorithm(op, algo)
+        numbers = (stride, padding, dilation, groups, precision)
+        self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
+        self._weight_shape, bias = given["weight"].shape, given.get("bias")
+        frame = _stand_in_frame(op, self._weight_shape, _shape(bias), self._dtype, self._options)
+        # Copies: a weight the caller changes later would otherwise be half in what was prepared before.
+        self._weight5 = np.array(given["weight"][frame.weight_insert], dtype=frame.compute, order="C")
+        self._bias = None if bias is None else np.array(bias, dtype=frame.compute, order="C")
+        self._prepared: dict[Any, Any] = {}
+
+    def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
+        """Convolve an input; all arrays are of the weight's kind and dtype."""
+        op = self._op
+        given = _given({"input": input}, residual=residual, out=out)
+        kind = arrays.adapt(op, given)
+        dtype = arrays.common_dtype(op, given)
+        if kind.name != self._kind or dtype != self._dtype:
+            rule = f"input must be a {self._kind} array of dtype {self._dtype} like weight"
+            raise TypeError(
+                f"{op}: {rule}, got a {kind.name} array of dtype {dtype} ({arrays.describe(given)})"
+            )
+        frame = _find_frame(op, given, self._weight_shape, None, dtype, self._options)
+        plan = planning.make_plan(frame.problem, self._algo)
+        result = _run(op, plan, frame, given, self._prepare(plan), self._bias, self._epilogue)
+        return kind.wrap(result, input) if out is None else out
+
+    def _prepare(self, plan: planning.Plan) -> Any:
+        """The weight as this plan wants it, made once for all problems whose plans want the same.
+
+        No lock: threads that come first at once prepare it twice with the same result, while a lock held
+        by another thread would stay locked for ever in a forked child.
+        """
+        key = plan.weight_form
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = plan.prepare(self._weight5)
+        return prepared
+
+    def __repr__(self) -> str:
+        parts = [f"weight {self._weight_shape} {self._dtype}"]
+        if self._bias is not None:
+            parts.append(f"bias {self._bias.shape}")
+        names = (*_NUMBERS, "layout", "flip", "algo", "activation")
+        defaults = (1, 0, 1, 1, "high", LAYOUTS[self._op][0], False, "auto", None)
+        values = (*self._options, self._algo, self._activation)
+        parts += [f"{name}={v!r}" for name, v, d in zip(names, values, defaults) if repr(v) != repr(d)]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _stand_in_frame(
+    op: str, weight_shape: Shape, bias_shape: Shape | None, dtype: str, options: Options
+) -> Frame:
+    """Check weight, bias and options of a layer against an input without limits, which no error quotes."""
+    *numbers, layout, flip = options
+    _is_channels_last(op, layout)
+    _check_flip(op, flip)
+    groups = numbers[_NUMBERS.index("groups")]
+    channels = weight_shape[1] if len(weight_shape) > 1 else 1
+    if isinstance(groups, (int, np.integer)) and groups > 0:
+        channels *= int(groups)
+    input_shape = (1, channels, *(_UNKNOWN_SIZE,) * OPERATIONS[op])
+    shapes = (input_shape, weight_shape, bias_shape, None)
+    try:
+        return _make_frame.__wrapped__(op, shapes, dtype, "NCHW", False, flip, tuple(numbers))
+    except (ConvError, TypeError) as error:
+        raise type(error)(str(error).replace(f"input {input_shape}, ", "")) from None
+
+
+class Conv1d(_Conv):
+    """conv1d with a weight prepared once; see Conv2d.
+
+    >>> import numpy as np
+    >>> Conv1d(np.ones((1, 1, 2)))(np.array([[1.0, 2.0, 4.0]]))
+    array([[3., 6.]])
+    """
+
+    _op = "conv1d"
+
+
+class Conv2d(_Conv):
+    """conv2d with a weight prepared once: packed or transformed as the chosen algorithm wants it.
+
+    ========  =================================================
+    weight    (K, C // groups, R, S)
+    bias      (K,)
+    call      conv(input, residual=None, out=None), as in conv2d
+    ========  =================================================
+
+    The options are those of conv2d. Weight and bias are copied: a change made to them later has no effect.
+    What can be checked without an input is checked here, the rest at each call; errors are those of conv2d.
+    One layer may be called from many threads at once.
+
+    >>> import numpy as np
+    >>> conv = Conv2d(np.ones((1, 2, 3, 3), np.float32), padding=1, activation="relu")
+    >>> conv
+    Conv2d(weight (1, 2, 3, 3) float32, padding=1, activation='relu')
+    >>> conv(np.ones((2, 2, 2), np.float32))
+    array([[[8., 8.],
+            [8., 8.]]], dtype=float32)
+    """
+
+    _op = "conv2d"
+
+
+class Conv3d(_Conv):
+    """conv3d with a weight prepared once; see Conv2d.
+
+    >>> import numpy as np
+    >>> Conv3d(np.ones((1, 1, 2, 2, 2)))(np.ones((1, 1, 2, 2, 2))).item()
+    8.0
+    """
+
+    _op = "conv3d"
+
+
+def explain(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    activation: Activation = None,
+    residual: Array | None = None,
+    layout: str | None = None,
+    flip: bool = False,
+    out: Array | None = None,
+) -> planning.Explanation:
+    """Tell what a convolution with these arguments would do and why, without doing it; print the result.
+
+    The arguments, shapes and errors are those of conv1d, conv2d or conv3d, as the rank of the weight says.
+
+    >>> import numpy as np
+    >>> print(explain(np.ones((1, 64, 56, 56)), np.ones((64, 64, 3, 3)), padding=1))  # doctest: +ELLIPSIS
+    conv2d n1c64h56w56_k64r3s3_st1x1_pad1x1_dil1x1_g1_float64
+      input (1, 64, 56, 56), weight (64, 64, 3, 3), output (1, 64, 56, 56)
+    ...
+    """
+    op = find_op("explain", weight)
+    options = (
+        stride,
+        padding,
+        dilation,
+        groups,
+        precision,
+        LAYOUTS[op][0] if layout is None else layout,
+        flip,
+    )
+    call = bind(op, input, weight, bias, options, activation, residual, out)
+    if out is not None:
+        arrays.check_out(op, call.given, call.frame.output_shape)
+    return planning.explain_problem(call.frame.problem, _check_algorithm(op, algo))
+
+
+def algorithms() -> tuple[Algorithm, ...]:
+    """The rows of the table: name, summary, source and rules of every algorithm, in the order of the table.
+
+    >>> [row.name for row in algorithms()]
+    ['direct', 'im2col', 'winograd', 'pointwise', 'depthwise']
+    """
+    return tuple(TABLE.values())
