@@ -97,7 +97,9 @@ def _settings() -> _Settings:
     )  # fmt: skip
 
 
-def make_plan(problem: ConvProblem, algo: str = "auto", backend: str = "cpu", tile: str | None = None) -> Plan:
+def make_plan(
+    problem: ConvProblem, algo: str = "auto", backend: str = "cpu", tile: str | None = None
+) -> Plan:
     """Choose an algorithm and a tile for a problem.
 
     algo   "auto" or the name of a row of the table
@@ -117,14 +119,18 @@ def _make_plan(
 ) -> Plan:
     largest = max(problem.bytes, *problem.stride, *problem.dilation, *map(sum, problem.padding))
     if largest >= LARGEST:
-        raise ConvError(f"{op}: bytes, stride, dilation and padding must be below 2**60, got {largest} ({problem})")
+        raise ConvError(
+            f"{op}: bytes, stride, dilation and padding must be below 2**60, got {largest} ({problem})"
+        )
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
     if settings.algo:
         _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
-        raise _out_of_workspace(problem, [p for name in TABLE for p in possible_plans(problem, name, backend)])
+        raise _out_of_workspace(
+            problem, [p for name in TABLE for p in possible_plans(problem, name, backend)]
+        )
     for plan in plans:
         if settings.algo == plan.algorithm.name:
             return plan

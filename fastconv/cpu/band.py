@@ -34,6 +34,7 @@ from fastconv.cpu.simd import (
     fill,
     jit,
     multiply_tile,
+    part,
     pointer,
     release,
     spread,
@@ -107,7 +108,9 @@ def plan_bands(problem: ConvProblem, tile: Tile, cache: int, threads: int) -> tu
     column_phases = sorted({s * dw % sw for s in range(problem.S)})
     halo_h, halo_w = (problem.R - 1) * dh // sh, (problem.S - 1) * dw // sw
     C, K = problem.C // problem.groups, problem.K // problem.groups
-    budget = cache // (itemsize(problem) * C * problem.T * len(row_phases) * len(column_phases))  # elements of a plane
+    budget = cache // (
+        itemsize(problem) * C * problem.T * len(row_phases) * len(column_phases)
+    )  # elements of a plane
     cols = even_share(problem.Q, max(64, budget // (1 + halo_h) - halo_w))
     rows = even_share(problem.P, max(1, budget // (cols + halo_w) - halo_h))
     row_bands, col_bands = math.ceil(problem.P / rows), math.ceil(problem.Q / cols)
@@ -127,9 +130,7 @@ def even_share(total: int, most: int, multiple: int = 1) -> int:
     return min(total, math.ceil(total / parts / multiple) * multiple)
 
 
-def _tap_tables(
-    problem: ConvProblem, g: Geometry, row_phases: list[int], column_phases: list[int]
-) -> Tables:
+def _tap_tables(problem: ConvProblem, g: Geometry, row_phases: list[int], column_phases: list[int]) -> Tables:
     """Return the shift of every tap: its channel and plane, its phase, its row and column in that phase."""
     (_, sh, sw), (_, dh, dw) = problem.stride, problem.dilation
     plane = g.Hb * g.Wb
@@ -241,7 +242,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, residual,
     release(tile)
 
 
-@jit
+@part
 def pack_band(block, b, image, x, g, tables, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read into the packed band, zeros for padding."""
     at = 0
@@ -267,7 +268,7 @@ def pack_band(block, b, image, x, g, tables, o, p, q, rows):
                     at += g.Hb * g.Wb
 
 
-@jit
+@part
 def multiply(
     block, w, w_row, k_count, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile,
 ):  # fmt: skip
@@ -303,7 +304,7 @@ def multiply(
     release(spare)
 
 
-@jit
+@part
 def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
     """Store the existing pixels first ... first+count-1 of a tile, one image row at a time."""
     step_k, step_p, step_q = y_steps
@@ -318,7 +319,7 @@ def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
         j += run
 
 
-@jit
+@part
 def finish(y, y_steps, residual, residual_steps, has_residual, sizes, activation, slope):
     """Add the residual to a box of y, then apply the activation."""
     for i in range(sizes[0]):
@@ -331,7 +332,7 @@ def finish(y, y_steps, residual, residual_steps, has_residual, sizes, activation
             activate(y, at, y_steps[2], sizes[2], activation, slope)
 
 
-@jit
+@part
 def activate(y, at, step, count, activation, slope):
     """Apply an activation, named by its code, to `count` elements of y."""
     if activation == 1:
@@ -343,7 +344,7 @@ def activate(y, at, step, count, activation, slope):
             y[at + e * step] = _activate_one(np.float64(y[at + e * step]), activation, slope)
 
 
-@jit
+@part
 def _activate_one(v, activation, slope):
     if activation == 2:
         return 0.0 if v < 0 else 6.0 if v > 6 else v

@@ -38,6 +38,7 @@ from fastconv.cpu.simd import (
     fill,
     jit,
     multiply_tile,
+    part,
     pointer,
     release,
     spread,
@@ -220,7 +221,7 @@ def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, resi
     release(tile)
 
 
-@jit
+@part
 def _pack_band(block, band, image, x, g, group, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read, zeros for padding and for missing channels."""
     channels = min(g.C, g.C_all - group * g.C)
@@ -247,7 +248,7 @@ def _pack_band(block, band, image, x, g, group, o, p, q, rows):
             fill(block, advance(line, high * g.C), (g.Wb - high) * g.C)
 
 
-@jit
+@part
 def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_count, y, y_steps, tile):
     """Multiply the pixels of a band by the packed panels of weights, tile by tile."""
     lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
@@ -267,7 +268,9 @@ def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_c
             whole = whole and (even or q + height <= cols)
             target = advance(y, k * y_steps[2] + p * y_steps[4] + q * y_steps[5])
             c, c_row = (target, y_steps[5]) if whole else (tile, width)
-            multiply_tile(block, vectors, a, table(offsets), a_taps, panel, b_taps, taps, advance(bias, k), c, c_row)
+            multiply_tile(
+                block, vectors, a, table(offsets), a_taps, panel, b_taps, taps, advance(bias, k), c, c_row
+            )
             if not whole:
                 for i in range(live):
                     p, q = divmod(pixel + i, cols)
@@ -275,7 +278,7 @@ def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_c
                     spread(block, advance(y, at), y_steps[2], advance(tile, i * width), count)
 
 
-@jit
+@part
 def _finish(y, y_steps, residual, r, rows, cols, k_count, activation, slope):
     """Add the residual to a band of y, then apply the activation."""
     for p in range(rows):

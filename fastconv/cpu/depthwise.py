@@ -28,7 +28,11 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     if _by_channels(problem):
         g = band_last.plan_bands(problem, _channel_block(problem, tile, device), device.l1 // 2, workers)
         return itemsize(problem) * (workers * band_last.band_elements(g) + problem.parameters)
-    return workers * itemsize(problem) * band.band_elements(*band.plan_bands(problem, tile, device.l1 // 2, workers))
+    return (
+        workers
+        * itemsize(problem)
+        * band.band_elements(*band.plan_bands(problem, tile, device.l1 // 2, workers))
+    )
 
 
 def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from fastconv.cpu.simd import (
     copy,
     fill,
     jit,
+    part,
     pointer,
     release,
     table,
@@ -163,7 +164,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, 
     release(tile)
 
 
-@jit
+@part
 def _gather(block, columns, image, x, g, o, pixel, count):
     """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to columns[tap, 0 ... count-1]."""
     at = 0
@@ -187,7 +188,7 @@ def _gather(block, columns, image, x, g, o, pixel, count):
                     at += g.columns
 
 
-@jit
+@part
 def _gather_row(block, target, row, w, stride, step, count, W):
     """Copy columns w, w + stride ... of an input row of W columns, zeros where there are none."""
     low = min(max(-(w // stride), 0), count)

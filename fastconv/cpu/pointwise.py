@@ -22,7 +22,11 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     if problem.order == "NHWC" or not _reads_in_place(problem):
         return direct.cost(problem, tile, device)
     cycles = device.multiply_cycles(
-        tile, problem.K // problem.groups, problem.P * problem.Q, problem.C // problem.groups, problem.compute_dtype
+        tile,
+        problem.K // problem.groups,
+        problem.P * problem.Q,
+        problem.C // problem.groups,
+        problem.compute_dtype,
     )
     return device.seconds(problem, problem.N * problem.groups * problem.O * cycles)
 

@@ -49,11 +49,16 @@ DIGEST = _digest()
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile with Numba: without the GIL and cached on disk, or uncached where nothing can be written."""
+    """Compile a kernel with Numba: without the GIL, cached on disk, or uncached where nothing can be written."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Numba found no folder that it may write to
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Compile a part of kernels, which Python does not call: without wrappers and a cache of its own."""
+    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 class Tile(NamedTuple):
@@ -316,7 +321,7 @@ def _microkernel(
     return signature, codegen
 
 
-@jit
+@part
 def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     """Compute one tile: c[i * c_row + j] = bias + sum over the taps (at least one) of A[i, t] * B[t, j].
 
@@ -405,7 +410,7 @@ def copy_pixels(typingctx: Any, block: BlockType, target: Any, source: Any) -> A
     return types.void(block, floats, floats), codegen
 
 
-@jit
+@part
 def copy(block, target, source, step, count):
     """Copy `count` elements that lie `step` apart in the source to consecutive places."""
     if step == 1:
@@ -416,7 +421,7 @@ def copy(block, target, source, step, count):
             target[i] = source[i * step]
 
 
-@jit
+@part
 def spread(block, target, step, source, count):
     """Copy `count` consecutive elements to places `step` apart."""
     if step == 1:
@@ -426,7 +431,7 @@ def spread(block, target, step, source, count):
             target[i * step] = source[i]
 
 
-@jit
+@part
 def fill(block, target, count):
     """Set `count` elements to zero."""
     for i in range(0, count, block_lanes(block)):

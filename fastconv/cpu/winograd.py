@@ -34,6 +34,7 @@ from fastconv.cpu.simd import (
     jit,
     merge_columns,
     multiply_tile,
+    part,
     pointer,
     prefetch,
     release,
@@ -104,7 +105,9 @@ def geometry(
     U_ready = prepared or transforms_filters_first(blocks)
     channel = (tile.m + 2) ** 2 * itemsize(problem) * (width if U_ready else width + C_padded)
     k_group = max(1, min(math.ceil(k_step / tile.rows), device.l2 // 2 // channel // tile.rows)) * tile.rows
-    U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows that do not exist
+    U_rows = (
+        problem.K + tile.rows if U_ready else k_group
+    )  # a last, partial tile reads rows that do not exist
     return Geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
         problem.padding[1][0], problem.padding[2][0], tiles_h, tiles_w, tiles, blocks,
@@ -193,7 +196,7 @@ def run(
     threads.run_tasks(work, g.groups * g.blocks * g.k_parts, workers)
 
 
-@jit
+@part
 def _zeros(block, elements):
     """Allocate zeros."""
     memory = allocate(block, elements)
@@ -201,7 +204,7 @@ def _zeros(block, elements):
     return memory
 
 
-@jit
+@part
 def _transform_filters(block, g, w, first, count, U, at):
     """Transform the filters of output channels first ... first+count-1 to the rows from `at` of U's matrices."""
     lanes = block_lanes(block)
@@ -257,13 +260,15 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, r
             )  # fmt: skip
             if residual[0] != 0 or activation != 0:
                 more = advance(pointer(block, residual[0]), channel * residual[2])
-                _finish_tiles(block, target, y, more, residual, g, segments, count, k_count, activation, slope)
+                _finish_tiles(
+                    block, target, y, more, residual, g, segments, count, k_count, activation, slope
+                )
     release(V)
     release(M)
     release(own_U)
 
 
-@jit
+@part
 def _find_segments(g, first, tiles, lanes, segments):
     """List the runs of tiles of one vector and one row of tiles: (lane in the block, run, n, row, column)."""
     count, j = 0, 0
@@ -278,12 +283,14 @@ def _find_segments(g, first, tiles, lanes, segments):
     return count
 
 
-@jit
+@part
 def _transform_inputs(block, image, x, g, segments, count, vectors, V):
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
     strip = _zeros(block, (m + 2) * (lanes + 1) * m)  # the input under one run of tiles, zero padded
-    lines = _zeros(block, (m + 2) * 2 * m * lanes)  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
+    lines = _zeros(
+        block, (m + 2) * 2 * m * lanes
+    )  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
     d, nothing = allocate(block, (m + 2) * 2 * m * lanes), _zeros(block, 1)
     for c in range(g.C):
         s = 0
@@ -302,7 +309,7 @@ def _transform_inputs(block, image, x, g, segments, count, vectors, V):
     release(nothing)
 
 
-@jit
+@part
 def _copy_strip(block, image, x, g, segment, c, strip):
     """Copy the m + 2 lines under a run of tiles, (run + 1) * m columns of each, zeros for padding."""
     m = block_m(block)
@@ -322,7 +329,7 @@ def _copy_strip(block, image, x, g, segment, c, strip):
         fill(block, advance(line, high), columns - high)
 
 
-@jit
+@part
 def _copy_tiles(block, strip, run, lines):
     """Copy the tiles of a strip to lines whose columns do not overlap."""
     m = block_m(block)
@@ -334,7 +341,7 @@ def _copy_tiles(block, strip, run, lines):
             copy_pixels(block, advance(target, far), advance(source, m))
 
 
-@jit
+@part
 def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
     """Multiply the a*a matrices: M[e] = U[e] V[e]; meanwhile fetch the `coming` values of the next filters.
 
@@ -355,7 +362,7 @@ def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming
     release(zeros)
 
 
-@jit
+@part
 def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, y_steps):
     """Transform the products and store the pixels that exist: y = A^T M A + bias."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
@@ -376,12 +383,18 @@ def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, 
                     if p < g.P:
                         at = segments[s, 2] * y_steps[1] + k * y_steps[2] + p * y_steps[4] + q * y_steps[5]
                         exist = min(segments[s, 1] * m, g.Q - q)
-                        spread(block, advance(y, at), y_steps[5], advance(line, segments[s, 0] % lanes * m), exist)
+                        spread(
+                            block,
+                            advance(y, at),
+                            y_steps[5],
+                            advance(line, segments[s, 0] % lanes * m),
+                            exist,
+                        )
     release(pixels)
     release(line)
 
 
-@jit
+@part
 def _finish_tiles(block, y, y_steps, residual, r, g, segments, count, k_count, activation, slope):
     """Add the residual to the tiles of a block, then apply the activation."""
     m = block_m(block)
