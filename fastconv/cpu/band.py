@@ -24,6 +24,7 @@ from fastconv.cpu import threads
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
+    Kernel,
     Tile,
     advance,
     allocate,
@@ -32,7 +33,6 @@ from fastconv.cpu.simd import (
     block_rows,
     copy,
     fill,
-    jit,
     multiply_tile,
     part,
     pointer,
@@ -202,7 +202,7 @@ def finish_arguments(residual: np.ndarray | None, epilogue: Epilogue) -> tuple[V
     return view_or_none, ACTIVATION_CODES[epilogue.activation], epilogue.slope
 
 
-@jit
+@Kernel
 def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, residual, activation, slope):
     band, tile = allocate(block, elements), allocate(block, block_rows(block) * block_columns(block))
     source, target = pointer(block, x[0]), pointer(block, y[0])
@@ -274,7 +274,7 @@ def multiply(
 ):  # fmt: skip
     """Multiply weight rows by a long vector of pixels, tile by tile, and store the pixels that exist.
 
-    Pixel j of the vector is column (first + j) % pitch of row (first + j) // pitch; it exists if the
+    B holds whole vectors, or at least one. Pixel j of the vector is column (first + j) % pitch of row (first + j) // pitch; it exists if the
     column is < cols. y points at row 0, column 0 of the first channel; y_steps: per channel, row, column.
     """
     step_k, step_p, step_q = y_steps
@@ -287,10 +287,14 @@ def multiply(
         w = spare
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before, here and below
-        for block_start in range(0, pixels, width):
-            vectors = (min(width, pixels - block_start) + lanes - 1) // lanes
-            j = max(0, min(block_start, pixels - vectors * lanes))
+        done = 0
+        while done < pixels:
+            vectors = (min(width, pixels - done) + lanes - 1) // lanes
+            if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
+                vectors = pixels // lanes
+            j = max(0, min(done, pixels - vectors * lanes))
             count = min(vectors * lanes, pixels - j)
+            done = j + count
             p, q = divmod(first + j, pitch)
             whole = live == height and count == vectors * lanes and q + count <= cols and step_q == 1
             c = advance(y, k * step_k + p * step_p + q) if whole else tile

@@ -29,6 +29,7 @@ from fastconv.cpu.band import (
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
+    Kernel,
     advance,
     allocate,
     block_columns,
@@ -36,7 +37,6 @@ from fastconv.cpu.simd import (
     block_rows,
     copy,
     fill,
-    jit,
     multiply_tile,
     part,
     pointer,
@@ -179,7 +179,7 @@ def _tap_offsets(
     return (t[:, None, None, None] + r[:, None, None] + s[:, None] + c).reshape(-1)
 
 
-@jit
+@Kernel
 def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
     width = block_columns(block)
     band = allocate(block, 0 if g.from_x else g.T * g.Hb * g.Wb * g.C)

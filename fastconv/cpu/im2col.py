@@ -19,6 +19,7 @@ from fastconv.cpu.band import (
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
+    Kernel,
     Tile,
     advance,
     allocate,
@@ -26,7 +27,6 @@ from fastconv.cpu.simd import (
     block_rows,
     copy,
     fill,
-    jit,
     part,
     pointer,
     release,
@@ -128,7 +128,7 @@ def run(
     threads.run_tasks(work, problem.N * g.groups * g.O * g.blocks, task_threads(problem))
 
 
-@jit
+@Kernel
 def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
     taps = a_taps.size
     columns = allocate(block, taps * g.columns)

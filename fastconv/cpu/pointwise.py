@@ -57,13 +57,13 @@ def run(
     in_place = problem.order == "NCHW" and _reads_in_place(problem) and all(map(_is_one_row, arrays))
     dtype = problem.compute_dtype
     block = Block(dtype, tile.rows, tile.vectors, device.lanes(dtype))
-    pixels = problem.H * problem.W
-    if not in_place or (pixels < block.vectors * block.lanes and pixels % block.lanes):
+    rows = replace(problem, H=1, W=problem.H * problem.W)
+    geometry, tables = band.plan_bands(rows, tile, device.l2 // 2, band.task_threads(problem))
+    last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
+    if not in_place or last_band < block.lanes:  # less than a vector: it would be read past its end
         direct.run(problem, tile, device, x, weight, bias, residual, epilogue, out)
         return
     x, out, *more = (_flatten(array) for array in arrays)
-    rows = replace(problem, H=1, W=pixels)
-    geometry, tables = band.plan_bands(rows, tile, device.l2 // 2, band.task_threads(problem))
     channels = np.arange(geometry.C) * (x.strides[1] // x.itemsize)
     geometry, tables = geometry._replace(direct_b=1), tables._replace(b_taps=channels)
     weight, residual = np.ascontiguousarray(weight), more[0] if more else None
@@ -76,7 +76,8 @@ def _reads_in_place(problem: ConvProblem) -> bool:
 
 def _is_one_row(array: np.ndarray) -> bool:
     """Say whether the pixels of a plane lie one after the other."""
-    return array.strides[4] == array.itemsize and array.strides[3] == array.shape[4] * array.itemsize
+    row = array.shape[4] * array.itemsize
+    return array.strides[4] == array.itemsize and (array.shape[3] == 1 or array.strides[3] == row)
 
 
 def _flatten(array: np.ndarray) -> np.ndarray:

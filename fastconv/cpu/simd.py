@@ -17,8 +17,10 @@ Each sum runs over the taps in order, one fused multiply-add each, whatever the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +50,27 @@ def _digest() -> str:
 DIGEST = _digest()
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compile a kernel with Numba: without the GIL, cached on disk, or uncached where nothing can be written."""
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # Numba found no folder that it may write to
-        return numba.njit(nogil=True, error_model="numpy")(function)
+class Kernel:
+    """A function compiled with Numba, without the GIL: called as kernel(block, ...), compiled once per block.
+
+    Numba finds out the types of all arguments at every call, in 5 us. They follow from the block, so here that
+    is done once, and later calls go to the machine code in 0.5 us.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        try:
+            self.dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        except RuntimeError:  # Numba found no folder that it may write to
+            self.dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+        self.entries: dict[Block, Callable[..., None]] = {}
+
+    def __call__(self, block: Block, *arguments: Any) -> None:
+        entry = self.entries.get(block)
+        if entry is None:
+            types_of_all = tuple(numba.typeof(argument) for argument in (block, *arguments))
+            self.dispatcher.compile(types_of_all)
+            entry = self.entries[block] = self.dispatcher.overloads[types_of_all].entry_point
+        entry(block, *arguments)
 
 
 def part(function: Callable[..., Any]) -> Any:
@@ -71,7 +88,7 @@ class Tile(NamedTuple):
         return f"{self.rows}x{self.vectors}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A tile for one dtype and vector width: the compile-time part of a kernel's arguments.
 
@@ -79,6 +96,8 @@ class Block:
           "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
           "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
     m     outputs along one side of a Winograd tile; 0 elsewhere
+    step, extents, rolling  of `convolve_plane`: the distance of the columns that neighbouring outputs read (1
+          or 2), (R, S) of the kernel, and whether it has stride and dilation 1 along the rows
     """
 
     dtype: str
@@ -87,6 +106,9 @@ class Block:
     lanes: int
     form: str = "rows"
     m: int = 0
+    step: int = 1
+    extents: tuple[int, int] = (0, 0)
+    rolling: bool = False
 
 
 class BlockType(types.Type):
@@ -122,6 +144,16 @@ def block_columns(typingctx: Any, block: BlockType) -> Any:
     """Return the elements in one row of a block (vectors * lanes), as a compile-time constant."""
     width = block.block.vectors * block.block.lanes
     return types.int64(block), lambda context, builder, sig, args: INT(width)
+
+
+@intrinsic
+def block_extents(typingctx: Any, block: BlockType) -> Any:
+    """Return (R, S) of a block's kernel, as compile-time constants."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.make_tuple(builder, sig.return_type, [INT(extent) for extent in block.block.extents])
+
+    return types.UniTuple(types.int64, 2)(block), codegen
 
 
 @intrinsic
@@ -215,8 +247,8 @@ class Vectors:
         address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
         self.builder.store(value, address, align=self.bytes)
 
-    def splat(self, scalar: Any) -> Any:
-        undefined = ir.Constant(self.type, ir.Undefined)
+    def splat(self, scalar: Any, kind: Any = None) -> Any:
+        undefined = ir.Constant(kind or self.type, ir.Undefined)
         one = self.builder.insert_element(undefined, scalar, ir.IntType(32)(0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(one, undefined, zeros)
@@ -226,6 +258,40 @@ class Vectors:
 
     def broadcast(self, p: Any, offset: Any) -> Any:
         return self.splat(self.builder.load(self.builder.gep(p, [offset])))
+
+    def within(self, column: Any, W: Any) -> Any:
+        """Return the mask of the lanes in [0, W), the first lane being in `column`."""
+        number = ir.IntType(32)  # half the width of a pointer, and rows are shorter than 2**31
+        kind = ir.VectorType(number, self.lanes)
+        first = self.splat(self.builder.trunc(column, number), kind)
+        at = self.builder.add(first, ir.Constant(kind, list(range(self.lanes))))
+        width = self.splat(self.builder.trunc(W, number), kind)
+        return self.builder.icmp_unsigned("<", at, width)  # a negative column is a large one
+
+    def load_masked(self, p: Any, offset: Any, mask: Any) -> Any:
+        """Load a vector, zero in the lanes outside the mask."""
+        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
+        zeros = ir.Constant(self.type, None)
+        return self.masked("load", self.type, [address, ir.IntType(32)(self.bytes), mask, zeros])
+
+    def store_first(self, value: Any, p: Any, offset: Any, count: Any) -> None:
+        """Store the lanes of a vector at p + offset that come before p + count."""
+        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
+        mask = self.first_lanes(self.builder.sub(count, offset))
+        self.masked("store", ir.VoidType(), [value, address, ir.IntType(32)(self.bytes), mask])
+
+    def first_lanes(self, count: Any) -> Any:
+        """Return the mask of the first `count` lanes."""
+        kind = ir.VectorType(INT, self.lanes)
+        lanes = ir.Constant(kind, list(range(self.lanes)))
+        return self.builder.icmp_signed("<", lanes, self.splat(count, kind))
+
+    def masked(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        """Call LLVM's masked load or store."""
+        suffix = f"v{self.lanes}f{8 * self.bytes}.p0"
+        signature = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.masked.{name}.{suffix}")
+        return self.builder.call(function, arguments)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.builder.call(self._fma, [a, b, c])
@@ -307,15 +373,7 @@ def _microkernel(
     signature = types.void(block, types.int64, *operands)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        end = builder.append_basic_block("end")
-        choose = builder.switch(args[1], end)
-        for count in range(1, block.block.vectors + 1):
-            case = builder.append_basic_block(f"vectors_{count}")
-            choose.add_case(INT(count), case)
-            builder.position_at_end(case)
-            _emit_tile(builder, block.block, count, args[2:])
-            builder.branch(end)
-        builder.position_at_end(end)
+        _emit_cases(builder, block.block.vectors, args[1], partial(_emit_tile, builder, block.block), args[2:])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -334,22 +392,154 @@ def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c
     _microkernel(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row)
 
 
-def _mask(simd: Vectors, count: Any) -> Any:
-    """Emit the mask of the first `count` lanes."""
-    builder, kind = simd.builder, ir.VectorType(INT, simd.lanes)
-    undefined = ir.Constant(kind, ir.Undefined)
-    one = builder.insert_element(undefined, count, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), simd.lanes), [0] * simd.lanes)
-    limit = builder.shuffle_vector(one, undefined, zeros)
-    return builder.icmp_signed("<", ir.Constant(kind, list(range(simd.lanes))), limit)
+class _PlaneRows:
+    """Emits what a row of the input adds to the outputs it takes part in, for one strip of a plane."""
+
+    def __init__(self, builder: Any, block: Block, vectors: int, args: Any) -> None:
+        self.x, self.x_row, self.H, W, column, dilation_w, w = args
+        self.builder, self.block, self.vectors = builder, block, vectors
+        self.simd = simd = Vectors(builder, block)
+        R, S = block.extents
+        self.factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
+        shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, block.step)]
+        parts = [INT(e * block.lanes) for e in range(vectors * block.step)]
+        self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
+        self.masks = [[simd.within(column, W) for column in row] for row in self.columns]
+
+    def add(self, h: Any, sums: list[list[Any]], taps: list[int]) -> list[list[Any]]:
+        """Return sums[i] + the taps of kernel row taps[i] times input row h, which may lie outside the plane."""
+        builder = self.builder
+        before = builder.block
+        inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_unsigned("<", h, self.H), inside, after)  # a negative row is a large one
+        builder.position_at_end(inside)
+        line, new = builder.gep(self.x, [builder.mul(h, self.x_row)]), sums
+        for s, values in enumerate(self._load(line)):
+            new = [
+                [self.simd.fma(self.factors[r][s], v, total) for v, total in zip(values, row, strict=True)]
+                for r, row in zip(taps, new, strict=True)
+            ]
+        builder.branch(after)
+        builder.position_at_end(after)
+        return [
+            [self._merge(old, before, value, inside) for old, value in zip(*rows, strict=True)]
+            for rows in zip(sums, new, strict=True)
+        ]
+
+    def _load(self, line: Any) -> Any:
+        """Yield the vectors of the line for each column of the kernel; step 2 splits pairs into even and odd."""
+        step = self.block.step
+        for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
+            loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
+            pairs = [loaded[j * step : (j + 1) * step] for j in range(self.vectors)]
+            split = [_emit_split(self.builder, pair, self.block.lanes) for pair in pairs]
+            for s in range(min(step, self.block.extents[1] - first)):
+                yield [values[s] for values in split]
+
+    def _merge(self, old: Any, before: Any, value: Any, inside: Any) -> Any:
+        phi = self.builder.phi(self.simd.type)
+        phi.add_incoming(old, before)
+        phi.add_incoming(value, inside)
+        return phi
 
 
-def _masked(simd: Vectors, name: str, result: Any, arguments: list[Any]) -> Any:
-    """Call LLVM's masked load or store."""
-    suffix = f"v{simd.lanes}f{8 * simd.bytes}.p0"
-    signature = ir.FunctionType(result, [argument.type for argument in arguments])
-    function = cgutils.get_or_insert_function(simd.builder.module, signature, f"llvm.masked.{name}.{suffix}")
-    return simd.builder.call(function, arguments)
+def _emit_plane(builder: Any, block: Block, vectors: int, args: Any) -> None:
+    """Emit the loop over a plane, `vectors` vectors of columns wide, all taps unrolled.
+
+    Rolling, one pass over the input rows: each is loaded once and added to the R outputs it takes part in,
+    which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
+    """
+    *strip, h, stride_h, dilation_h, bias, y, y_row, P, count = args
+    rows = _PlaneRows(builder, block, vectors, strip)
+    R = block.extents[0]
+    start = [rows.simd.broadcast(bias, INT(0))] * vectors
+    pending = R - 1 if block.rolling else 0  # outputs that the rows before have begun
+    before = builder.block
+    loop, done = builder.append_basic_block("row"), builder.append_basic_block("done")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    i = builder.phi(INT, "i")
+    begun = [[builder.phi(rows.simd.type) for _ in range(vectors)] for _ in range(pending)]
+    top = builder.add(h, builder.mul(i, stride_h))
+    if block.rolling:
+        sums = rows.add(top, [start, *begun], list(range(R)))
+    else:
+        sums = [start]
+        for r in range(R):
+            sums = rows.add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, [r])
+    p = builder.sub(i, INT(pending))
+    with builder.if_then(builder.icmp_signed(">=", p, INT(0))):
+        target = builder.gep(y, [builder.mul(p, y_row)])
+        for j, value in enumerate(sums[-1]):
+            rows.simd.store_first(value, target, INT(j * block.lanes), count)
+    following = builder.add(i, INT(1))
+    latch = builder.block
+    _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, builder.add(P, INT(pending))), loop, done))
+    phis = [i, *(phi for row in begun for phi in row)]
+    values = [following, *(value for row in sums[:pending] for value in row)]
+    for phi, first, later in zip(phis, [INT(0), *start * pending], values, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, latch)
+    builder.position_at_end(done)
+
+
+@intrinsic
+def _plane_kernel(
+    typingctx: Any,
+    block: BlockType,
+    vectors: Any,
+    x: Any,
+    x_row: Any,
+    H: Any,
+    W: Any,
+    column: Any,
+    dilation_w: Any,
+    w: Any,
+    h: Any,
+    stride_h: Any,
+    dilation_h: Any,
+    bias: Any,
+    y: Any,
+    y_row: Any,
+    P: Any,
+    count: Any,
+) -> Any:
+    p, n = types.CPointer(block.float), types.int64
+    signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _emit_cases(builder, block.block.vectors, args[1], partial(_emit_plane, builder, block.block), args[2:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_cases(builder: Any, most: int, vectors: Any, emit: Any, args: Any) -> None:
+    """Emit a switch over the number of vectors, 1 ... most, with code made for each."""
+    end = builder.append_basic_block("end")
+    choose = builder.switch(vectors, end)
+    for count in range(1, most + 1):
+        case = builder.append_basic_block(f"vectors_{count}")
+        choose.add_case(INT(count), case)
+        builder.position_at_end(case)
+        emit(count, args)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+@part
+def convolve_plane(
+    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
+):
+    """Convolve a plane x (H, W) with one filter of block.extents, for P rows and `count` columns of output.
+
+    The first output reads the input from row h and from `column` on; both may be negative, and what lies
+    outside the plane reads as zero. The columns of neighbouring outputs are block.step apart.
+    """
+    _plane_kernel(
+        block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
+    )
 
 
 @intrinsic
@@ -359,11 +549,25 @@ def copy_lanes(typingctx: Any, block: BlockType, target: Any, source: Any, count
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         simd = Vectors(builder, block.block)
-        mask, align = _mask(simd, args[3]), ir.IntType(32)(simd.bytes)
-        p, q = (builder.bitcast(args[i], simd.type.as_pointer()) for i in (1, 2))
-        zeros = ir.Constant(simd.type, None)
-        value = _masked(simd, "load", simd.type, [q, align, mask, zeros])
-        _masked(simd, "store", ir.VoidType(), [value, p, align, mask])
+        value = simd.load_masked(args[2], INT(0), simd.first_lanes(args[3]))
+        simd.store_first(value, args[1], INT(0), args[3])
+        return context.get_dummy_value()
+
+    return types.void(block, floats, floats, types.int64), codegen
+
+
+@intrinsic
+def copy_even_lanes(typingctx: Any, block: BlockType, target: Any, source: Any, count: Any) -> Any:
+    """Copy every other element of two vectors, the first `count` of them, at most block.lanes."""
+    floats = types.CPointer(block.float)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        read = builder.sub(builder.mul(args[3], INT(2)), INT(1))
+        parts = [INT(0), INT(simd.lanes)]
+        masks = [simd.first_lanes(builder.sub(read, part)) for part in parts]
+        pair = [simd.load_masked(args[2], part, mask) for part, mask in zip(parts, masks, strict=True)]
+        simd.store_first(_emit_split(builder, pair, simd.lanes)[0], args[1], INT(0), args[3])
         return context.get_dummy_value()
 
     return types.void(block, floats, floats, types.int64), codegen
@@ -375,9 +579,7 @@ def zero_lanes(typingctx: Any, block: BlockType, target: Any, count: Any) -> Any
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         simd = Vectors(builder, block.block)
-        mask, align = _mask(simd, args[2]), ir.IntType(32)(simd.bytes)
-        p = builder.bitcast(args[1], simd.type.as_pointer())
-        _masked(simd, "store", ir.VoidType(), [ir.Constant(simd.type, None), p, align, mask])
+        simd.store_first(ir.Constant(simd.type, None), args[1], INT(0), args[2])
         return context.get_dummy_value()
 
     return types.void(block, types.CPointer(block.float), types.int64), codegen
@@ -416,6 +618,9 @@ def copy(block, target, source, step, count):
     if step == 1:
         for i in range(0, count, block_lanes(block)):
             copy_lanes(block, advance(target, i), advance(source, i), count - i)
+    elif step == 2:
+        for i in range(0, count, block_lanes(block)):
+            copy_even_lanes(block, advance(target, i), advance(source, 2 * i), count - i)
     else:
         for i in range(count):
             target[i] = source[i * step]

@@ -22,6 +22,7 @@ from fastconv.cpu.band import finish, finish_arguments, padded_bias, task_thread
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
+    Kernel,
     advance,
     allocate,
     block_columns,
@@ -31,7 +32,6 @@ from fastconv.cpu.simd import (
     copy,
     copy_pixels,
     fill,
-    jit,
     merge_columns,
     multiply_tile,
     part,
@@ -223,12 +223,12 @@ def _transform_filters(block, g, w, first, count, U, at):
     release(nothing)
 
 
-@jit
+@Kernel
 def _prepare_filters(block, g, w, first, last, U):
     _transform_filters(block, g, pointer(block, w), first, last - first, pointer(block, U), first)
 
 
-@jit
+@Kernel
 def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
     width, a = block_columns(block), block_m(block) + 2
     V, M = allocate(block, a * a * g.V_step), allocate(block, a * a * g.k_group * width)
