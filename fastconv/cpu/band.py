@@ -146,8 +146,8 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
     """Return the estimated seconds of a banded convolution on one core."""
     g, tables = plan_bands(problem, tile, cache, 1)
     bands = problem.N * g.groups * g.O * g.row_bands * g.col_bands
-    pixels = (g.rows - 1) * g.Wb + g.cols if problem.order == "NCHW" else g.rows * g.cols
-    multiply = device.multiply_cycles(tile, g.K, pixels, problem.gemm_k, problem.compute_dtype)
+    sides = (g.K, (g.rows - 1) * g.Wb + g.cols) if problem.order == "NCHW" else (g.rows * g.cols, g.K)
+    multiply = device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
     return device.seconds(problem, bands * (multiply + pack))
 

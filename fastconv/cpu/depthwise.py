@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 MOST_TAPS = 49  # 7 x 7
+PIXEL_CYCLES = 8  # to pack and to store a vector of channels
 PLANE_TAP_CYCLES = 1.3  # a load that crosses cache lines, and its FMA
 
 
@@ -67,6 +68,9 @@ class Geometry(NamedTuple):
 
 def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
+    if _by_channels(problem):
+        vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // device.lanes(problem.compute_dtype))
+        return device.seconds(problem, vectors * (problem.gemm_k + PIXEL_CYCLES))
     if not isinstance(tile, PlaneTile):
         return band.cost(problem, tile, device, device.l1 // 2)
     if not _reads_planes(problem):

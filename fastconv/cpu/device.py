@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CLOCK = 3.0e9  # Hz; nominal, so that estimates (and the choices made from them) do not depend on the hour
 FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most ARM ones
-BANDWIDTH = 12.0e9  # bytes/s that one core moves to and from memory; a typical server core
+BANDWIDTH = 25.0e9  # bytes/s that one core moves to and from memory; a typical server core
 TILE_CYCLES = 60  # to start a tile and to store it
 L2_CYCLES = 2  # to load a vector from L2
 SUM_CYCLES = 4  # from one FMA to the next on its result

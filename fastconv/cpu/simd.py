@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.compiler_lock import global_compiler_lock as compiler_lock
 from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
@@ -48,6 +50,12 @@ def _digest() -> str:
 
 
 DIGEST = _digest()
+
+
+if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would wait for it for ever
+    os.register_at_fork(
+        before=compiler_lock.acquire, after_in_parent=compiler_lock.release, after_in_child=compiler_lock.release
+    )
 
 
 class Kernel:
