@@ -68,14 +68,15 @@ class Geometry(NamedTuple):
 
 def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
+    lanes = device.lanes(problem.compute_dtype)
+    if isinstance(tile, PlaneTile) and not _reads_planes(problem):
+        return float("inf")
     if _by_channels(problem):
-        vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // device.lanes(problem.compute_dtype))
-        return device.seconds(problem, vectors * (problem.gemm_k + PIXEL_CYCLES))
+        vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // lanes)
+        return device.seconds(problem, vectors * (problem.gemm_k + PIXEL_CYCLES + TILE_CYCLES / tile.vectors))
     if not isinstance(tile, PlaneTile):
         return band.cost(problem, tile, device, device.l1 // 2)
-    if not _reads_planes(problem):
-        return float("inf")
-    vectors = -(-problem.Q // device.lanes(problem.compute_dtype))
+    vectors = -(-problem.Q // lanes)
     taps = problem.gemm_k * problem.stride[2] * vectors * PLANE_TAP_CYCLES
     return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + problem.P * taps))
 

@@ -87,7 +87,8 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     pixels = problem.P * problem.Q
     multiply = device.multiply_cycles(tile, g.K, pixels, problem.gemm_k, problem.compute_dtype)
     gather = device.copy_cycles(problem, problem.gemm_k * problem.P, problem.Q, problem.stride[2])
-    return device.seconds(problem, problem.N * g.groups * g.O * (multiply + gather))
+    scatter = g.K * pixels if problem.order == "NHWC" else 0  # stored element by element
+    return device.seconds(problem, problem.N * g.groups * g.O * (multiply + gather + scatter))
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:

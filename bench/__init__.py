@@ -1,0 +1,1 @@
+"""Benchmarks of fastconv: `python -m bench --help` names the runs."""

@@ -1,0 +1,162 @@
+"""Command line of the benchmarks: options enter, an exit status leaves."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Commands = Any  # argparse does not name the type of its subparsers
+
+OUTPUT = Path("bench-results")
+MAIN_SECONDS = 110.0
+
+EPILOG = """\
+Without a command, `main` runs; its options may then stand alone (python -m bench --seconds 60).
+Every result is checked against the float64 reference, element by element: one that lies outside its error
+bound makes the exit status 1. `python -m bench COMMAND --help` shows a command's options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if every check passed, 1 if one failed, 2 if the command itself cannot run."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = make_parser().parse_args(_with_command(words))
+    if getattr(options, "threads", None):
+        os.environ["FASTCONV_THREADS"] = str(options.threads)
+    from bench import commands  # here, because --help needs none of what it imports
+    from bench.session import CommandError
+    from fastconv.problem import ConvError
+
+    try:
+        return int(getattr(commands, options.run)(options, words))
+    except (ConvError, CommandError) as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _with_command(words: Sequence[str]) -> list[str]:
+    """Put `main` in front of options that stand alone."""
+    alone = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    return ["main", *words] if alone else list(words)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One subcommand for each run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks of fastconv.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_main(commands)
+    _add_layers(commands)
+    _add_photo(commands)
+    _add_networks(commands)
+    _add_compare(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add_command(commands: Commands, name: str, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=f"run_{name}")
+    return parser
+
+
+def _add_main(commands: Commands) -> None:
+    parser = _add_command(
+        commands,
+        "main",
+        "the photograph, then the layers of all networks with every algorithm that accepts them, as far as "
+        "the time reaches; rows and a report are written, and what was left out is named",
+    )
+    _add_output(parser)
+    _add_threads(parser)
+    parser.add_argument("--seconds", type=float, default=MAIN_SECONDS, help="time for the layers")
+
+
+def _add_layers(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "layers", "layers of chosen networks with chosen algorithms, checked and timed"
+    )
+    _add_output(parser)
+    _add_threads(parser)
+    _add_workload(parser, networks="all", dtypes=("float32", "float64", "float16", "bfloat16"))
+    parser.add_argument("--algorithms", type=_names, default="all", metavar="NAME,...", help="or some")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out what does not fit")
+
+
+def _add_photo(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "photo", "filter a photograph with the classical kernels and save the maps"
+    )
+    _add_output(parser)
+    _add_threads(parser)
+
+
+def _add_networks(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "networks", "a network's layers: shapes, parameters, multiply-adds, receptive fields"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all names are listed, if none is given")
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "compare", "side by side with another library, each in its own process, turn about"
+    )
+    _add_output(parser)
+    _add_threads(parser, default=1)
+    _add_workload(parser, networks="resnet50,vgg16", dtypes=("float32", "float64"))
+    parser.add_argument("--baseline", choices=["torch"], default="torch", help="the other library")
+    parser.add_argument("--rounds", type=_positive, default=7, help="turns of each side on each layer")
+    parser.add_argument("--algo", default="auto", help="fastconv's; auto takes over where it refuses")
+
+
+def _add_report(commands: Commands) -> None:
+    parser = _add_command(commands, "report", "render the HTML report again from files of rows")
+    _add_output(parser)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="where rows and report go")
+
+
+def _add_threads(parser: argparse.ArgumentParser, default: int | str = argparse.SUPPRESS) -> None:
+    parser.add_argument("--threads", type=_positive, default=default, help="every usable core, if not given")
+
+
+def _add_workload(parser: argparse.ArgumentParser, networks: str, dtypes: Sequence[str]) -> None:
+    parser.add_argument("--networks", type=_names, default=networks, metavar="NAME,...", help="or all")
+    parser.add_argument("--batch", type=_positive, default=1, help="samples in the input")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of input, weight and output")
+    parser.add_argument(
+        "--order",
+        choices=["NCHW", "NHWC"],
+        default="NCHW",
+        help="of the arrays that fastconv is given, in memory",
+    )
+    parser.add_argument(
+        "--prepared", action="store_true", help="fastconv's weights prepared once, as fastconv.Conv2d does"
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

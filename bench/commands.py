@@ -1,0 +1,97 @@
+"""Parsed options enter, one run is done, and its exit status leaves."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from bench import compare, networks, photo, rows, show
+from bench.cases import Case, all_networks, collect
+from bench.layers import Settings
+from bench.rows import Row
+from bench.session import CommandError, Session, write_report
+from fastconv.algorithms import TABLE
+
+PICTURE = "photo.png"
+
+
+def run_main(options: Namespace, arguments: Sequence[str]) -> int:
+    """The photograph, then the layers of all networks that fit into the time."""
+    session = Session("main", options.output, arguments)
+    session.add(photo.run_photo(options.output / PICTURE))
+    cases, impossible = collect(all_networks())
+    session.add(impossible)
+    session.run(cases, Settings(tuple(TABLE), seconds=options.seconds))
+    return session.finish()
+
+
+def run_layers(options: Namespace, arguments: Sequence[str]) -> int:
+    """The layers of chosen networks with chosen algorithms."""
+    algorithms = tuple(TABLE) if options.algorithms == ["all"] else tuple(options.algorithms)
+    if unknown := [name for name in algorithms if name not in TABLE]:
+        raise CommandError(f"--algorithms must be of {', '.join(TABLE)}, got {', '.join(unknown)}")
+    cases, impossible = _collect(options)
+    session = Session("layers", options.output, arguments, cases[0].problem.compute_dtype)
+    session.add(impossible)
+    session.run(cases, Settings(algorithms, options.prepared, options.seconds))
+    return session.finish()
+
+
+def _collect(options: Namespace) -> tuple[list[Case], list[Row]]:
+    names = all_networks() if options.networks == ["all"] else options.networks
+    return collect(names, options.batch, options.dtype, options.order)
+
+
+def run_photo(options: Namespace, arguments: Sequence[str]) -> int:
+    """The photograph alone."""
+    session = Session("photo", options.output, arguments)
+    session.add(photo.run_photo(options.output / PICTURE))
+    session.console.print(f"picture: {options.output / PICTURE}", markup=False, soft_wrap=True)
+    return session.finish()
+
+
+def run_networks(options: Namespace, arguments: Sequence[str]) -> int:
+    """The summary of each named network, or the names."""
+    if not options.names:
+        Console().print("\n".join(networks.NETWORKS), markup=False)
+    for name in options.names:
+        networks.print_summary(networks.get_network(name))
+    return 0
+
+
+def run_compare(options: Namespace, arguments: Sequence[str]) -> int:
+    """The layers of chosen networks beside another library; a loss is a result, not a failure."""
+    compare.require(options.baseline, options.threads)
+    cases, impossible = _collect(options)
+    session = Session("compare", options.output, arguments, cases[0].problem.compute_dtype)
+    session.add(impossible)
+    settings = compare.Settings(
+        options.baseline, options.algo, options.prepared, options.rounds, session.stamp["threads"]
+    )
+    with show.make_progress(session.console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for row in compare.run_cases(cases, settings):
+            session.add([row])
+            progress.update(task, advance=1, description=f"{row['network']} {row['layer']}")
+    compared = rows.of_kind(session.rows, "compare")
+    show.print_comparison(session.console, compared)
+    session.console.print(f"repeat with: {session.stamp['command']}", markup=False, soft_wrap=True)
+    return session.finish(append=True)
+
+
+def run_report(options: Namespace, arguments: Sequence[str]) -> int:
+    """The report of rows that earlier runs have written."""
+    try:
+        found = [row for path in options.files for row in rows.read(path)]
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if not found:
+        raise CommandError("the files hold no rows")
+    Console().print(
+        f"report: {write_report(found, options.output, options.files[0].parent)}",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0

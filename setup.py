@@ -1,0 +1,68 @@
+"""Metadata of the package: what is installed, what it needs, and the extras."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version stands in fastconv/__init__.py, read as text: NumPy may be missing at build time."""
+    source = (ROOT / "fastconv" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('fastconv/__init__.py must hold a line __version__ = "..."')
+    return found.group(1)
+
+
+BENCH = ["rich>=13", "matplotlib>=3.9"]
+
+setup(
+    name="fastconv",
+    version=read_version(),
+    description="Neural-network convolution for NumPy arrays, without a framework",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="fastconv authors",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords=["convolution", "winograd", "im2col", "depthwise", "numpy", "numba", "deep learning"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    # Every package by name: automatic discovery would also install the top-level bench, tests and kernels.
+    packages=["fastconv", "fastconv.cpu", "fastconv.kernels"],
+    # The CUDA sources lie beside the package in a checkout and inside it once installed.
+    package_dir={"fastconv.kernels": "kernels"},
+    package_data={"fastconv": ["py.typed", "data/*.json"], "fastconv.kernels": ["*.cu", "*.cuh"]},
+    # Only what is listed above: without this, everything MANIFEST.in names would be installed too.
+    include_package_data=False,
+    zip_safe=False,  # Numba keeps its compiled functions in __pycache__ beside the sources
+    install_requires=["numpy>=2.0", "numba>=0.61", "ml_dtypes>=0.5"],
+    extras_require={
+        "cuda12": ["cupy-cuda12x>=13.6"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
+        "torch": ["torch>=2.3"],  # the first one built for NumPy 2
+        "bench": BENCH,
+        # The tests cover bench/ too, and build a wheel (setuptools).
+        "test": [*BENCH, "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "setuptools>=77"],
+        # The one place where the versions of the developers' tools stand.
+        "lint": ["ruff==0.17.6", "mypy==2.4.1"],
+    },
+)

@@ -1,0 +1,200 @@
+"""Problems for the tests: named ones that each try one thing, and Hypothesis strategies that try the rest."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from fastconv.problem import OPERATIONS, ConvProblem, make_problem
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one make_problem call under the name of what they try."""
+
+    name: str
+    op: str
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def problem(self, **changes) -> ConvProblem:
+        return make_problem(self.op, self.input_shape, self.weight_shape, **{**self.options, **changes})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("one_pixel", "conv2d", (1, 1, 1, 1), (1, 1, 1, 1)),
+    Case("one_window", "conv2d", (1, 3, 5, 7), (4, 3, 5, 7)),
+    Case("plain_3x3", "conv2d", (2, 5, 9, 11), (7, 5, 3, 3)),
+    Case("padded_3x3", "conv2d", (2, 8, 14, 14), (16, 8, 3, 3), {"padding": 1}),
+    Case("one_channel_in", "conv2d", (2, 1, 12, 13), (6, 1, 3, 3), {"padding": 1}),
+    Case("one_channel_out", "conv2d", (2, 6, 12, 13), (1, 6, 3, 3), {"padding": 1}),
+    Case("many_channels", "conv2d", (1, 67, 5, 6), (71, 67, 3, 3), {"padding": 1}),
+    Case("odd_sizes", "conv2d", (1, 4, 7, 13), (5, 4, 3, 3), {"padding": 1}),
+    Case("one_row", "conv2d", (1, 4, 1, 37), (5, 4, 1, 3)),
+    Case("one_column", "conv2d", (1, 4, 37, 1), (5, 4, 3, 1)),
+    Case("even_kernel", "conv2d", (2, 3, 8, 9), (4, 3, 2, 4), {"padding": 1}),
+    Case("stride_2", "conv2d", (1, 3, 15, 16), (8, 3, 3, 3), {"stride": 2, "padding": 1}),
+    Case("stride_per_axis", "conv2d", (1, 3, 15, 16), (8, 3, 3, 3), {"stride": (3, 2)}),
+    Case("stride_beyond_kernel", "conv2d", (2, 3, 17, 19), (4, 3, 2, 2), {"stride": (5, 4)}),
+    Case("stem_7x7", "conv2d", (1, 3, 30, 30), (8, 3, 7, 7), {"stride": 2, "padding": 3}),
+    Case("dilated", "conv2d", (1, 4, 16, 15), (6, 4, 3, 3), {"dilation": 2, "padding": 2}),
+    Case("dilation_per_axis", "conv2d", (1, 4, 16, 15), (6, 4, 3, 3), {"dilation": (3, 1), "stride": (1, 2)}),
+    Case("padding_beyond_kernel", "conv2d", (1, 2, 3, 4), (3, 2, 2, 2), {"padding": 4}),
+    Case("padding_pairs", "conv2d", (1, 2, 9, 8), (3, 2, 3, 3), {"padding": ((2, 0), (0, 1))}),
+    Case("same_even_kernel", "conv2d", (1, 2, 9, 8), (3, 2, 4, 2), {"padding": "same"}),
+    Case("same_stride_3", "conv2d", (1, 2, 10, 11), (3, 2, 3, 5), {"padding": "same", "stride": 3}),
+    Case("groups", "conv2d", (2, 6, 10, 9), (9, 2, 3, 3), {"groups": 3, "padding": 1}),
+    Case("pointwise", "conv2d", (2, 9, 7, 9), (11, 9, 1, 1)),
+    Case("pointwise_stride_2", "conv2d", (2, 9, 7, 9), (11, 9, 1, 1), {"stride": 2}),
+    Case("pointwise_groups", "conv2d", (2, 8, 7, 9), (12, 4, 1, 1), {"groups": 2}),
+    Case("depthwise", "conv2d", (2, 7, 12, 13), (7, 1, 3, 3), {"groups": 7, "padding": 1}),
+    Case("depthwise_multiplier", "conv2d", (1, 5, 12, 13), (15, 1, 3, 3), {"groups": 5, "stride": 2}),
+    Case("depthwise_31x31", "conv2d", (1, 3, 33, 34), (3, 1, 31, 31), {"groups": 3, "padding": 15}),
+    Case("empty_batch", "conv2d", (0, 3, 8, 8), (4, 3, 3, 3), {"padding": 1}),
+    Case("batch_of_5", "conv2d", (5, 3, 6, 6), (4, 3, 3, 3), {"padding": 1}),
+    Case("conv1d", "conv1d", (2, 3, 40), (5, 3, 3), {"stride": 2}),
+    Case("conv1d_causal", "conv1d", (1, 4, 50), (4, 1, 4), {"groups": 4, "padding": [(3, 0)]}),
+    Case("conv1d_dilated", "conv1d", (1, 4, 64), (6, 4, 5), {"dilation": 7, "padding": "same"}),
+    Case("conv1d_pointwise", "conv1d", (3, 6, 21), (5, 6, 1)),
+    Case("conv3d", "conv3d", (1, 3, 6, 7, 8), (4, 3, 3, 3, 3), {"padding": 1}),
+    Case("conv3d_mixed", "conv3d", (2, 4, 7, 6, 9), (6, 2, 2, 3, 1), {"stride": (2, 1, 3), "groups": 2}),
+    Case("conv3d_depthwise", "conv3d", (1, 4, 5, 6, 7), (4, 1, 3, 3, 3), {"groups": 4, "dilation": 2}),
+    Case("conv3d_pointwise", "conv3d", (1, 5, 3, 4, 5), (6, 5, 1, 1, 1)),
+]  # fmt: skip
+
+# Rows that small caches, and the narrowest band that is worth while, cut into several parts.
+WIDE = [
+    Case("wide", "conv2d", (2, 3, 4, 301), (5, 3, 3, 3), {"padding": 1}),
+    Case("wide_and_deep", "conv2d", (1, 70, 3, 133), (18, 70, 3, 3), {"padding": 1}),
+    Case("wide_stride_2", "conv2d", (1, 4, 7, 402), (6, 4, 3, 3), {"padding": (1, 2), "stride": 2}),
+    Case("wide_dilated", "conv1d", (1, 6, 333), (8, 3, 5), {"dilation": 3, "groups": 2}),
+    Case("wide_pixels", "conv2d", (2, 40, 1, 130), (9, 40, 1, 1)),
+    Case("wide_pixels_of_rows", "conv2d", (1, 40, 11, 13), (9, 40, 1, 1)),
+    Case("wide_pixels_stride_2", "conv2d", (1, 9, 5, 259), (7, 9, 1, 1), {"stride": 2}),
+    Case("wide_channels", "conv2d", (1, 35, 4, 150), (35, 1, 3, 3), {"groups": 35, "padding": 1}),
+    Case("wide_multiplier", "conv2d", (1, 3, 4, 150), (9, 1, 3, 3), {"groups": 3, "padding": 1}),
+]  # fmt: skip
+
+
+def sizes_around(tile: int) -> dict[str, int]:
+    """Sizes named by how they meet a tile: below it, equal, just past it, a multiple, several and a rest."""
+    return {"lt": max(tile - 1, 1), "eq": tile, "gt": tile + 1, "div": 2 * tile, "multi": 3 * tile + 1}
+
+
+def around_tile(outputs: int, pixels: int, m: int = 1) -> list[Case]:
+    """Problems of every family with `outputs` output channels and `pixels` pixels, or tiles of m x m, in a row.
+
+    Either number is meant to be one of sizes_around a tile's rows or the elements of its vectors.
+    """
+    k, n = outputs, pixels
+    return [
+        Case("row", "conv2d", (1, 3, 1, n + 2), (k, 3, 1, 3)),
+        Case("rows", "conv2d", (2, 2, 3, n), (k, 2, 3, 3), {"padding": 1}),
+        Case("stride_2", "conv2d", (1, 3, 5, 2 * n + 1), (k, 3, 3, 3), {"stride": 2}),
+        Case("groups", "conv2d", (1, 4, 4, n + 2), (2 * k, 2, 2, 2), {"groups": 2, "dilation": (1, 2)}),
+        Case("signal", "conv1d", (2, 5, n), (k, 5, 4), {"padding": [(2, 1)]}),
+        Case("volume", "conv3d", (1, 2, 3, 2, n), (k, 2, 2, 1, 3), {"padding": "same"}),
+        Case("pixels", "conv2d", (2, 7, 1, n), (k, 7, 1, 1)),
+        Case("pixels_of_rows", "conv2d", (1, 5, 3, n), (k, 5, 1, 1)),
+        Case("pixels_stride_2", "conv2d", (1, 6, 2, 2 * n - 1), (2 * k, 3, 1, 1), {"stride": 2, "groups": 2}),
+        Case("multiplier", "conv2d", (1, 3, 3, n), (3 * k, 1, 3, 3), {"groups": 3, "padding": 1}),
+        Case("channels", "conv2d", (1, k, 2, n), (k, 1, 3, 3), {"groups": k, "padding": 1}),
+        Case("channels_stride_2", "conv2d", (2, k, 4, 2 * n), (2 * k, 1, 2, 2), {"groups": k, "stride": 2}),
+        Case("tiles", "conv2d", (1, 17, m, n * m), (k, 17, 3, 3), {"padding": 1}),
+        Case("tiles_cut", "conv2d", (1, 5, m + 1, n * m + 1), (k, 5, 3, 3), {"padding": ((1, 0), (0, 1))}),
+        Case("tiles_of_batch", "conv2d", (n, 2, m, m), (k, 2, 3, 3), {"padding": 1}),
+        Case("tiles_of_groups", "conv2d", (1, 6, 2 * m, n * m), (2 * k, 3, 3, 3), {"groups": 2, "padding": 1}),
+    ]  # fmt: skip
+
+
+def operands(rng, problem: ConvProblem, fill) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Input, weight, bias and residual in the problem's dtype; fill is compare.integers or normals."""
+    shapes = (problem.input_shape, problem.weight_shape, (problem.K,), problem.output_shape)
+    x, w, bias, residual = (fill(rng, shape, problem.dtype) for shape in shapes)
+    return x, w, bias, residual
+
+
+def options_of(problem: ConvProblem) -> dict[str, Any]:
+    """The keyword arguments that restate the problem to an operation."""
+    axes = slice(3 - problem.ndim, None)
+    return {
+        "stride": problem.stride[axes],
+        "padding": problem.padding[axes],
+        "dilation": problem.dilation[axes],
+        "groups": problem.groups,
+    }
+
+
+def problems(family: str | None = None, **fixed) -> st.SearchStrategy[ConvProblem]:
+    """Valid problems of every rank, of one family or of all; `fixed` (dtype, order, ...) goes to make_problem."""
+    families = {
+        "anything": _anything(),
+        "three_by_three": _three_by_three(),
+        "pointwise": _pointwise(),
+        "depthwise": _depthwise(),
+    }
+    chosen = families.values() if family is None else [families[family]]
+    return st.one_of(*chosen).map(lambda arguments: make_problem(**{**arguments, **fixed}))
+
+
+@st.composite
+def _anything(draw):
+    ndim = draw(st.sampled_from(tuple(OPERATIONS.values())))
+    kernel = draw(_per_axis(ndim, 1, {1: 9, 2: 5, 3: 3}[ndim]))
+    groups = draw(st.integers(1, 3))
+    return draw(
+        _geometry(ndim, kernel, groups, groups * draw(st.integers(1, 6)), groups * draw(st.integers(1, 6)))
+    )
+
+
+@st.composite
+def _three_by_three(draw):
+    groups = draw(st.integers(1, 2))
+    channels, outputs = draw(_per_axis(2, 1, 20))
+    return draw(
+        _geometry(2, (3, 3), groups, groups * channels, groups * outputs, most_stride=1, most_dilation=1)
+    )
+
+
+@st.composite
+def _pointwise(draw):
+    ndim = draw(st.sampled_from(tuple(OPERATIONS.values())))
+    return draw(_geometry(ndim, (1,) * ndim, 1, *draw(_per_axis(2, 1, 33)), most_dilation=1))
+
+
+@st.composite
+def _depthwise(draw):
+    ndim = draw(st.sampled_from(tuple(OPERATIONS.values())))
+    channels, multiplier = draw(st.integers(1, 19)), draw(st.integers(1, 3))
+    kernel = draw(_per_axis(ndim, 1, {1: 12, 2: 7, 3: 3}[ndim]))
+    return draw(_geometry(ndim, kernel, channels, channels, channels * multiplier))
+
+
+@st.composite
+def _geometry(draw, ndim, kernel, groups, channels, outputs, most_stride=3, most_dilation=3):
+    """Padding and an input that is large enough: at least one window fits along every axis."""
+    stride, dilation = draw(_per_axis(ndim, 1, most_stride)), draw(_per_axis(ndim, 1, most_dilation))
+    pairs = st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * ndim)
+    padding = draw(st.one_of(st.sampled_from(("same", "valid")), pairs))
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    given = [(0, 0)] * ndim if isinstance(padding, str) else padding
+    least = [max(extent - before - after, 1) for extent, (before, after) in zip(extents, given, strict=True)]
+    size = [low + draw(st.integers(0, {1: 40, 2: 12, 3: 5}[ndim])) for low in least]
+    return {
+        "op": f"conv{ndim}d",
+        "input_shape": (draw(st.sampled_from((1, 2, 3, 0))), channels, *size),
+        "weight_shape": (outputs, channels // groups, *kernel),
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
+
+
+def _per_axis(count, low, high):
+    return st.tuples(*[st.integers(low, high)] * count)

@@ -1,0 +1,160 @@
+"""Runs an algorithm on arrays that lie between pages which nobody may touch: a read or write outside ends it.
+
+    python -m tests.guard_pages direct               every tile and order; arrays end or begin at a page
+    python -m tests.guard_pages direct --workspace   the same for the memory that the kernels allocate themselves
+    python -m tests.guard_pages direct --lie x       x is said to lie one element further: must end in a crash
+
+Prints the names of what it runs, so that the last line tells where a crash was, and in the end what was allocated
+between guard pages. Linux only.
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import mmap
+from itertools import product
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from fastconv.algorithms import TABLE
+from tests.cases import CASES, WIDE, around_tile
+from tests.compare import integers, poisoned
+from tests.kernels import DTYPES, ORDERS, Layer, Way, make_layer, tile_plans, with_caches
+
+PAGE = mmap.PAGESIZE
+NO_ACCESS = 0  # PROT_NONE
+SMALL_CACHES = (1 << 10, 1 << 12)
+AROUND_TILE = ["row", "signal", "pixels", "pixels_of_rows", "channels", "tiles", "tiles_cut", "tiles_of_batch"]
+
+
+class Region:
+    """Memory of whole pages, and a page before and behind it that must not be touched."""
+
+    def __init__(self, nbytes: int):
+        self.size = -(-max(nbytes, 1) // PAGE) * PAGE
+        self.memory = mmap.mmap(-1, self.size + 2 * PAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        for page in (self.address, self.address + PAGE + self.size):
+            if protect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), NO_ACCESS) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def place(array: np.ndarray, at_end: bool, shift: int = 0) -> np.ndarray:
+    """A copy in the same memory order that ends, or begins, at a page that must not be touched.
+
+    shift  elements by which the view that comes back lies elsewhere than its content: a lie
+    """
+    axes = np.argsort([-stride for stride in array.strides], kind="stable")
+    inner = np.ascontiguousarray(array.transpose(axes))
+    region = Region(inner.nbytes)
+    start = PAGE + (region.size - inner.nbytes if at_end else 0)
+    np.ndarray(inner.shape, inner.dtype, region.memory, start)[...] = inner
+    view = np.ndarray(inner.shape, inner.dtype, region.memory, start + shift * inner.itemsize)
+    return view.transpose(np.argsort(axes))
+
+
+def run_guarded(layer: Layer, plan, at_end: bool, lie: str | None = None) -> None:
+    """Run a plan with all its arrays guarded, the weight as given and prepared, and judge the result."""
+    arrays = {"x": layer.x, "w": layer.w, "bias": layer.bias, "residual": layer.residual}
+    shift = 1 if at_end else -1
+    guarded = {name: place(array, at_end, shift * (name == lie)) for name, array in arrays.items()}
+    placed = layer.with_array(**guarded)
+    problem = layer.problem
+    for weight in (None, place(placed.prepare(plan), at_end)):
+        out = place(poisoned(problem.output_shape, problem.dtype, problem.order), at_end, shift * (lie == "out"))
+        layer.judge(plan, placed.run(plan, weight, out))
+
+
+def layers(algorithm: str, dtype: str, order: str, every_tile: bool):
+    """Layers with a plan: all cases, with large and small caches, and sizes around the tile."""
+    rng = np.random.default_rng(0)
+    for tile_plan in tile_plans(algorithm, dtype=dtype)[: None if every_tile else 1]:
+        way, tile = Way(algorithm, str(tile_plan.tile)), tile_plan.tile
+        width = tile.vectors * tile_plan.device.lanes(dtype)
+        sizes = ((tile.rows + 1, width + 1), (tile.rows - 1, width - 1), (width + 1, tile.rows + 1), (1, 1))
+        around = [case for k, n in sizes for case in around_tile(max(k, 1), n, getattr(tile, "m", 1))]
+        around = [case for case in around if case.name in AROUND_TILE]
+        for problem in way.problems(CASES + WIDE + around, dtype=dtype, order=order):
+            if problem.N > 0:
+                plan = way.plan(problem)
+                yield make_layer(rng, problem, integers), plan
+                yield make_layer(rng, problem, integers), with_caches(plan, *SMALL_CACHES)
+
+
+allocations: dict[int, Region] = {}
+sizes: list[int] = []
+
+
+def guard_workspace(lie: bool) -> None:
+    """Let the kernels allocate between guard pages, filled with NaN; to be called before they are imported.
+
+    Memory then ends at a page, and so is not aligned to a cache line as that of simd.allocate is.
+    lie  they get half of what they ask for
+    """
+    from fastconv.cpu import simd
+
+    @ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+    def take(nbytes):
+        region = Region(nbytes)
+        region.memory[PAGE:-PAGE] = b"\xff" * region.size
+        address = region.address + PAGE + region.size - (nbytes // 16 * 8 if lie else nbytes)
+        allocations[address] = region
+        sizes.append(nbytes)
+        return address
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int64)
+    def give_back(address):
+        del allocations[address]
+
+    def function(builder, callback, result):
+        address = ir.Constant(simd.INT, ctypes.cast(callback, ctypes.c_void_p).value)
+        return builder.inttoptr(address, ir.FunctionType(result, [simd.INT]).as_pointer())
+
+    @intrinsic
+    def allocate(typingctx, block, elements):
+        def codegen(context, builder, sig, args):
+            nbytes = builder.mul(args[1], simd.INT(block.float.bitwidth // 8))
+            address = builder.call(function(builder, take, simd.INT), [nbytes])
+            return builder.inttoptr(address, context.get_value_type(sig.return_type))
+
+        return types.CPointer(block.float)(block, types.int64), codegen
+
+    @intrinsic
+    def release(typingctx, p):
+        def codegen(context, builder, sig, args):
+            builder.call(function(builder, give_back, ir.VoidType()), [builder.ptrtoint(args[0], simd.INT)])
+            return context.get_dummy_value()
+
+        return types.void(p), codegen
+
+    simd.allocate, simd.release = allocate, release
+    simd.jit = numba.njit(nogil=True)  # not cached: the callbacks lie elsewhere in the next process
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("algorithm", choices=list(TABLE))
+    parser.add_argument("--workspace", action="store_true")
+    parser.add_argument("--lie", choices=["x", "w", "bias", "residual", "out", "workspace"])
+    arguments = parser.parse_args()
+    faulthandler.enable()
+    workspace = arguments.workspace or arguments.lie == "workspace"
+    if workspace:
+        guard_workspace(arguments.lie == "workspace")
+    few = workspace or arguments.lie is not None  # one tile: it is compiled each time, or crashes
+    for dtype, order in product(DTYPES[: 1 if few else None], ORDERS):
+        every_tile = dtype == "float32" and not few
+        for layer, plan in layers(arguments.algorithm, dtype, order, every_tile):
+            for at_end in (True, False):
+                print(plan, "end" if at_end else "begin", flush=True)
+                run_guarded(layer, plan, at_end, arguments.lie)
+    print(f"finished; {len(sizes)} allocations, {sum(sizes)} bytes, {len(allocations)} not given back")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""A problem and a plan enter, the output of its kernels is judged: for tests that go past the operations.
+
+Plan.run takes any strides and any tile by name, which fastconv.conv2d does not hand out.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fastconv import plan as planning
+from fastconv import reference
+from fastconv.algorithms import TABLE
+from fastconv.plan import Plan
+from fastconv.problem import ConvProblem, make_epilogue
+from tests.cases import CASES, Case, operands, options_of
+from tests.compare import assert_bounded, assert_exact, poisoned
+
+ORDERS = ("NCHW", "NHWC")
+DTYPES = ("float32", "float64")
+
+
+class Way(NamedTuple):
+    """One way to compute: an algorithm and one of its tiles, by name."""
+
+    algorithm: str
+    tile: str
+
+    def plan(self, problem: ConvProblem) -> Plan:
+        return planning.make_plan(problem, self.algorithm, tile=self.tile)
+
+    def problems(self, cases: Iterable[Case], **changes) -> list[ConvProblem]:
+        """Those of the cases that the algorithm accepts."""
+        problems = (case.problem(**changes) for case in cases)
+        return [problem for problem in problems if TABLE[self.algorithm].refuses(problem) is None]
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}-{self.tile}"
+
+
+def tile_plans(algorithm: str, **changes) -> list[Plan]:
+    """A plan for every tile of an algorithm that fits this machine, each for the first case it accepts."""
+    return planning.possible_plans(Way(algorithm, "").problems(CASES, **changes)[0], algorithm)
+
+
+@lru_cache(maxsize=1)
+def ways() -> list[Way]:
+    """Every algorithm with every tile that fits this machine."""
+    return [Way(name, str(plan.tile)) for name in TABLE for plan in tile_plans(name)]
+
+
+def in_order(array: np.ndarray, order: str) -> np.ndarray:
+    """The same values, contiguous in a memory order."""
+    if order == "NCHW":
+        return np.ascontiguousarray(array)
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A problem with its data, and what the reference makes of them.
+
+    whole  the data are compare.integers: where an algorithm is exact on them, equality is asked for
+    """
+
+    problem: ConvProblem
+    x: np.ndarray
+    w: np.ndarray
+    bias: np.ndarray | None = None
+    residual: np.ndarray | None = None
+    activation: str | tuple[str, float] | None = None
+    whole: bool = True
+
+    def with_array(self, **changes) -> "Layer":
+        """The same layer with an array in another memory layout, or without it."""
+        return dataclasses.replace(self, **changes)
+
+    def _refer(self, *arrays: np.ndarray | None, **more) -> np.ndarray:
+        return getattr(reference, self.problem.op)(*arrays, **options_of(self.problem), **more)
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        more = {"residual": self.residual, "activation": self.activation}
+        return self._refer(self.x, self.w, self.bias, **more)
+
+    def scale(self, reach: int) -> np.ndarray:
+        """The sum of the magnitudes of all terms, in whose rounding errors the bound is stated."""
+        total = reference.error_scale(self.x, self.w, **options_of(self.problem), reach=reach)
+        if self.bias is not None:
+            total = total + np.abs(self.bias).reshape(-1, *(1,) * self.problem.ndim)
+        return total if self.residual is None else total + np.abs(self.residual)
+
+    def run(self, plan: Plan, weight=None, out: np.ndarray | None = None) -> np.ndarray:
+        """The output of a plan; `weight` if it was prepared, `out` if it is not to be a new array."""
+        problem = self.problem
+        if out is None:
+            out = poisoned(problem.output_shape, problem.dtype, problem.order)
+        weight = self.rank5(self.w) if weight is None else weight
+        epilogue = make_epilogue(problem.op, self.activation)
+        plan.run(self.rank5(self.x), weight, self.bias, self.rank5(self.residual), epilogue, self.rank5(out))
+        return out
+
+    def prepare(self, plan: Plan):
+        return plan.prepare(self.rank5(self.w))
+
+    def rank5(self, array: np.ndarray | None) -> np.ndarray | None:
+        """The view of an array that a plan takes: the axes that a conv1d or conv2d lacks have extent 1."""
+        absent = (None,) * (3 - self.problem.ndim)
+        return None if array is None else array[(slice(None), slice(None), *absent)]
+
+    def judge(self, plan: Plan, y: np.ndarray) -> None:
+        """Ask for equality where the algorithm is exact, else for every element within its bound."""
+        dtype = self.problem.dtype
+        if self.whole and plan.algorithm.exact(plan.tile):
+            assert_exact(y, self.expected, dtype)
+        else:
+            factor, reach = plan.error_bound()
+            bound = factor * np.finfo(dtype).eps * self.scale(reach)
+            assert_bounded(y, self.expected, bound, dtype)
+
+    def check(self, plan: Plan, prepared: bool = False) -> None:
+        weight = self.prepare(plan) if prepared else None
+        try:
+            self.judge(plan, self.run(plan, weight))
+        except AssertionError as error:
+            form = "prepared" if prepared else "given"
+            extra = f"activation {self.activation}, bias {self.bias is not None}, weight {form}"
+            raise AssertionError(f"{plan}\n{extra}\n{error}") from None
+
+
+def make_layer(rng, problem: ConvProblem, fill, epilogue: bool = True) -> Layer:
+    """A layer with data, in the problem's memory order; with bias, residual and relu, or with none of them."""
+    x, w, bias, residual = operands(rng, problem, fill)
+    x, residual = in_order(x, problem.order), in_order(residual, problem.order)
+    whole = fill.__name__ == "integers"
+    return Layer(problem, x, w, bias, residual, "relu", whole) if epilogue else Layer(problem, x, w, whole=whole)
+
+
+def with_caches(plan: Plan, l1: int, l2: int) -> Plan:
+    """The same plan for a CPU with smaller caches: small problems are then cut into many parts."""
+    return dataclasses.replace(plan, device=dataclasses.replace(plan.device, l1=l1, l2=l2))

@@ -1,0 +1,326 @@
+"""Every algorithm with every tile, forced by name, against the reference."""
+
+import dataclasses
+from itertools import product
+
+import numpy as np
+import pytest
+
+import fastconv
+from fastconv import reference
+from fastconv.algorithms import TABLE
+from fastconv.cpu.device import current
+from fastconv.plan import possible_plans
+from fastconv.problem import ACTIVATIONS, ConvError
+from tests.cases import CASES, WIDE, Case, around_tile, operands, options_of, sizes_around
+from tests.compare import assert_bounded, assert_exact, integers, layouts, normals, poisoned
+from tests.kernels import DTYPES, ORDERS, Way, make_layer, tile_plans, ways, with_caches
+
+every_way = pytest.mark.parametrize("way", ways(), ids=str)
+every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+def mixed_case(algorithm, **changes):
+    """A problem with several channels, rows and samples that an algorithm accepts."""
+    names = ("padded_3x3", "pointwise", "depthwise")
+    cases = [case for case in CASES if case.name in names]
+    return Way(algorithm, "").problems(cases, **changes)[0]
+
+
+def tile_of(way, dtype):
+    return next(plan.tile for plan in tile_plans(way.algorithm, dtype=dtype) if str(plan.tile) == way.tile)
+
+
+@every_order
+@every_dtype
+@every_way
+class TestTile:
+    def test_cases(self, way, dtype, order, rng):
+        for problem in way.problems(CASES, dtype=dtype, order=order):
+            plan = way.plan(problem)
+            make_layer(rng, problem, integers).check(plan, prepared=True)
+            make_layer(rng, problem, integers, epilogue=False).check(plan)
+            make_layer(rng, problem, normals).check(plan)
+            make_layer(rng, problem, normals, epilogue=False).check(plan, prepared=True)
+
+    def test_sizes_around_the_tile(self, way, dtype, order, rng):
+        """Rows and vectors of a tile are output channels and pixels, or the other way round.
+
+        Each family meets a third of the pairs of sizes, another third than its neighbours in the list.
+        """
+        tile = tile_of(way, dtype)
+        rows = sizes_around(tile.rows)
+        width = sizes_around(tile.vectors * current().lanes(dtype))
+        pairs = [*product(rows.values(), width.values()), *product(width.values(), rows.values())]
+        for turn, (outputs, pixels) in enumerate(pairs):
+            cases = around_tile(outputs, pixels, getattr(tile, "m", 1))
+            for problem in way.problems(cases, dtype=dtype, order=order)[turn % 3 :: 3]:
+                fill = normals if turn % 7 == 0 else integers
+                plan, even = way.plan(problem), turn % 2 == 0
+                make_layer(rng, problem, fill, epilogue=even).check(plan, prepared=False)
+                make_layer(rng, problem, fill, epilogue=not even).check(plan, prepared=True)
+
+
+@every_order
+@every_way
+class TestWay:
+    """What does not depend on the dtype: float32 stands for both."""
+
+    def test_caches_of_any_size(self, way, order, rng):
+        """Small caches cut small problems into many bands, blocks and groups of channels."""
+        for problem in way.problems(CASES + WIDE, order=order):
+            for l1, l2 in ((1 << 9, 1 << 11), (1 << 12, 1 << 15)):
+                plan = with_caches(way.plan(problem), l1, l2)
+                make_layer(rng, problem, integers).check(plan)
+                make_layer(rng, problem, integers, epilogue=False).check(plan, prepared=True)
+
+    def test_any_memory_is_read(self, way, order, rng):
+        for problem in various(way.algorithm, order=order):
+            layer, plan = make_layer(rng, problem, integers), way.plan(problem)
+            for name in ("x", "w", "bias", "residual"):
+                for label, view in layouts(getattr(layer, name)):
+                    y = layer.with_array(**{name: view}).run(plan)
+                    assert_same(layer, plan, y, f"{name} {label}")
+            for label, view in layouts(layer.w):
+                relaid = layer.with_array(w=view)
+                assert_same(layer, plan, relaid.run(plan, relaid.prepare(plan)), f"prepared w {label}")
+
+    def test_repeated_elements_are_read(self, way, order, rng):
+        """A stride of zero along every axis in turn, and along all of them."""
+        for problem in various(way.algorithm, order=order):
+            layer, plan = make_layer(rng, problem, integers), way.plan(problem)
+            for name in ("x", "w", "residual"):
+                array = getattr(layer, name)
+                for axes in [*((axis,) for axis in range(array.ndim)), tuple(range(array.ndim))]:
+                    one = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(array.ndim))
+                    layer.with_array(**{name: np.broadcast_to(array[one], array.shape)}).check(plan)
+            layer.with_array(bias=np.broadcast_to(layer.bias[:1], layer.bias.shape)).check(plan)
+
+    def test_any_memory_is_written_and_no_other(self, way, order, rng):
+        for problem in various(way.algorithm, order=order):
+            layer, plan = make_layer(rng, problem, integers), way.plan(problem)
+            for label, out in layouts(np.full(problem.output_shape, np.nan, np.float32)):
+                if not out.flags.writeable:
+                    continue
+                untouched = count_nan(memory_of(out)) - out.size
+                assert_same(layer, plan, layer.run(plan, out=out), f"out {label}")
+                assert count_nan(memory_of(out)) == untouched, f"{plan}: wrote beside out, {label}"
+
+    def test_operands_are_only_read(self, way, order, rng):
+        problem = mixed_case(way.algorithm, order=order)
+        layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+        before = [array.copy() for array in (layer.x, layer.w, layer.bias, layer.residual)]
+        layer.run(plan)
+        prepared = layer.prepare(plan)
+        copy = prepared.tobytes()  # parts that no result depends on may be NaN
+        layer.run(plan, prepared)
+        assert prepared.tobytes() == copy
+        for array, old in zip((layer.x, layer.w, layer.bias, layer.residual), before, strict=True):
+            assert np.array_equal(array, old)
+
+    def test_every_part_of_the_epilogue_by_itself(self, way, order, rng):
+        for problem in various(way.algorithm, order=order):
+            whole = make_layer(rng, problem, integers)
+            for bias, residual, activation in product((whole.bias, None), (whole.residual, None), ("relu", None)):
+                layer = whole.with_array(bias=bias, residual=residual, activation=activation)
+                layer.check(way.plan(problem))
+
+    def test_nan_passes_through(self, way, order, rng):
+        """One NaN in the residual is one NaN in the result; one in the bias is one channel of them."""
+        problem = mixed_case(way.algorithm, order=order)
+        layer, plan = make_layer(rng, problem, integers), way.plan(problem)
+        layer.residual[0, 2, 1, 3] = np.nan
+        layer.bias[1] = np.nan
+        for activation in (None, *ALL_ACTIVATIONS):
+            y = layer.with_array(activation=activation).run(plan)
+            expected = np.zeros(y.shape, bool)
+            expected[0, 2, 1, 3] = expected[:, 1] = True
+            assert np.array_equal(np.isnan(y), expected), f"{plan}, {activation}"
+
+    def test_nan_and_inf_reach_the_outputs_that_see_them(self, way, order, rng):
+        """Each of them makes its windows NaN or inf; a transform of tiles may hit their neighbours too."""
+        problem = mixed_case(way.algorithm, order=order)
+        for value in (np.nan, np.inf, -np.inf):
+            layer, plan = make_layer(rng, problem, integers, epilogue=False), way.plan(problem)
+            clean = layer.run(plan)
+            layer.x[1, 3, 4, 5] = value
+            y = layer.run(plan)
+            with np.errstate(invalid="ignore"):  # inf - inf and 0 * inf are what is wanted here
+                seen = ~np.isfinite(layer.expected)
+            assert seen.any()
+            assert not np.isfinite(y[seen]).any()
+            reach = plan.error_bound().reach
+            rows, columns = (slice(max(i - 1 - reach, 0), i + 2 + reach) for i in (4, 5))
+            far = np.ones(y.shape, bool)
+            far[1, :, rows, columns] = False
+            assert np.array_equal(y[far], clean[far])
+
+
+ALL_ACTIVATIONS = [("leaky_relu", 0.125) if name == "leaky_relu" else name for name in ACTIVATIONS]
+
+
+def various(algorithm, **changes):
+    """Problems with padding and groups, without them, and with strides where the algorithm takes them."""
+    names = ("plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed",
+             "pointwise", "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier")  # fmt: skip
+    return Way(algorithm, "").problems([case for case in CASES if case.name in names], **changes)
+
+
+def assert_same(layer, plan, y, what):
+    try:
+        layer.judge(plan, y)
+    except AssertionError as error:
+        raise AssertionError(f"{plan}, {what}\n{error}") from None
+
+
+def memory_of(array):
+    """The whole array that a view looks at."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def count_nan(array):
+    return np.count_nonzero(np.isnan(array))
+
+
+@every_algorithm
+class TestActivation:
+    @every_order
+    @every_dtype
+    @pytest.mark.parametrize("activation", ALL_ACTIVATIONS, ids=str)
+    def test_reference(self, algorithm, activation, dtype, order, rng):
+        """The sum is exact, its activation is computed in float64 and rounded once."""
+        problem = mixed_case(algorithm, dtype=dtype, order=order, precision="highest")
+        layer = make_layer(rng, problem, integers).with_array(activation=activation)
+        bias, residual = layer.bias / 16, layer.residual / 16  # near zero too, where a curve is a curve
+        layer = layer.with_array(bias=bias, residual=residual)
+        linear = layer.with_array(activation=None).expected
+        for plan in possible_plans(problem, algorithm):
+            y = layer.run(plan)
+            rounding = np.finfo(dtype).eps * np.abs(layer.expected)
+            slack = 4 * np.finfo(np.float64).eps * (1 + np.abs(linear))
+            assert_bounded(y, reference.activate(linear, activation), rounding + slack, dtype)
+
+    def test_far_from_zero(self, algorithm):
+        """Where exp overflows, where a sigmoid is 0 or 1; in bounds that no large value loosens."""
+        problem = mixed_case(algorithm, precision="highest")
+        values = np.resize(np.float32([-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]), problem.K)
+        layer = make_layer(np.random.default_rng(0), problem, integers)
+        layer = layer.with_array(x=np.zeros_like(layer.x), bias=values, residual=None)
+        for plan, activation in product(possible_plans(problem, algorithm), ALL_ACTIVATIONS):
+            y = layer.with_array(activation=activation).run(plan)[0, :, 0, 0]
+            assert_bounded(y, reference.activate(values, activation), 1e-6 * np.abs(values) + 1e-7, "float32")
+
+
+@every_algorithm
+class TestHalf:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_rounded_once(self, algorithm, dtype, rng):
+        """Sums are whole numbers in float32; the result is the reference, rounded once."""
+        for problem in various(algorithm, dtype=dtype, precision="highest"):
+            x, w, bias, residual = operands(rng, problem, integers)
+            operation = getattr(fastconv, problem.op)
+            options = {**options_of(problem), "activation": "relu", "residual": residual}
+            y = operation(x, w, bias, algo=algorithm, precision="highest", **options)
+            options["residual"] = residual.astype(float)
+            arrays = (array.astype(float) for array in (x, w, bias))
+            assert_exact(y, getattr(reference, problem.op)(*arrays, **options), dtype)
+
+
+@every_algorithm
+class TestNarrowerVectors:
+    @pytest.mark.parametrize("bits", ["128", "256"])
+    def test_exact(self, algorithm, bits, rng, monkeypatch):
+        """The narrower vectors of other CPUs, with the tile that takes most registers and fits."""
+        if int(bits) > current().vector_bits:
+            pytest.skip(f"this CPU has no vectors of {bits} bits")
+        monkeypatch.setenv("FASTCONV_VECTOR_BITS", bits)
+        assert current().vector_bits == int(bits)
+        plan = max(tile_plans(algorithm, precision="highest"), key=lambda plan: plan.tile.rows * plan.tile.vectors)
+        way = Way(algorithm, str(plan.tile))
+        for order in ORDERS:
+            tiles = around_tile(plan.tile.rows + 1, plan.tile.vectors * current().lanes("float32") + 1)
+            for problem in way.problems(CASES + tiles, order=order, precision="highest"):
+                make_layer(rng, problem, integers).check(way.plan(problem))
+
+
+class TestRefusal:
+    KNOWN = [
+        ("winograd", "stem_7x7", "needs a 3 x 3 kernel over one plane"),
+        ("winograd", "conv3d", "needs a 3 x 3 kernel over one plane"),
+        ("winograd", "conv1d", "needs a 3 x 3 kernel over one plane"),
+        ("winograd", "stride_2", "needs stride 1 and dilation 1"),
+        ("winograd", "dilated", "needs stride 1 and dilation 1"),
+        ("pointwise", "plain_3x3", "needs a kernel of extent 1"),
+        ("pointwise", "pointwise_padded", "needs padding 0"),
+        ("depthwise", "groups", "needs groups = C = 6"),
+        ("depthwise", "pointwise", "needs groups = C = 9"),
+    ]
+    PADDED = Case("pointwise_padded", "conv2d", (1, 2, 3, 3), (4, 2, 1, 1), {"padding": 1})
+
+    @pytest.mark.parametrize(("algorithm", "name", "reason"), KNOWN)
+    def test_reason(self, algorithm, name, reason):
+        problem = next(case for case in [*CASES, self.PADDED] if case.name == name).problem()
+        assert TABLE[algorithm].refuses(problem) == reason
+        assert possible_plans(problem, algorithm) == []
+        with pytest.raises(ConvError) as caught:
+            fastconv.plan.make_plan(problem, algorithm)
+        assert str(caught.value) == f"{problem.op}: algo={algorithm!r} cannot run {problem}: {reason}"
+
+    def test_every_row_that_can_refuse_is_tried(self):
+        refused = {name for name, row in TABLE.items() if any(row.refuses(case.problem()) for case in CASES)}
+        assert refused == {algorithm for algorithm, _, _ in self.KNOWN}
+
+    def test_every_problem_has_an_algorithm(self):
+        for case in CASES:
+            for dtype, order in product(DTYPES, ORDERS):
+                problem = case.problem(dtype=dtype, order=order, precision="highest")
+                assert any(possible_plans(problem, name) for name in TABLE)
+
+
+class TestSameBits:
+    """For a given algorithm a result depends on its operands only."""
+
+    @pytest.fixture(params=ORDERS)
+    def layer(self, request, way, rng):
+        """Enough work that threads are worth waking, cut unevenly by 2, 3 and 5."""
+        shape = {"winograd": ((3, 19, 23, 29), (37, 19, 3, 3)), "pointwise": ((3, 61, 23, 29), (37, 61, 1, 1))}
+        case = Case("", "conv2d", *shape.get(way.algorithm, ((3, 19, 23, 29), (37, 19, 3, 3))))
+        if way.algorithm == "depthwise":
+            case = Case("", "conv2d", (3, 61, 23, 29), (61, 1, 5, 5), {"groups": 61, "padding": 2})
+        return make_layer(rng, case.problem(order=request.param), normals)
+
+    @every_way
+    def test_any_thread_count(self, way, layer, monkeypatch):
+        plan = way.plan(layer.problem)
+        results = []
+        for threads in ("1", "2", "3", "5"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            results += [layer.run(plan), layer.run(plan, layer.prepare(plan))]
+        layer.judge(plan, results[0])
+        for y in results[1:]:
+            assert y.tobytes() == results[0].tobytes()
+
+    @every_way
+    def test_any_run(self, way, layer):
+        plan = way.plan(layer.problem)
+        first = layer.run(plan).tobytes()
+        for _ in range(20):
+            assert layer.run(plan).tobytes() == first
+
+    @every_way
+    def test_any_batch(self, way, layer):
+        whole = layer.run(way.plan(layer.problem))
+        alone = dataclasses.replace(layer.problem, N=1)
+        for n in range(layer.problem.N):
+            sample = slice(n, n + 1)
+            parts = {"problem": alone, "x": layer.x[sample], "residual": layer.residual[sample]}
+            y = layer.with_array(**parts).run(way.plan(alone))
+            assert y.tobytes() == whole[sample].tobytes()
+
+    @every_way
+    def test_any_caches(self, way, layer):
+        plan = way.plan(layer.problem)
+        assert layer.run(with_caches(plan, 1 << 12, 1 << 14)).tobytes() == layer.run(plan).tobytes()

@@ -1,0 +1,407 @@
+"""Who decides what runs: the argument, FASTCONV_ALGO, a measurement, the cost model, in this order."""
+
+import re
+
+import numpy as np
+import pytest
+
+import fastconv
+from fastconv import measured
+from fastconv import plan as planning
+from fastconv.algorithms import TABLE
+from fastconv.plan import Plan, explain_problem, fitting_plans, make_plan, possible_plans
+from fastconv.problem import ConvError, make_problem
+from tests.cases import CASES
+from tests.compare import integers
+from tests.kernels import DTYPES, ORDERS, Way, make_layer
+
+PROBLEM = make_problem("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), padding=1)
+KNOWN = "direct, im2col, winograd, pointwise, depthwise"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """A store of measurements, and an environment, of the test's own."""
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path))
+    for name in ("FASTCONV_ALGO", "FASTCONV_WORKSPACE", "FASTCONV_THREADS", "FASTCONV_VECTOR_BITS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def plans_of(problem):
+    return [plan for name in TABLE for plan in possible_plans(problem, name)]
+
+
+def remember(problem, algorithm, tile):
+    """Store a measurement as tune does."""
+    device = plans_of(problem)[0].device.label()
+    measured.store(problem, device, {"algorithm": algorithm, "tile": str(tile), "seconds": 1e-3})
+    planning.forget_plans()
+
+
+def chosen(problem=PROBLEM, *arguments, **options):
+    plan = make_plan(problem, *arguments, **options)
+    return plan.algorithm.name, str(plan.tile)
+
+
+class TestOrder:
+    def test_cost_model(self):
+        """Left alone: the cheapest of all estimates, on every case."""
+        for case in CASES:
+            for dtype in DTYPES:
+                problem = case.problem(dtype=dtype)
+                assert make_plan(problem).cost() == min(plan.cost() for plan in plans_of(problem))
+
+    def test_measured_beats_the_cost_model(self):
+        for plan in plans_of(PROBLEM):
+            remember(PROBLEM, plan.algorithm.name, plan.tile)
+            assert chosen() == (plan.algorithm.name, str(plan.tile))
+
+    def test_environment_beats_measured(self, monkeypatch):
+        remember(PROBLEM, "direct", possible_plans(PROBLEM, "direct")[0].tile)
+        monkeypatch.setenv("FASTCONV_ALGO", "im2col")
+        assert chosen()[0] == "im2col"
+
+    def test_argument_beats_the_environment(self, monkeypatch):
+        remember(PROBLEM, "direct", possible_plans(PROBLEM, "direct")[0].tile)
+        monkeypatch.setenv("FASTCONV_ALGO", "im2col")
+        assert chosen(PROBLEM, "winograd")[0] == "winograd"
+
+    def test_of_a_named_algorithm_the_cheapest_tile(self):
+        for name in ("direct", "im2col", "winograd"):
+            plans = possible_plans(PROBLEM, name)
+            assert make_plan(PROBLEM, name).cost() == min(plan.cost() for plan in plans)
+
+    def test_a_tile_by_name(self):
+        for plan in plans_of(PROBLEM):
+            name, tile = plan.algorithm.name, str(plan.tile)
+            assert chosen(PROBLEM, name, tile=tile) == (name, tile)
+
+    def test_the_environment_is_read_at_every_call(self, monkeypatch):
+        first = chosen()
+        for name in ("im2col", "direct", "winograd", "im2col"):
+            monkeypatch.setenv("FASTCONV_ALGO", name)
+            assert chosen()[0] == name
+        monkeypatch.setenv("FASTCONV_ALGO", "")
+        assert chosen() == first
+
+    def test_the_environment_names_no_algorithm_for_what_it_refuses(self, monkeypatch):
+        """It is said once for a whole network: layers that the algorithm cannot run are chosen as ever."""
+        problem = make_problem("conv2d", (1, 3, 30, 30), (8, 3, 7, 7), stride=2)
+        usual = chosen(problem)
+        monkeypatch.setenv("FASTCONV_ALGO", "winograd")
+        assert chosen(problem) == usual
+
+    def test_a_measurement_of_another_problem_says_nothing(self):
+        usual = chosen()
+        for other in ({"padding": 0}, {"padding": 1, "dtype": "float64"}, {"padding": 1, "order": "NHWC"}):
+            remember(make_problem("conv2d", PROBLEM.input_shape, PROBLEM.weight_shape, **other), "im2col", "8x1")
+        assert chosen() == usual
+
+    def test_a_measurement_that_cannot_run_is_passed_over(self):
+        usual = chosen()
+        remember(PROBLEM, "direct", "99x99")
+        assert chosen() == usual
+        remember(PROBLEM, "pointwise", possible_plans(PROBLEM, "direct")[0].tile)
+        with pytest.warns(UserWarning, match="'pointwise' cannot run"):
+            assert chosen() == usual
+
+    def test_what_tune_finds_is_taken(self, rng, monkeypatch):
+        x, w = integers(rng, (1, 4, 9, 9)), integers(rng, (5, 4, 3, 3))
+        result = fastconv.tune(x, w)
+        assert chosen(result.problem) == (result.best.algorithm, result.best.tile)
+        monkeypatch.setenv("FASTCONV_CACHE", "/nowhere")
+        assert make_plan(result.problem).cost() == min(plan.cost() for plan in plans_of(result.problem))
+
+
+class TestPrecision:
+    HIGHEST = make_problem("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), padding=1, precision="highest")
+
+    def test_highest_admits_no_algorithm_with_a_larger_error(self):
+        bounds = {plan.error_bound().factor for plan in possible_plans(self.HIGHEST, "direct")}
+        for plan in plans_of(self.HIGHEST):
+            assert plan.error_bound().factor in bounds
+        assert len(plans_of(self.HIGHEST)) < len(plans_of(PROBLEM))
+        assert possible_plans(self.HIGHEST, "winograd"), "F(2) is as exact as a direct sum"
+
+    def test_a_measurement_does_not_lower_it(self):
+        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        remember(self.HIGHEST, "winograd", large.tile)
+        assert chosen(self.HIGHEST) != ("winograd", str(large.tile))
+
+    def test_nor_does_a_tile_by_name(self):
+        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        with pytest.raises(ConvError, match=f"tile of winograd must be one of .*, got '{large.tile}'"):
+            make_plan(self.HIGHEST, "winograd", tile=str(large.tile))
+
+
+class TestWorkspace:
+    def test_another_algorithm_is_chosen(self, monkeypatch):
+        """At every limit from all to nothing: the cheapest of those that keep to it."""
+        plans = plans_of(PROBLEM)
+        sizes = sorted({plan.workspace() for plan in plans})
+        assert len(sizes) > 3
+        found = set()
+        for limit in sizes:
+            monkeypatch.setenv("FASTCONV_WORKSPACE", str(limit))
+            plan = make_plan(PROBLEM)
+            assert plan.workspace() <= limit
+            assert plan.cost() == min(plan.cost() for plan in plans if plan.workspace() <= limit)
+            found.add(plan.algorithm.name)
+            result = make_layer(np.random.default_rng(0), PROBLEM, integers)
+            if limit in (sizes[0], sizes[-1]):
+                result.check(plan)
+        assert len(found) > 1
+
+    def test_another_tile_of_a_named_algorithm(self, monkeypatch):
+        plans = possible_plans(PROBLEM, "winograd")
+        least = min(plan.workspace() for plan in plans)
+        assert make_plan(PROBLEM, "winograd").workspace() > least
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(least))
+        assert make_plan(PROBLEM, "winograd").workspace() == least
+
+    def test_a_named_algorithm_that_needs_more_is_an_error(self, monkeypatch):
+        least = min(plan.workspace() for plan in possible_plans(PROBLEM, "winograd"))
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(least - 1))
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM, "winograd")
+        rule = f"FASTCONV_WORKSPACE must be at least {least} bytes, which algo='winograd' takes"
+        assert str(caught.value) == f"conv2d: {rule}, got '{least - 1}' ({PROBLEM})"
+
+    def test_a_limit_that_nothing_keeps_to_is_an_error(self, monkeypatch):
+        least = min(plans_of(PROBLEM), key=Plan.workspace)
+        monkeypatch.setenv("FASTCONV_WORKSPACE", "1")
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM)
+        name = least.algorithm.name
+        rule = f"FASTCONV_WORKSPACE must be at least {least.workspace()} bytes, which algo={name!r} takes"
+        assert str(caught.value) == f"conv2d: {rule}, got '1' ({PROBLEM})"
+
+    def test_neither_environment_nor_measurement_exceeds_it(self, monkeypatch):
+        plan = max(plans_of(PROBLEM), key=Plan.workspace)
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(plan.workspace() - 1))
+        remember(PROBLEM, plan.algorithm.name, plan.tile)
+        assert make_plan(PROBLEM).workspace() < plan.workspace()
+        least = min(p.workspace() for p in possible_plans(PROBLEM, "winograd"))
+        monkeypatch.setenv("FASTCONV_ALGO", "winograd")
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(least - 1))
+        assert chosen()[0] != "winograd"
+
+    @pytest.mark.parametrize(
+        ("text", "limit"),
+        [("0", 0), ("123", 123), ("64K", 64 << 10), ("5m", 5 << 20), (" 2 GB ", 2 << 30), ("1kb", 1024), ("", None)],
+    )
+    def test_units(self, text, limit, monkeypatch):
+        monkeypatch.setenv("FASTCONV_WORKSPACE", text)
+        assert planning.workspace_limit() == limit
+
+    @pytest.mark.parametrize("text", ["lots", "-1", "1.5M", "1T", "M", "64 M M", "²"])
+    def test_nonsense_is_an_error(self, text, monkeypatch):
+        monkeypatch.setenv("FASTCONV_WORKSPACE", text)
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM)
+        assert str(caught.value) == (
+            f"FASTCONV_WORKSPACE must be bytes, with K, M or G, such as 64M, got {text!r}"
+        )
+
+    def test_what_is_stated_is_about_what_is_allocated(self, rng, monkeypatch):
+        """More threads hold more: the figure is for as many as there are."""
+        for name in TABLE:
+            problem = Way(name, "").problems(CASES)[0]
+            for threads in ("1", "4"):
+                monkeypatch.setenv("FASTCONV_THREADS", threads)
+                assert all(plan.workspace() >= 0 for plan in possible_plans(problem, name))
+        monkeypatch.setenv("FASTCONV_THREADS", "1")
+        one = [plan.workspace() for plan in possible_plans(PROBLEM, "direct")]
+        monkeypatch.setenv("FASTCONV_THREADS", "4")
+        assert [4 * size for size in one] == [plan.workspace() for plan in possible_plans(PROBLEM, "direct")]
+
+    def test_fitting_plans(self, monkeypatch):
+        assert fitting_plans(PROBLEM, "winograd") == possible_plans(PROBLEM, "winograd")
+        limit = sorted(plan.workspace() for plan in possible_plans(PROBLEM, "winograd"))[2]
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(limit))
+        fitting = fitting_plans(PROBLEM, "winograd")
+        assert 0 < len(fitting) < len(possible_plans(PROBLEM, "winograd"))
+        assert max(plan.workspace() for plan in fitting) == limit
+
+
+class TestErrors:
+    @pytest.mark.parametrize("op", ["conv1d", "conv2d", "conv3d"])
+    def test_unknown_algorithm(self, op):
+        problem = next(case for case in CASES if case.op == op).problem()
+        with pytest.raises(ConvError) as caught:
+            make_plan(problem, "fft")
+        assert str(caught.value) == f"{op}: algo must be one of auto, {KNOWN}, got 'fft'"
+
+    def test_unknown_algorithm_in_the_environment(self, monkeypatch):
+        monkeypatch.setenv("FASTCONV_ALGO", "winogrd")
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM)
+        assert str(caught.value) == f"conv2d: FASTCONV_ALGO must be one of {KNOWN}, got 'winogrd'"
+        assert chosen(PROBLEM, "direct")[0] == "direct"
+
+    @pytest.mark.parametrize("tile", ["", "1x1", "8X3", "f4"])
+    def test_unknown_tile(self, tile):
+        known = ", ".join(str(plan.tile) for plan in possible_plans(PROBLEM, "direct"))
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM, "direct", tile=tile)
+        assert str(caught.value) == f"conv2d: tile of direct must be one of {known}, got {tile!r}"
+
+    @pytest.mark.parametrize("algo", [None, 3, ["direct"], b"direct"])
+    def test_no_string(self, algo):
+        with pytest.raises(TypeError) as caught:
+            make_plan(PROBLEM, algo)
+        assert str(caught.value) == f"conv2d: algo must be a string, got {algo!r}"
+
+    def test_refused(self):
+        with pytest.raises(ConvError) as caught:
+            make_plan(PROBLEM, "pointwise")
+        assert str(caught.value) == (
+            f"conv2d: algo='pointwise' cannot run {PROBLEM}: needs a kernel of extent 1"
+        )
+
+    def test_the_message_names_the_operation_of_the_call(self):
+        """A conv1d and a conv2d of one row are different calls, though their problems may look alike."""
+        signal = make_problem("conv1d", (1, 4, 9), (4, 4, 3))
+        image = make_problem("conv2d", (1, 4, 1, 9), (4, 4, 1, 3))
+        for problem in (signal, image, signal):
+            with pytest.raises(ConvError, match=f"^{problem.op}: algo='winograd' cannot run"):
+                make_plan(problem, "winograd")
+
+    @pytest.mark.parametrize("text", ["64", "1024", "wide", "-128"])
+    def test_vector_bits(self, text, monkeypatch):
+        monkeypatch.setenv("FASTCONV_VECTOR_BITS", text)
+        with pytest.raises(ConvError, match=rf"^FASTCONV_VECTOR_BITS must be one of 128.* got '{text}'$"):
+            make_plan(PROBLEM)
+
+
+class TestPlan:
+    def test_weight_form_tells_prepared_weights_apart(self, rng):
+        """Plans of one form accept each other's prepared weight, whatever the size of the input."""
+        small = make_problem("conv2d", (2, 6, 8, 9), (5, 6, 3, 3), padding=1)
+        large = make_problem("conv2d", (3, 6, 40, 31), (5, 6, 3, 3), padding=1)
+        for order in ORDERS:
+            for name in ("direct", "im2col", "winograd"):
+                layers = [make_layer(rng, make_problem(p.op, p.input_shape, p.weight_shape, padding=1, order=order),
+                                     integers) for p in (small, large)]  # fmt: skip
+                pairs = zip(*(possible_plans(layer.problem, name) for layer in layers), strict=True)
+                for one, other in pairs:
+                    assert one.weight_form == other.weight_form
+                    layer = layers[1].with_array(w=layers[0].w)
+                    layer.judge(other, layer.run(other, layers[0].prepare(one)))
+
+    def test_prepared_for_another_width_is_another_form(self, monkeypatch):
+        forms = set()
+        for bits in ("128", ""):
+            monkeypatch.setenv("FASTCONV_VECTOR_BITS", bits)
+            forms.add(make_plan(PROBLEM, "direct", tile="4x3").weight_form)
+        assert len(forms) == 2 or planning.make_plan(PROBLEM).device.vector_bits == 128
+
+    def test_figures(self):
+        for case in CASES:
+            for plan in plans_of(case.problem()):
+                assert plan.workspace() >= 0
+                assert plan.cost() > 0 or plan.problem.N == 0
+                assert plan.error_bound().factor >= 1
+
+    def test_more_work_costs_more(self):
+        for name in ("direct", "im2col", "winograd"):
+            costs = []
+            for channels in (32, 64, 128):
+                shapes = (1, channels, 56, 56), (64, channels, 3, 3)
+                costs.append(make_plan(make_problem("conv2d", *shapes, padding=1), name).cost())
+            assert costs == sorted(costs)
+            assert costs[0] < costs[2]
+
+    def test_str(self):
+        tile = possible_plans(PROBLEM, "direct")[0].tile
+        assert str(make_plan(PROBLEM, "direct", tile=str(tile))) == f"direct {tile} on cpu: {PROBLEM}"
+
+
+class TestExplain:
+    def test_everything_is_told(self):
+        text = str(explain_problem(PROBLEM))
+        for line in (
+            f"conv2d {PROBLEM}",
+            "  input (1, 64, 56, 56), weight (64, 64, 3, 3), output (1, 64, 56, 56)",
+            "  231 MFLOP, 1.75 MB moved at least, 132.0 FLOP/B, 36,864 parameters",
+            "  every row and column of the padded input is read",
+            f"  on {plans_of(PROBLEM)[0].device.name}; times are estimates for one core",
+            "    pointwise  refused: needs a kernel of extent 1",
+            "    depthwise  refused: needs groups = C = 64",
+        ):
+            assert line in text.split("\n"), f"{line!r} is not in\n{text}"
+
+    def test_one_line_per_row_of_the_table_in_its_order(self):
+        text = str(explain_problem(PROBLEM))
+        assert re.findall(rf"^ (?:->|  ) ({'|'.join(TABLE)}) ", text, re.MULTILINE) == list(TABLE)
+
+    def test_the_mark_is_on_the_plan_that_runs(self):
+        for name in ("auto", "direct", "im2col", "winograd"):
+            marked = re.findall(r"^ -> (\w+) .* tile (\S+)", str(explain_problem(PROBLEM, name)), re.MULTILINE)
+            assert marked == [chosen(PROBLEM, name)]
+
+    def test_the_figures_are_those_of_the_plans(self):
+        explanation = explain_problem(PROBLEM)
+        lines = str(explanation).split("\n")[-len(TABLE) :]
+        for (name, found), line in zip(explanation.others, lines, strict=True):
+            if isinstance(found, str):
+                assert line == f"    {name:<10} refused: {found}"
+                assert TABLE[name].refuses(PROBLEM) == found
+                continue
+            figures = re.fullmatch(
+                r" (?:->|  ) (\w+) +([\d.]+) ms +(\d+) GFLOP/s  tile (\S+) +workspace (\S+ \S+) +error <= (\d+) eps",
+                line,
+            )
+            milliseconds, rate = float(figures[2]), float(figures[3])
+            assert figures[1] == found.algorithm.name == name
+            assert milliseconds == pytest.approx(found.cost() * 1e3, abs=5e-4)
+            assert rate == pytest.approx(PROBLEM.flops / found.cost() / 1e9, abs=0.5)
+            assert figures[4] == str(found.tile)
+            assert int(figures[6]) == round(found.error_bound().factor)
+            value, unit = figures[5].split()
+            bytes = float(value) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+            assert bytes == pytest.approx(found.workspace(), rel=5e-3)
+
+    @pytest.mark.parametrize(
+        ("op", "shapes", "options", "told"),
+        [
+            ("conv2d", ((1, 3, 8, 9), (4, 3, 3, 3)), {"stride": 2}, "1 rows"),
+            ("conv2d", ((1, 3, 9, 8), (4, 3, 3, 3)), {"stride": 2}, "1 columns"),
+            ("conv2d", ((1, 3, 8, 11), (4, 3, 3, 2)), {"stride": (4, 3)}, "1 rows and 3 columns"),
+            ("conv1d", ((1, 3, 11), (4, 3, 3)), {"stride": 5}, "2 columns"),
+            ("conv3d", ((1, 3, 8, 9, 8), (4, 3, 3, 3, 3)), {"stride": 2}, "1 planes and 1 columns"),
+            ("conv2d", ((1, 3, 9, 9), (4, 3, 3, 3)), {"stride": 2}, None),
+            ("conv2d", ((1, 3, 8, 8), (4, 3, 3, 3)), {"stride": 2, "padding": ((0, 1), (1, 0))}, None),
+        ],
+    )
+    def test_what_no_window_reads(self, op, shapes, options, told):
+        text = str(explain_problem(make_problem(op, *shapes, **options)))
+        everything = "  every row and column of the padded input is read"
+        assert (f"  {told} of the padded input are read by no window" if told else everything) in text.split("\n")
+
+    def test_unread_elements_are_really_not_read(self, rng):
+        """NaN in what is told to be unread does not show in the result."""
+        problem = make_problem("conv2d", (1, 3, 8, 11), (4, 3, 3, 2), stride=(4, 3))
+        planes, rows, columns = problem.unread
+        assert (planes, rows) == (0, 1)
+        for plan in plans_of(problem):
+            layer = make_layer(rng, problem, integers)
+            clean = layer.run(plan)
+            layer.x[:, :, 7:] = np.nan
+            layer.x[:, :, :, 2::3] = np.nan
+            assert np.array_equal(layer.run(plan), clean)
+        assert columns == 3
+
+    def test_too_large_a_workspace_is_a_reason(self, monkeypatch):
+        least = min(plan.workspace() for plan in possible_plans(PROBLEM, "winograd"))
+        monkeypatch.setenv("FASTCONV_WORKSPACE", str(least - 1))
+        text = str(explain_problem(PROBLEM))
+        assert "    winograd   refused: needs more workspace than FASTCONV_WORKSPACE permits" in text.split("\n")
+
+    def test_no_kernel_is_compiled(self, monkeypatch):
+        """A question is answered in milliseconds."""
+        monkeypatch.setattr(Plan, "run", None)
+        monkeypatch.setattr(Plan, "prepare", None)
+        for case in CASES:
+            assert case.op in str(explain_problem(case.problem()))

@@ -1,0 +1,310 @@
+"""The vector code by itself, against NumPy: microkernel, Winograd transforms, regrouping and copies."""
+
+import importlib
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fastconv.algorithms import TABLE
+from fastconv.cpu import simd
+from fastconv.cpu.device import current
+from fastconv.cpu.simd import Block, allocate, jit, multiply_tile, pointer, release, table
+from fastconv.winograd_math import matrices
+from tests.compare import assert_bounded, assert_exact, integers
+from tests.kernels import DTYPES
+
+TAPS = 7
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def shapes():
+    """(rows, vectors) of the register tiles of all algorithms, on this machine."""
+    modules = [importlib.import_module(f"fastconv.cpu.{name}") for name in TABLE]
+    return sorted({(t.rows, t.vectors) for m in modules for t in m.TILES if current().fits(t)})
+
+
+every_shape = pytest.mark.parametrize("shape", shapes(), ids=lambda shape: "x".join(map(str, shape)))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_m = pytest.mark.parametrize("m", [2, 4])
+
+
+@jit
+def call_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
+    p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
+    multiply_tile(block, vectors, p[0], a_rows, table(a_taps), p[1], table(b_taps), taps, p[2], p[3], c_row)
+
+
+@jit
+def call_tile_by_table(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
+    p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
+    multiply_tile(
+        block, vectors, p[0], table(a_rows), table(a_taps), p[1], table(b_taps), taps, p[2], p[3], c_row
+    )
+
+
+class Product:
+    """Operands of one tile in memory with gaps of NaN between all that may be read."""
+
+    def __init__(self, rng, block, vectors, taps=TAPS):
+        self.block, self.vectors, self.taps = block, vectors, taps
+        self.width, self.rows = vectors * block.lanes, block.rows
+        rows, width, dtype = self.rows, self.width, block.dtype
+        self.a_taps = rng.permutation(taps) * (width + 3)  # in any order, none at its own place
+        self.b_taps = rng.permutation(taps) * (width + 5) + 1
+        self.a_row = taps * (width + 3) + 2
+        self.a = np.full((rows, self.a_row), np.nan, dtype)
+        self.b = np.full(taps * (width + 5) + 1, np.nan, dtype)
+        is_vector = block.form == "elementwise"
+        self.A = integers(rng, (rows, taps, width if is_vector else 1), dtype)
+        self.B = integers(rng, (taps, width), dtype)
+        for t in range(taps):
+            self.a[:, self.a_taps[t] : self.a_taps[t] + self.A.shape[2]] = self.A[:, t]
+            self.b[self.b_taps[t] : self.b_taps[t] + width] = self.B[t]
+        self.bias = integers(rng, (rows, 1) if block.form == "rows" else (1, width), dtype)
+        self.c = np.full((rows, width + 4), np.nan, dtype)
+
+    def expected(self):
+        return self.bias + (self.A * self.B).sum(axis=1)
+
+    def check(self, by_table=False):
+        expected = self.expected()
+        a_rows = np.arange(self.rows) * self.a_row if by_table else self.a_row
+        call = call_tile_by_table if by_table else call_tile
+        call(
+            self.block, self.vectors, address(self.a), a_rows, self.a_taps, address(self.b), self.b_taps,
+            self.taps, address(self.bias), address(self.c), self.c.shape[1],
+        )  # fmt: skip
+        assert_exact(self.c[:, : self.width], expected)
+        assert np.isnan(self.c[:, self.width :]).all(), "wrote beside the tile"
+
+
+@every_dtype
+@every_shape
+class TestMultiplyTile:
+    def test_distance_of_rows(self, shape, dtype, rng):
+        block = Block(dtype, *shape, current().lanes(dtype), "rows")
+        for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS)):
+            Product(rng, block, vectors, taps).check()
+
+    @pytest.mark.parametrize("form", ["columns", "elementwise"])
+    def test_table_of_rows(self, shape, dtype, form, rng):
+        block = Block(dtype, *shape, current().lanes(dtype), form)
+        for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS)):
+            Product(rng, block, vectors, taps).check(by_table=True)
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 8, 16])
+def test_any_number_of_lanes(lanes, rng):
+    """Vectors narrower and wider than this machine's."""
+    for dtype in DTYPES:
+        Product(rng, Block(dtype, 3, 2, lanes), 2).check()
+
+
+def test_sums_run_in_the_order_of_the_taps():
+    """1e8 + 1 - 1e8 is 0 in float32, 1e8 - 1e8 + 1 is 1: the order is part of the result's bits."""
+    for order, expected in (((0, 1, 2), 0), ((0, 2, 1), 1)):
+        case = Product(np.random.default_rng(0), Block("float32", 2, 1, 4), 1, taps=3)
+        terms = np.float32([1e8, 1, -1e8])[list(order)]
+        case.A[:], case.bias[:] = 1, 0
+        case.B[:] = terms[:, None]
+        for t in range(3):
+            case.a[:, case.a_taps[t]] = 1
+            case.b[case.b_taps[t] : case.b_taps[t] + 4] = terms[t]
+        case.c[:] = np.nan
+        a_row, c_row = case.a_row, case.c.shape[1]
+        call_tile(
+            case.block, 1, address(case.a), a_row, case.a_taps, address(case.b), case.b_taps, 3,
+            address(case.bias), address(case.c), c_row,
+        )  # fmt: skip
+        assert (case.c[:, :4] == expected).all()
+
+
+def test_multiply_and_add_round_once():
+    """A fused multiply-add keeps what a rounded product loses: (1 + e)(1 - e) - 1 = -e * e."""
+    case = Product(np.random.default_rng(0), Block("float32", 1, 1, 4), 1, taps=1)
+    e = np.float32(2**-13)
+    case.a[:, case.a_taps[0]], case.b[case.b_taps[0] :][:4], case.bias[:] = 1 + e, 1 - e, -1
+    call_tile(
+        case.block, 1, address(case.a), case.a_row, case.a_taps, address(case.b), case.b_taps, 1,
+        address(case.bias), address(case.c), case.c.shape[1],
+    )  # fmt: skip
+    assert (case.c[0, :4] == -e * e).all()
+
+
+@jit
+def call_filter(block, source, row, step, target, target_step, bias):
+    p = pointer(block, source), pointer(block, target), pointer(block, bias)
+    simd.transform_filter(block, p[0], row, step, p[1], target_step, p[2])
+
+
+@jit
+def call_input(block, source, row, step, target, target_step, bias):
+    p = pointer(block, source), pointer(block, target), pointer(block, bias)
+    simd.transform_input(block, p[0], row, step, p[1], target_step, p[2])
+
+
+@jit
+def call_output(block, source, row, step, target, target_step, bias):
+    p = pointer(block, source), pointer(block, target), pointer(block, bias)
+    simd.transform_output(block, p[0], row, step, p[1], target_step, p[2])
+
+
+TRANSFORMS = {"G": call_filter, "BT": call_input, "AT": call_output}
+
+
+@every_dtype
+@every_m
+@pytest.mark.parametrize("name", TRANSFORMS)
+class TestTransforms:
+    def test_against_fractions(self, name, m, dtype, rng):
+        """Y = M X M^T + bias in every lane; exact where the matrix is whole."""
+        lanes = current().lanes(dtype)
+        block = Block(dtype, 1, 1, lanes, m=m)
+        matrix = np.array(getattr(matrices(m), name)).astype(np.float64)
+        rows, columns = matrix.shape
+        step, row, target_step = lanes + 1, columns * (lanes + 1) + 3, lanes + 2
+        source = np.full((columns, row), np.nan, dtype)
+        X = integers(rng, (columns, columns, lanes), dtype)
+        for i, j in product(range(columns), repeat=2):
+            source[i, j * step : j * step + lanes] = X[i, j]
+        bias = np.full(1, 3, dtype)
+        target = np.full((rows * rows, target_step), np.nan, dtype)
+        TRANSFORMS[name](block, address(source), row, step, address(target), target_step, address(bias))
+        terms = np.einsum("ij,jkv,lk->ilv", matrix, X.astype(float), matrix).reshape(rows * rows, lanes)
+        scale = np.einsum("ij,jkv,lk->ilv", *map(np.abs, (matrix, X.astype(float), matrix)))
+        bound = 4 * np.finfo(dtype).eps * (scale.reshape(rows * rows, lanes) + 3) * (name == "G")
+        assert_bounded(target[:, :lanes], terms + 3, bound, dtype)
+        assert np.isnan(target[:, lanes:]).all(), "wrote beside the vectors"
+
+
+@jit
+def call_split(block, source, source_step, target, target_step):
+    simd.split_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
+
+
+@jit
+def call_merge(block, source, source_step, target, target_step):
+    simd.merge_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
+
+
+@every_dtype
+@every_m
+class TestRegrouping:
+    def test_split(self, m, dtype):
+        """Of a line of tiles, m pixels each, vector p gets pixel p of every tile."""
+        lanes = current().lanes(dtype)
+        line = np.arange(m * lanes, dtype=dtype)
+        split = np.full((m, lanes + 1), np.nan, dtype)
+        call_split(Block(dtype, 1, 1, lanes, m=m), address(line), lanes, address(split), lanes + 1)
+        assert np.array_equal(split[:, :lanes], line.reshape(lanes, m).T)
+        assert np.isnan(split[:, lanes]).all()
+
+    def test_merge_is_its_inverse(self, m, dtype, rng):
+        lanes = current().lanes(dtype)
+        vectors = rng.permutation(m * lanes).reshape(m, lanes).astype(dtype)
+        line = np.full(m * lanes + 1, np.nan, dtype)
+        call_merge(Block(dtype, 1, 1, lanes, m=m), address(vectors), lanes, address(line), lanes)
+        assert np.array_equal(line[:-1].reshape(lanes, m), vectors.T)
+        assert np.isnan(line[-1])
+
+
+@jit
+def call_copy(block, target, source, step, count):
+    simd.copy(block, pointer(block, target), pointer(block, source), step, count)
+
+
+@jit
+def call_spread(block, target, step, source, count):
+    simd.spread(block, pointer(block, target), step, pointer(block, source), count)
+
+
+@jit
+def call_fill(block, target, count):
+    simd.fill(block, pointer(block, target), count)
+
+
+@every_dtype
+class TestCopies:
+    """Exactly `count` elements, whatever the vectors: below, at and above one and several of them."""
+
+    @pytest.fixture
+    def counts(self, dtype):
+        lanes = current().lanes(dtype)
+        return [0, 1, 2, 3, lanes - 1, lanes, lanes + 1, 3 * lanes - 1, 3 * lanes]
+
+    @pytest.mark.parametrize("step", [1, 2, -1, 0])
+    def test_copy(self, step, dtype, counts):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        source = np.arange(1, 200, dtype=dtype)
+        for count in counts:
+            target = np.full(200, np.nan, dtype)
+            call_copy(block, address(target[1:]), address(source[99:]), step, count)
+            assert np.array_equal(target[1 : count + 1], 100 + step * np.arange(count))
+            assert np.isnan(target).sum() == 200 - count
+
+    @pytest.mark.parametrize("step", [1, 2, -1])
+    def test_spread(self, step, dtype, counts):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        source = np.arange(1, 200, dtype=dtype)
+        for count in counts:
+            target = np.full(200, np.nan, dtype)
+            call_spread(block, address(target[99:]), step, address(source), count)
+            assert np.array_equal(target[99 + step * np.arange(count)], source[:count])
+            assert np.isnan(target).sum() == 200 - count
+
+    def test_fill(self, dtype, counts):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        for count in counts:
+            target = np.full(200, np.nan, dtype)
+            call_fill(block, address(target[1:]), count)
+            assert not target[1 : count + 1].any()
+            assert np.isnan(target).sum() == 200 - count
+
+
+@jit
+def allocate_and_write(block, elements):
+    memory = allocate(block, elements)
+    for i in range(elements):
+        memory[i] = i
+    total = 0.0
+    for i in range(elements):
+        total += memory[i]
+    release(memory)
+    return total
+
+
+@jit
+def allocated_address(block, elements):
+    memory = allocate(block, elements)
+    found = simd_address(memory)
+    release(memory)
+    return found
+
+
+@simd.intrinsic
+def simd_address(typingctx, p):
+    return simd.types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], simd.INT)
+
+
+@every_dtype
+class TestAllocate:
+    def test_memory_holds_what_is_written(self, dtype):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        for elements in (0, 1, 5, 1000, 1 << 20):
+            assert allocate_and_write(block, elements) == elements * (elements - 1) // 2
+
+    def test_it_begins_at_a_cache_line(self, dtype):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        assert all(allocated_address(block, n) % simd.CACHE_LINE == 0 for n in (0, 1, 7, 100, 12345))
+
+
+def test_an_edited_helper_is_compiled_anew():
+    """The digest of all sources is in the type of every kernel's first argument."""
+    kind = simd.BlockType(Block("float32", 1, 1, 4), "another digest")
+    assert kind != simd.BlockType(Block("float32", 1, 1, 4), simd.DIGEST)
+    assert simd.DIGEST in simd.BlockType(Block("float32", 1, 1, 4), simd.DIGEST).name
+    assert simd.DIGEST == simd._digest()

@@ -1,0 +1,129 @@
+"""The matrices of F(m, 3) are right for all inputs: proved in whole fractions, on a basis."""
+
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fastconv.winograd_math import POINTS, TAPS, matrices
+
+# Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", sections 4.1 and 4.3: B^T, G, A^T.
+PUBLISHED = {
+    2: (
+        """1 0 -1 0;  0 1 1 0;  0 -1 1 0;  0 1 0 -1""",
+        """1 0 0;  1/2 1/2 1/2;  1/2 -1/2 1/2;  0 0 1""",
+        """1 1 1 0;  0 1 -1 -1""",
+    ),
+    4: (
+        """4 0 -5 0 1 0;  0 -4 -4 1 1 0;  0 4 -4 -1 1 0;  0 -2 -1 2 1 0;  0 2 -1 -2 1 0;  0 4 0 -5 0 1""",
+        """1/4 0 0;  -1/6 -1/6 -1/6;  -1/6 1/6 -1/6;  1/24 1/12 1/6;  1/24 -1/12 1/6;  0 0 1""",
+        """1 1 1 1 1 0;  0 1 -1 2 -2 0;  0 1 1 4 4 0;  0 1 -1 8 -8 1""",
+    ),
+}
+
+every_m = pytest.mark.parametrize("m", POINTS)
+
+
+def parse(text):
+    return np.array([[Fraction(entry) for entry in row.split()] for row in text.split(";")], dtype=object)
+
+
+def arrays(m):
+    """A^T, G and B^T as arrays of fractions, on which @ and * are exact."""
+    return (np.array(matrix, dtype=object) for matrix in matrices(m))
+
+
+def basis(*shape):
+    for index in product(*map(range, shape)):
+        e = np.full(shape, Fraction(0), dtype=object)
+        e[index] = Fraction(1)
+        yield e
+
+
+def fir(d, g):
+    """The correlation of a signal or an image with a filter, by its definition."""
+    windows = np.lib.stride_tricks.sliding_window_view(d, g.shape)
+    return (windows * g).sum(axis=tuple(range(d.ndim, 2 * d.ndim)))
+
+
+@every_m
+class TestIdentity:
+    """Both sides are linear in d and in g, so equality on a basis of each is equality everywhere."""
+
+    def test_one_dimension(self, m):
+        AT, G, BT = arrays(m)
+        for g, d in product(basis(TAPS), basis(m + TAPS - 1)):
+            assert np.array_equal(AT @ ((G @ g) * (BT @ d)), fir(d, g))
+
+    def test_two_dimensions(self, m):
+        AT, G, BT = arrays(m)
+        images = [(d, BT @ d @ BT.T) for d in basis(m + TAPS - 1, m + TAPS - 1)]
+        for g in basis(TAPS, TAPS):
+            U = G @ g @ G.T
+            for d, V in images:
+                assert np.array_equal(AT @ (U * V) @ AT.T, fir(d, g))
+
+    @pytest.mark.parametrize("name", ["AT", "G", "BT"])
+    def test_no_entry_may_be_changed(self, m, name, monkeypatch):
+        """The proof fails for every other matrix: each entry in turn gets the other sign, or stops being 0."""
+        right = getattr(matrices(m), name)
+        for i, j in product(range(len(right)), range(len(right[0]))):
+            wrong = [list(row) for row in right]
+            wrong[i][j] = -right[i][j] or Fraction(1)
+            changed = matrices(m)._replace(**{name: tuple(map(tuple, wrong))})
+            monkeypatch.setitem(globals(), "matrices", lambda m, changed=changed: changed)
+            with pytest.raises(AssertionError):
+                self.test_one_dimension(m)
+
+
+@every_m
+class TestMatrices:
+    def test_published(self, m):
+        """Product e is A^T's column times G's row times B^T's row: a sign may stand in any two of the three."""
+        AT, G, BT = arrays(m)
+        paper_BT, paper_G, paper_AT = map(parse, PUBLISHED[m])
+        assert (paper_BT.shape, paper_G.shape, paper_AT.shape) == (BT.shape, G.shape, AT.shape)
+        for e in range(m + TAPS - 1):
+            signs = [
+                sign(BT[e], paper_BT[e]), sign(G[e], paper_G[e]), sign(AT[:, e], paper_AT[:, e])
+            ]  # fmt: skip
+            assert signs[0] * signs[1] * signs[2] == 1
+
+    def test_first_in_a_row_of_BT_is_positive(self, m):
+        """Then no transform of an input begins with a negation."""
+        for row in matrices(m).BT:
+            assert next(entry for entry in row if entry) > 0
+
+    def test_fractions(self, m):
+        for matrix in matrices(m):
+            assert all(type(entry) is Fraction for row in matrix for entry in row)
+
+    def test_input_and_output_transforms_are_whole(self, m):
+        """Integers stay integers in them; only the filter's is divided, by 2 in F(2), by up to 24 in F(4)."""
+        AT, G, BT = matrices(m)
+        assert {entry.denominator for matrix in (AT, BT) for row in matrix for entry in row} == {1}
+        assert max(entry.denominator for row in G for entry in row) == {2: 2, 4: 24}[m]
+
+    def test_multiplications(self, m):
+        """What it is all for: m + 2 products instead of 3 m, squared in two dimensions."""
+        AT, G, BT = matrices(m)
+        assert (len(AT), len(AT[0])) == (m, m + 2)
+        assert (len(G), len(G[0])) == (m + 2, TAPS)
+        assert (len(BT), len(BT[0])) == (m + 2, m + 2)
+
+
+def sign(ours, published):
+    """1 or -1, by which the published row must be multiplied."""
+    factor = next(s for s in (1, -1, None) if s is None or np.array_equal(ours, s * published))
+    assert factor is not None, f"{ours} is not {published} up to its sign"
+    return factor
+
+
+def test_whole_numbers_stay_exact_in_float32():
+    """F(2): with integers in [-4, 4] all intermediates of 3200 channels are quarters below 2**22."""
+    AT, G, BT = (np.abs(matrix) for matrix in arrays(2))
+    largest_U, largest_V = 4 * G.sum(axis=1).max() ** 2, 4 * BT.sum(axis=1).max() ** 2
+    assert (largest_U, largest_V) == (9, 16)
+    assert {Fraction(a * b).denominator for a, b in product(G.ravel(), repeat=2)} == {1, 2, 4}
+    assert 3200 * largest_U * largest_V * AT.sum(axis=1).max() ** 2 < 2**22
