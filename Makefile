@@ -18,7 +18,7 @@ bench: .venv/installed-bench
 	.venv/bin/python -m bench $(ARGS)
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: .venv/installed-lint
 	.venv/bin/ruff check .

@@ -61,7 +61,14 @@ setup(
         "torch": ["torch>=2.3"],  # the first one built for NumPy 2
         "bench": BENCH,
         # The tests cover bench/ too, and build a wheel (setuptools).
-        "test": [*BENCH, "pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "setuptools>=77"],
+        "test": [
+            *BENCH,
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
+            "setuptools>=77",
+        ],
         # The one place where the versions of the developers' tools stand.
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },

@@ -1,14 +1,14 @@
 """THE TABLE: one row per algorithm says what it is, which problems it refuses and how exact it is.
 
-Dispatch, `explain`, the tests and the benchmarks iterate over it. What an algorithm costs, in seconds and in bytes
-of workspace, depends on a backend's tiles and stands in that backend's file of the same name.
+Dispatch, `explain`, the tests and the benchmarks iterate over it. What an algorithm costs, in seconds and in
+bytes of workspace, depends on a backend's tiles and stands in that backend's file of the same name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastconv.problem import ConvProblem
@@ -18,7 +18,7 @@ DIRECT_ERROR = 4.0
 
 
 class ErrorBound(NamedTuple):
-    """|y - reference| <= factor * eps * conv(|x|, |w|), element by element, eps that of the arithmetic's dtype.
+    """|y - reference| <= factor * eps * conv(|x|, |w|), element by element, eps that of the compute_dtype.
 
     reach  pixels; above 0, |x| stands for the largest |x| so near: a transform of tiles spreads the rounding
            errors of a large element over outputs whose own window does not hold it
@@ -43,16 +43,17 @@ class Algorithm:
     name: str
     summary: str
     source: str
-    refuses: Callable[[ConvProblem], str | None]
-    exact: Callable[[Any], bool] = lambda tile: True
-    error_factor: Callable[[Any], float] = lambda tile: DIRECT_ERROR
-    reach: Callable[[Any], int] = lambda tile: 0
+    refuses: Callable[[ConvProblem], str | None] = field(repr=False)
+    exact: Callable[[Any], bool] = field(default=lambda tile: True, repr=False)
+    error_factor: Callable[[Any], float] = field(default=lambda tile: DIRECT_ERROR, repr=False)
+    reach: Callable[[Any], int] = field(default=lambda tile: 0, repr=False)
 
     def error_bound(self, problem: ConvProblem, tile: Any) -> ErrorBound:
         """Return the bound of every element's error.
 
-        The rounding errors of n additions to a sum that only grows add up to about sqrt(n) / 2 of its eps (Higham
-        and Mary 2019, doi:10.1137/18M1226312): 29.7 was measured for 4,608 taps of one sign, where sqrt(n) is 67.9.
+        The rounding errors of n additions to a sum that only grows add up to about sqrt(n) / 2 of its eps
+        (Higham and Mary 2019, doi:10.1137/18M1226312): 29.7 was measured for 4,608 taps of one sign, where
+        sqrt(n) is 67.9.
         """
         return ErrorBound(max(self.error_factor(tile), math.sqrt(problem.gemm_k)), self.reach(tile))
 

@@ -36,7 +36,6 @@ LAYOUTS = {"conv1d": ("NCL", "NLC"), "conv2d": ("NCHW", "NHWC"), "conv3d": ("NCD
 """Per operation, the names of the shapes with channels first and with channels last."""
 
 _NUMBERS = ("stride", "padding", "dilation", "groups", "precision")
-_ALGORITHMS = ("auto", *TABLE)
 _NO_EPILOGUE = Epilogue()
 
 # Larger than any array, yet only a Python int: the input a layer is checked against before it has seen one.
@@ -192,7 +191,7 @@ def _convolve(
 ) -> Any:
     """The one implementation of conv1d, conv2d and conv3d."""
     call = bind(op, input, weight, bias, options, activation, residual, out)
-    plan = planning.make_plan(call.frame.problem, _check_algorithm(op, algo))
+    plan = planning.make_plan(call.frame.problem, algo)
     result = _run(op, plan, call.frame, call.given, *call.filters(), call.epilogue)
     return call.kind.wrap(result, input) if out is None else out
 
@@ -330,14 +329,6 @@ def _is_channels_last(op: str, layout: str) -> bool:
     raise error(f"{op}: layout must be one of {', '.join(names)}, got {layout!r}")
 
 
-def _check_algorithm(op: str, algo: str) -> str:
-    if not isinstance(algo, str):
-        raise TypeError(f"{op}: algo must be a string, got {algo!r}")
-    if algo not in _ALGORITHMS:
-        raise ConvError(f"{op}: algo must be one of {', '.join(_ALGORITHMS)}, got {algo!r}")
-    return algo
-
-
 def _check_flip(op: str, flip: bool) -> None:
     if flip is not True and flip is not False:
         raise TypeError(f"{op}: flip must be True or False, got {flip!r}")
@@ -449,7 +440,8 @@ class _Conv:
         self._kind = arrays.adapt(op, given).name
         self._dtype = arrays.common_dtype(op, given)
         self._activation, self._epilogue = activation, make_epilogue(op, activation)
-        self._algo = _check_algorithm(op, algo)
+        planning.check_algorithm(op, algo)
+        self._algo = algo
         numbers = (stride, padding, dilation, groups, precision)
         self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
@@ -592,19 +584,12 @@ def explain(
     ...
     """
     op = find_op("explain", weight)
-    options = (
-        stride,
-        padding,
-        dilation,
-        groups,
-        precision,
-        LAYOUTS[op][0] if layout is None else layout,
-        flip,
-    )
+    layout = LAYOUTS[op][0] if layout is None else layout
+    options = (stride, padding, dilation, groups, precision, layout, flip)
     call = bind(op, input, weight, bias, options, activation, residual, out)
     if out is not None:
         arrays.check_out(op, call.given, call.frame.output_shape)
-    return planning.explain_problem(call.frame.problem, _check_algorithm(op, algo))
+    return planning.explain_problem(call.frame.problem, algo)
 
 
 def algorithms() -> tuple[Algorithm, ...]:

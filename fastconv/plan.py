@@ -1,7 +1,7 @@
 """A problem enters, a Plan leaves: which algorithm runs it, on which backend, with which tile.
 
-Who decides, in this order: the caller's argument, FASTCONV_ALGO, a measurement kept by `tune`, the cost model.
-FASTCONV_WORKSPACE (bytes, with K, M or G) bounds what an algorithm may allocate beside input and output.
+Who decides, in this order: the caller's argument, FASTCONV_ALGO, a measurement kept by `tune`, the cost
+model. FASTCONV_WORKSPACE (bytes, with K, M or G) bounds what is allocated beside input and output.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy as np
 
 from fastconv import measured
 from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm, ErrorBound
-from fastconv.problem import ConvError, ConvProblem, Epilogue
+from fastconv.problem import ConvError, ConvProblem, Epilogue, Operands
 
 LARGEST = 1 << 60  # kernels count elements in 64-bit integers
+_CHOICES = ("auto", *TABLE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -36,7 +37,7 @@ class Plan:
     module: ModuleType
 
     def prepare(self, weight: np.ndarray) -> Any:
-        """Return the weight (K, C // groups, T, R, S) packed or transformed, to be passed to `run` many times.
+        """Return the weight (K, C // groups, T, R, S) packed or transformed, to be passed to `run` often.
 
         It fits every plan with the same `weight_form`.
         """
@@ -61,7 +62,8 @@ class Plan:
         x (N, C, D, H, W), weight (K, C // groups, T, R, S) or prepared, bias (K,), residual and out
         (N, K, O, P, Q): native, aligned, of the problem's compute_dtype, with any strides of whole elements.
         """
-        self.module.run(self.problem, self.tile, self.device, x, weight, bias, residual, epilogue, out)
+        operands = Operands(x, weight, bias, residual, epilogue, out)
+        self.module.run(self.problem, self.tile, self.device, operands)
 
     def workspace(self) -> int:
         """Return the bytes that `run` allocates beside input and output."""
@@ -105,12 +107,18 @@ def make_plan(
     algo   "auto" or the name of a row of the table
     tile   a tile by name, as `tiles` lists them; None: the one that the cost model prefers
 
-    Raises ConvError for an unknown name, for an algorithm that cannot run the problem (with the reason), and where
-    nothing that can run it keeps to the workspace limit.
+    Raises ConvError for an unknown name, for an algorithm that cannot run the problem (with the reason), and
+    where nothing that can run it keeps to the workspace limit.
     """
-    if not isinstance(algo, str):
-        raise TypeError(f"{problem.op}: algo must be a string, got {algo!r}")
+    check_algorithm(problem.op, algo)
     return _make_plan(problem, problem.op, algo, backend, tile, _settings())
+
+
+def check_algorithm(op: str, algo: str) -> None:
+    """Raise TypeError for what is no string, ConvError for what is neither "auto" nor a row of the table."""
+    if not isinstance(algo, str):
+        raise TypeError(f"{op}: algo must be a string, got {algo!r}")
+    _check_name(op, "algo", algo, _CHOICES)
 
 
 @lru_cache(maxsize=4096)
@@ -128,9 +136,7 @@ def _make_plan(
         _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
-        raise _out_of_workspace(
-            problem, [p for name in TABLE for p in possible_plans(problem, name, backend)]
-        )
+        raise _out_of_workspace(problem, backend, tuple(TABLE))
     for plan in plans:
         if settings.algo == plan.algorithm.name:
             return plan
@@ -153,7 +159,6 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
 
 def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    _check_name(op, "algo", algo, ("auto", *TABLE))
     reason = TABLE[algo].refuses(problem)
     if reason is not None:
         raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
@@ -163,13 +168,16 @@ def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: st
         return plans[tile]
     found = _cheapest(problem, algo, backend)
     if not found:
-        raise _out_of_workspace(problem, possible_plans(problem, algo, backend))
+        raise _out_of_workspace(problem, backend, (algo,))
     return found[0]
 
 
-def _out_of_workspace(problem: ConvProblem, plans: list[Plan]) -> ConvError:
+def _out_of_workspace(problem: ConvProblem, backend: str, names: tuple[str, ...]) -> ConvError:
+    """Return the error that says how little workspace would do for one of these algorithms."""
+    plans = [plan for name in names for plan in possible_plans(problem, name, backend)]
     least = min(plans, key=Plan.workspace)
-    rule = f"FASTCONV_WORKSPACE must be at least {least.workspace()} bytes, which algo={least.algorithm.name!r} takes"
+    need = f"{least.workspace()} bytes, which algo={least.algorithm.name!r} takes"
+    rule = f"FASTCONV_WORKSPACE must be at least {need}"
     return ConvError(f"{problem.op}: {rule}, got {os.environ['FASTCONV_WORKSPACE']!r} ({problem})")
 
 
@@ -179,7 +187,7 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
-    """Return a plan for every tile with which an algorithm can run the problem on this machine; none if refused."""
+    """Return a plan per tile with which an algorithm can run the problem on this machine; none if refused."""
     row = TABLE[algo]
     if row.refuses(problem) is not None:
         return []
@@ -189,6 +197,7 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
 
 
 def _backend(backend: str, algo: str) -> tuple[ModuleType, Any]:
+    """Return a backend's module for an algorithm, and the device that it runs on."""
     device = importlib.import_module(f"fastconv.{backend}.device").current()
     return importlib.import_module(f"fastconv.{backend}.{algo}"), device
 
@@ -219,7 +228,7 @@ def workspace_limit() -> int | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the plan, and for every row of the table its plan or the reason for its refusal."""
+    """What `explain` found: the plan, and for every row of the table its plan or why there is none."""
 
     plan: Plan
     others: tuple[tuple[str, Plan | str], ...]
@@ -241,7 +250,7 @@ class Explanation:
         if isinstance(found, str):
             return f"    {name:<10} refused: {found}"
         mark = "->" if found.algorithm is self.plan.algorithm else "  "
-        rate = found.problem.flops / found.cost() / 1e9
+        rate = found.problem.flops / found.cost() / 1e9 if found.problem.N else 0.0
         return (
             f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  tile {found.tile!s:<8} "
             f"workspace {_count(found.workspace(), 'B'):<9} error <= {found.error_bound().factor:.0f} eps"
@@ -266,12 +275,12 @@ def explain_problem(problem: ConvProblem, algo: str = "auto", backend: str = "cp
 
 def _unread(problem: ConvProblem) -> str:
     """Say how much of the padded input no window reads."""
-    names = ("planes", "rows", "columns")[-problem.ndim :]
+    names = ("plane", "row", "column")[-problem.ndim :]
     counts = problem.unread[-problem.ndim :]
     if not any(counts):
         return "every row and column of the padded input is read"
-    found = " and ".join(f"{count} {name}" for count, name in zip(counts, names, strict=True) if count)
-    return f"{found} of the padded input are read by no window"
+    found = [f"{n} {name}{'s' * (n > 1)}" for n, name in zip(counts, names, strict=True) if n]
+    return f"no window reads {' and '.join(found)} of the padded input"
 
 
 def _count(value: float, unit: str) -> str:

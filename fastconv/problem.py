@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
-from typing import NamedTuple, SupportsIndex, TypeVar
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
+
+import numpy as np
 
 PerAxis = SupportsIndex | Sequence[SupportsIndex]
 Padding = str | SupportsIndex | Sequence[SupportsIndex | Sequence[SupportsIndex]]
@@ -162,6 +164,12 @@ class ConvProblem:
 
     def _caller_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[:2] + shape[5 - self.ndim :]
+
+    @property
+    def padding_before(self) -> Triple:
+        """Padding before the first plane, row and column."""
+        d, h, w = (before for before, _ in self.padding)
+        return d, h, w
 
     @property
     def gemm_m(self) -> int:
@@ -444,11 +452,13 @@ def _integer(call: _Call, rule: str, value: object) -> int:
 
 def _is_integer(value: object) -> bool:
     """True for an int of any kind, NumPy's included; 2.0 and True are no sizes."""
+    if isinstance(value, (bool, np.bool_)):  # for the latter NumPy before 2.3 gives an index, and a warning
+        return False
     try:
         operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return True
 
 
 def _entries(call: _Call, name: str, rule: str, ndim: int) -> tuple[object, ...]:
@@ -518,6 +528,27 @@ class Epilogue:
 
     activation: str | None = None
     slope: float = 0.0
+
+
+class Operands(NamedTuple):
+    """What one run of a problem reads and writes; the arrays are of rank 5.
+
+    ========  =======================================================================
+    x         (N, C, D, H, W)
+    weight    (K, C // groups, T, R, S), or what the algorithm's `prepare` made of it
+    bias      (K,) or None
+    residual  (N, K, O, P, Q) or None
+    epilogue  what follows the sum
+    out       (N, K, O, P, Q); is written
+    ========  =======================================================================
+    """
+
+    x: Any
+    weight: Any
+    bias: Any | None
+    residual: Any | None
+    epilogue: Epilogue
+    out: Any
 
 
 def make_epilogue(op: str, activation: str | tuple[str, float] | None) -> Epilogue:

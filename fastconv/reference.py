@@ -122,7 +122,7 @@ def error_scale(
     *,
     reach: int = 0,
 ) -> Array:
-    """Return conv(|input|, |weight|), the scale of a result's rounding errors, for a batch of inputs of any rank.
+    """Return conv(|input|, |weight|), the scale of a result's rounding errors; the input has a batch axis.
 
     With `reach` above 0, each |input| is first replaced by the largest so many pixels around it.
 
@@ -313,7 +313,7 @@ def _forward(
     if flip:
         w = np.flip(w, axis=tuple(range(2, w.ndim)))
     image, kernel = _pad(problem, x), _by_tap(problem, w)
-    y = np.zeros(problem.output_shape5)
+    y: Array = np.zeros(problem.output_shape5)
     for tap in _taps(problem):
         y += (kernel[tap] @ _by_group(problem, _seen(problem, image, tap))).reshape(y.shape)
     y = _as_caller(y, problem.output_shape, batched)

@@ -1,8 +1,9 @@
 """The matrices of Winograd's minimal filtering F(m, 3), exact, from which both backends take their constants.
 
-A tile of m outputs of a 3-tap filter g over m + 2 inputs d is  A^T [(G g) * (B^T d)]  with m + 2 multiplications
-instead of 3 m; in two dimensions  A^T [(G g G^T) * (B^T d B)] A. Construction by Toom-Cook interpolation at small
-points and infinity (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; points of the latter).
+A tile of m outputs of a 3-tap filter g over m + 2 inputs d is  A^T [(G g) * (B^T d)]  with m + 2
+multiplications instead of 3 m; in two dimensions  A^T [(G g G^T) * (B^T d B)] A. Construction by Toom-Cook
+interpolation at small points and infinity (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; points of
+the latter).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def sizes_around(tile: int) -> dict[str, int]:
 
 
 def around_tile(outputs: int, pixels: int, m: int = 1) -> list[Case]:
-    """Problems of every family with `outputs` output channels and `pixels` pixels, or tiles of m x m, in a row.
+    """Problems of every family with `outputs` output channels and `pixels` pixels (or m x m tiles) in a row.
 
     Either number is meant to be one of sizes_around a tile's rows or the elements of its vectors.
     """
@@ -108,7 +108,7 @@ def around_tile(outputs: int, pixels: int, m: int = 1) -> list[Case]:
         Case("tiles", "conv2d", (1, 17, m, n * m), (k, 17, 3, 3), {"padding": 1}),
         Case("tiles_cut", "conv2d", (1, 5, m + 1, n * m + 1), (k, 5, 3, 3), {"padding": ((1, 0), (0, 1))}),
         Case("tiles_of_batch", "conv2d", (n, 2, m, m), (k, 2, 3, 3), {"padding": 1}),
-        Case("tiles_of_groups", "conv2d", (1, 6, 2 * m, n * m), (2 * k, 3, 3, 3), {"groups": 2, "padding": 1}),
+        Case("tiles_groups", "conv2d", (1, 6, 2 * m, n * m), (2 * k, 3, 3, 3), {"padding": 1, "groups": 2}),
     ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def options_of(problem: ConvProblem) -> dict[str, Any]:
 
 
 def problems(family: str | None = None, **fixed) -> st.SearchStrategy[ConvProblem]:
-    """Valid problems of every rank, of one family or of all; `fixed` (dtype, order, ...) goes to make_problem."""
+    """Valid problems of every rank, of one family or all; `fixed` (dtype, order) goes to make_problem."""
     families = {
         "anything": _anything(),
         "three_by_three": _three_by_three(),

@@ -1,17 +1,19 @@
 """Runs an algorithm on arrays that lie between pages which nobody may touch: a read or write outside ends it.
 
     python -m tests.guard_pages direct               every tile and order; arrays end or begin at a page
-    python -m tests.guard_pages direct --workspace   the same for the memory that the kernels allocate themselves
+    python -m tests.guard_pages direct --workspace   the same for the memory that kernels allocate themselves
     python -m tests.guard_pages direct --lie x       x is said to lie one element further: must end in a crash
 
-Prints the names of what it runs, so that the last line tells where a crash was, and in the end what was allocated
-between guard pages. Linux only.
+Prints the names of what it runs, so that the last line tells where a crash was, and finally what the kernels
+allocated between guard pages. Linux only.
 """
 
 import argparse
+import atexit
 import ctypes
 import faulthandler
 import mmap
+import tempfile
 from itertools import product
 
 import numba
@@ -28,7 +30,16 @@ from tests.kernels import DTYPES, ORDERS, Layer, Way, make_layer, tile_plans, wi
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0  # PROT_NONE
 SMALL_CACHES = (1 << 10, 1 << 12)
-AROUND_TILE = ["row", "signal", "pixels", "pixels_of_rows", "channels", "tiles", "tiles_cut", "tiles_of_batch"]
+AROUND_TILE = [
+    "row",
+    "signal",
+    "pixels",
+    "pixels_of_rows",
+    "channels",
+    "tiles",
+    "tiles_cut",
+    "tiles_of_batch",
+]
 
 
 class Region:
@@ -66,7 +77,9 @@ def run_guarded(layer: Layer, plan, at_end: bool, lie: str | None = None) -> Non
     placed = layer.with_array(**guarded)
     problem = layer.problem
     for weight in (None, place(placed.prepare(plan), at_end)):
-        out = place(poisoned(problem.output_shape, problem.dtype, problem.order), at_end, shift * (lie == "out"))
+        out = place(
+            poisoned(problem.output_shape, problem.dtype, problem.order), at_end, shift * (lie == "out")
+        )
         layer.judge(plan, placed.run(plan, weight, out))
 
 
@@ -86,30 +99,49 @@ def layers(algorithm: str, dtype: str, order: str, every_tile: bool):
                 yield make_layer(rng, problem, integers), with_caches(plan, *SMALL_CACHES)
 
 
-allocations: dict[int, Region] = {}
-sizes: list[int] = []
+class Workspace:
+    """What the kernels have allocated: {address: (memory, bytes)}, how often, and the most at one time."""
+
+    def __init__(self):
+        self.held: dict[int, tuple[Region, int]] = {}
+        self.count = self.peak = 0
+
+    def take(self, nbytes: int, given: int) -> int:
+        """The address of memory filled with NaN, of which `given` bytes end at a page."""
+        region = Region(nbytes)
+        region.memory[PAGE:-PAGE] = b"\xff" * region.size
+        address = region.address + PAGE + region.size - given
+        self.held[address] = region, nbytes
+        self.count += 1
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.held.values()))
+        return address
+
+    def give_back(self, address: int) -> None:
+        del self.held[address]
+
+
+workspace = Workspace()
 
 
 def guard_workspace(lie: bool) -> None:
-    """Let the kernels allocate between guard pages, filled with NaN; to be called before they are imported.
+    """Let the kernels allocate between guard pages; to be called before they are imported.
 
     Memory then ends at a page, and so is not aligned to a cache line as that of simd.allocate is.
     lie  they get half of what they ask for
     """
+    # A disk cache of its own: the machine code holds addresses of this process.
+    folder = tempfile.TemporaryDirectory(prefix="fastconv-guard-pages-")
+    atexit.register(folder.cleanup)
+    numba.config.CACHE_DIR = folder.name
     from fastconv.cpu import simd
 
     @ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
     def take(nbytes):
-        region = Region(nbytes)
-        region.memory[PAGE:-PAGE] = b"\xff" * region.size
-        address = region.address + PAGE + region.size - (nbytes // 16 * 8 if lie else nbytes)
-        allocations[address] = region
-        sizes.append(nbytes)
-        return address
+        return workspace.take(nbytes, nbytes // 16 * 8 if lie else nbytes)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int64)
     def give_back(address):
-        del allocations[address]
+        workspace.give_back(address)
 
     def function(builder, callback, result):
         address = ir.Constant(simd.INT, ctypes.cast(callback, ctypes.c_void_p).value)
@@ -133,7 +165,6 @@ def guard_workspace(lie: bool) -> None:
         return types.void(p), codegen
 
     simd.allocate, simd.release = allocate, release
-    simd.jit = numba.njit(nogil=True)  # not cached: the callbacks lie elsewhere in the next process
 
 
 def main() -> None:
@@ -143,17 +174,23 @@ def main() -> None:
     parser.add_argument("--lie", choices=["x", "w", "bias", "residual", "out", "workspace"])
     arguments = parser.parse_args()
     faulthandler.enable()
-    workspace = arguments.workspace or arguments.lie == "workspace"
-    if workspace:
+    is_workspace = arguments.workspace or arguments.lie == "workspace"
+    if is_workspace:
         guard_workspace(arguments.lie == "workspace")
-    few = workspace or arguments.lie is not None  # one tile: it is compiled each time, or crashes
+    few = is_workspace or arguments.lie is not None  # one tile: it is compiled each time, or crashes
+    excess, where = 0, "nowhere"
     for dtype, order in product(DTYPES[: 1 if few else None], ORDERS):
         every_tile = dtype == "float32" and not few
         for layer, plan in layers(arguments.algorithm, dtype, order, every_tile):
             for at_end in (True, False):
                 print(plan, "end" if at_end else "begin", flush=True)
                 run_guarded(layer, plan, at_end, arguments.lie)
-    print(f"finished; {len(sizes)} allocations, {sum(sizes)} bytes, {len(allocations)} not given back")
+            more = workspace.peak - plan.workspace()
+            if more > excess:
+                excess, where = more, str(plan)
+            workspace.peak = 0
+    print(f"{workspace.count} allocations, {len(workspace.held)} not given back")
+    print(f"{excess} bytes more than the plan states ({where})")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ def ways() -> list[Way]:
     return [Way(name, str(plan.tile)) for name in TABLE for plan in tile_plans(name)]
 
 
+def largest_tile(algorithm: str) -> Way:
+    """The exact tile that takes the most registers of those that fit the vectors of now."""
+    plans = tile_plans(algorithm, precision="highest")
+    return Way(algorithm, str(max(plans, key=lambda plan: plan.tile.rows * plan.tile.vectors).tile))
+
+
 def in_order(array: np.ndarray, order: str) -> np.ndarray:
     """The same values, contiguous in a memory order."""
     if order == "NCHW":
@@ -131,11 +137,13 @@ class Layer:
 
 
 def make_layer(rng, problem: ConvProblem, fill, epilogue: bool = True) -> Layer:
-    """A layer with data, in the problem's memory order; with bias, residual and relu, or with none of them."""
+    """A layer with data, in the problem's memory order; with bias, residual and relu, or with none."""
     x, w, bias, residual = operands(rng, problem, fill)
     x, residual = in_order(x, problem.order), in_order(residual, problem.order)
     whole = fill.__name__ == "integers"
-    return Layer(problem, x, w, bias, residual, "relu", whole) if epilogue else Layer(problem, x, w, whole=whole)
+    return (
+        Layer(problem, x, w, bias, residual, "relu", whole) if epilogue else Layer(problem, x, w, whole=whole)
+    )
 
 
 def with_caches(plan: Plan, l1: int, l2: int) -> Plan:

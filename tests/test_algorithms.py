@@ -13,13 +13,14 @@ from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
 from tests.cases import CASES, WIDE, Case, around_tile, operands, options_of, sizes_around
-from tests.compare import assert_bounded, assert_exact, integers, layouts, normals, poisoned
-from tests.kernels import DTYPES, ORDERS, Way, make_layer, tile_plans, ways, with_caches
+from tests.compare import assert_bounded, assert_exact, integers, layouts, normals
+from tests.kernels import DTYPES, ORDERS, Way, largest_tile, make_layer, tile_plans, ways, with_caches
 
 every_way = pytest.mark.parametrize("way", ways(), ids=str)
 every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_order = pytest.mark.parametrize("order", ORDERS)
+
 
 def mixed_case(algorithm, **changes):
     """A problem with several channels, rows and samples that an algorithm accepts."""
@@ -122,7 +123,9 @@ class TestWay:
     def test_every_part_of_the_epilogue_by_itself(self, way, order, rng):
         for problem in various(way.algorithm, order=order):
             whole = make_layer(rng, problem, integers)
-            for bias, residual, activation in product((whole.bias, None), (whole.residual, None), ("relu", None)):
+            for bias, residual, activation in product(
+                (whole.bias, None), (whole.residual, None), ("relu", None)
+            ):
                 layer = whole.with_array(bias=bias, residual=residual, activation=activation)
                 layer.check(way.plan(problem))
 
@@ -162,8 +165,10 @@ ALL_ACTIVATIONS = [("leaky_relu", 0.125) if name == "leaky_relu" else name for n
 
 def various(algorithm, **changes):
     """Problems with padding and groups, without them, and with strides where the algorithm takes them."""
-    names = ("plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed",
-             "pointwise", "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier")  # fmt: skip
+    names = (
+        "plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed", "pointwise",
+        "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier",
+    )  # fmt: skip
     return Way(algorithm, "").problems([case for case in CASES if case.name in names], **changes)
 
 
@@ -206,7 +211,9 @@ class TestActivation:
     def test_far_from_zero(self, algorithm):
         """Where exp overflows, where a sigmoid is 0 or 1; in bounds that no large value loosens."""
         problem = mixed_case(algorithm, precision="highest")
-        values = np.resize(np.float32([-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]), problem.K)
+        values = np.resize(
+            np.float32([-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]), problem.K
+        )
         layer = make_layer(np.random.default_rng(0), problem, integers)
         layer = layer.with_array(x=np.zeros_like(layer.x), bias=values, residual=None)
         for plan, activation in product(possible_plans(problem, algorithm), ALL_ACTIVATIONS):
@@ -238,16 +245,16 @@ class TestNarrowerVectors:
             pytest.skip(f"this CPU has no vectors of {bits} bits")
         monkeypatch.setenv("FASTCONV_VECTOR_BITS", bits)
         assert current().vector_bits == int(bits)
-        plan = max(tile_plans(algorithm, precision="highest"), key=lambda plan: plan.tile.rows * plan.tile.vectors)
-        way = Way(algorithm, str(plan.tile))
+        way = largest_tile(algorithm)
+        tile = tile_of(way, "float32")
         for order in ORDERS:
-            tiles = around_tile(plan.tile.rows + 1, plan.tile.vectors * current().lanes("float32") + 1)
+            tiles = around_tile(tile.rows + 1, tile.vectors * current().lanes("float32") + 1)
             for problem in way.problems(CASES + tiles, order=order, precision="highest"):
                 make_layer(rng, problem, integers).check(way.plan(problem))
 
 
 class TestRefusal:
-    KNOWN = [
+    KNOWN = (
         ("winograd", "stem_7x7", "needs a 3 x 3 kernel over one plane"),
         ("winograd", "conv3d", "needs a 3 x 3 kernel over one plane"),
         ("winograd", "conv1d", "needs a 3 x 3 kernel over one plane"),
@@ -257,7 +264,7 @@ class TestRefusal:
         ("pointwise", "pointwise_padded", "needs padding 0"),
         ("depthwise", "groups", "needs groups = C = 6"),
         ("depthwise", "pointwise", "needs groups = C = 9"),
-    ]
+    )
     PADDED = Case("pointwise_padded", "conv2d", (1, 2, 3, 3), (4, 2, 1, 1), {"padding": 1})
 
     @pytest.mark.parametrize(("algorithm", "name", "reason"), KNOWN)
@@ -286,7 +293,10 @@ class TestSameBits:
     @pytest.fixture(params=ORDERS)
     def layer(self, request, way, rng):
         """Enough work that threads are worth waking, cut unevenly by 2, 3 and 5."""
-        shape = {"winograd": ((3, 19, 23, 29), (37, 19, 3, 3)), "pointwise": ((3, 61, 23, 29), (37, 61, 1, 1))}
+        shape = {
+            "winograd": ((3, 19, 23, 29), (37, 19, 3, 3)),
+            "pointwise": ((3, 61, 23, 29), (37, 61, 1, 1)),
+        }
         case = Case("", "conv2d", *shape.get(way.algorithm, ((3, 19, 23, 29), (37, 19, 3, 3))))
         if way.algorithm == "depthwise":
             case = Case("", "conv2d", (3, 61, 23, 29), (61, 1, 5, 5), {"groups": 61, "padding": 2})

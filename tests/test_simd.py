@@ -9,7 +9,7 @@ import pytest
 from fastconv.algorithms import TABLE
 from fastconv.cpu import simd
 from fastconv.cpu.device import current
-from fastconv.cpu.simd import Block, allocate, jit, multiply_tile, pointer, release, table
+from fastconv.cpu.simd import Block, Kernel, allocate, multiply_tile, pointer, release, table
 from fastconv.winograd_math import matrices
 from tests.compare import assert_bounded, assert_exact, integers
 from tests.kernels import DTYPES
@@ -32,13 +32,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_m = pytest.mark.parametrize("m", [2, 4])
 
 
-@jit
+@Kernel
 def call_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
     multiply_tile(block, vectors, p[0], a_rows, table(a_taps), p[1], table(b_taps), taps, p[2], p[3], c_row)
 
 
-@jit
+@Kernel
 def call_tile_by_table(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
     multiply_tile(
@@ -135,19 +135,19 @@ def test_multiply_and_add_round_once():
     assert (case.c[0, :4] == -e * e).all()
 
 
-@jit
+@Kernel
 def call_filter(block, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_filter(block, p[0], row, step, p[1], target_step, p[2])
 
 
-@jit
+@Kernel
 def call_input(block, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_input(block, p[0], row, step, p[1], target_step, p[2])
 
 
-@jit
+@Kernel
 def call_output(block, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_output(block, p[0], row, step, p[1], target_step, p[2])
@@ -181,12 +181,12 @@ class TestTransforms:
         assert np.isnan(target[:, lanes:]).all(), "wrote beside the vectors"
 
 
-@jit
+@Kernel
 def call_split(block, source, source_step, target, target_step):
     simd.split_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
 
 
-@jit
+@Kernel
 def call_merge(block, source, source_step, target, target_step):
     simd.merge_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
 
@@ -212,17 +212,17 @@ class TestRegrouping:
         assert np.isnan(line[-1])
 
 
-@jit
+@Kernel
 def call_copy(block, target, source, step, count):
     simd.copy(block, pointer(block, target), pointer(block, source), step, count)
 
 
-@jit
+@Kernel
 def call_spread(block, target, step, source, count):
     simd.spread(block, pointer(block, target), step, pointer(block, source), count)
 
 
-@jit
+@Kernel
 def call_fill(block, target, count):
     simd.fill(block, pointer(block, target), count)
 
@@ -265,41 +265,104 @@ class TestCopies:
             assert np.isnan(target).sum() == 200 - count
 
 
-@jit
-def allocate_and_write(block, elements):
-    memory = allocate(block, elements)
-    for i in range(elements):
-        memory[i] = i
-    total = 0.0
-    for i in range(elements):
-        total += memory[i]
-    release(memory)
-    return total
-
-
-@jit
-def allocated_address(block, elements):
-    memory = allocate(block, elements)
-    found = simd_address(memory)
-    release(memory)
-    return found
-
-
 @simd.intrinsic
-def simd_address(typingctx, p):
+def address_of(typingctx, p):
     return simd.types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], simd.INT)
 
 
-@every_dtype
-class TestAllocate:
-    def test_memory_holds_what_is_written(self, dtype):
-        block = Block(dtype, 1, 1, current().lanes(dtype))
-        for elements in (0, 1, 5, 1000, 1 << 20):
-            assert allocate_and_write(block, elements) == elements * (elements - 1) // 2
+@Kernel
+def allocate_and_write(block, elements, found):
+    memory = allocate(block, elements)
+    for i in range(elements):
+        memory[i] = i
+    for i in range(elements):
+        found[0] += memory[i]
+    found[1] = address_of(memory)
+    release(memory)
 
-    def test_it_begins_at_a_cache_line(self, dtype):
-        block = Block(dtype, 1, 1, current().lanes(dtype))
-        assert all(allocated_address(block, n) % simd.CACHE_LINE == 0 for n in (0, 1, 7, 100, 12345))
+
+@every_dtype
+def test_allocate(dtype):
+    """Memory holds what is written to it, and begins at a cache line."""
+    for elements in (0, 1, 5, 7, 100, 1000, 12345, 1 << 20):
+        found = np.zeros(2, np.int64)
+        allocate_and_write(Block(dtype, 1, 1, current().lanes(dtype)), elements, found)
+        assert found[0] == elements * (elements - 1) // 2
+        assert found[1] % simd.CACHE_LINE == 0
+
+
+@Kernel
+def call_plane(
+    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
+):
+    p = pointer(block, x), pointer(block, w), pointer(block, bias), pointer(block, y)
+    simd.convolve_plane(
+        block,
+        vectors,
+        p[0],
+        x_row,
+        H,
+        W,
+        column,
+        dilation_w,
+        p[1],
+        h,
+        stride_h,
+        dilation_h,
+        p[2],
+        p[3],
+        y_row,
+        P,
+        count,
+    )
+
+
+@every_dtype
+class TestConvolvePlane:
+    """One filter on one plane, from a corner that may lie outside it, against the same by NumPy."""
+
+    @pytest.mark.parametrize(
+        ("extents", "stride", "dilation", "rolling"),
+        [
+            ((3, 3), (1, 1), (1, 1), True),
+            ((1, 1), (1, 1), (1, 1), False),
+            ((2, 5), (1, 1), (1, 2), True),
+            ((3, 3), (2, 2), (1, 1), False),
+            ((1, 4), (3, 2), (1, 1), False),
+            ((3, 2), (1, 1), (2, 3), False),
+        ],
+    )
+    def test_numpy(self, extents, stride, dilation, rolling, dtype, rng):
+        lanes = current().lanes(dtype)
+        block = Block(dtype, 1, 2, lanes, "plane", step=stride[1], extents=extents, rolling=rolling)
+        w, bias = integers(rng, extents, dtype), integers(rng, 1, dtype)
+        spread = np.zeros([(k - 1) * d + 1 for k, d in zip(extents, dilation)])
+        spread[:: dilation[0], :: dilation[1]] = w
+        for H, W, h, column, P, count in (
+            (1, 1, 0, 0, 1, 1), (5, 6, 0, 0, 3, 2), (5, 2 * lanes, -2, -3, 8, lanes + 1),
+            (4, 3 * lanes, 1, lanes - 1, 3, 2 * lanes), (2, lanes, -7, -1, 4, lanes - 1),
+            (3, 5, 2, 4, 2, lanes),
+        ):  # fmt: skip
+            around = np.full((H + 2, W + 3), np.nan, dtype)
+            x = around[1:-1, 1:-2]
+            x[:] = integers(rng, (H, W), dtype)
+            y = np.full((P, 2 * lanes + 1), np.nan, dtype)
+            vectors = -(-count // lanes)
+            call_plane(
+                block, vectors, address(x), around.shape[1], H, W, column, dilation[1], address(w), h,
+                stride[0], dilation[0], address(bias), address(y), y.shape[1], P, count,
+            )  # fmt: skip
+            padded = np.pad(x.astype(float), 200)
+            expected = [
+                [
+                    bias[0] + (padded[200 + h + p * stride[0] :, 200 + column + q * stride[1] :][
+                        : spread.shape[0], : spread.shape[1]] * spread).sum()
+                    for q in range(count)
+                ]
+                for p in range(P)
+            ]  # fmt: skip
+            assert_exact(y[:, :count], np.array(expected), dtype)
+            assert np.isnan(y[:, count:]).all(), "wrote beside the outputs"
 
 
 def test_an_edited_helper_is_compiled_anew():
@@ -307,4 +370,4 @@ def test_an_edited_helper_is_compiled_anew():
     kind = simd.BlockType(Block("float32", 1, 1, 4), "another digest")
     assert kind != simd.BlockType(Block("float32", 1, 1, 4), simd.DIGEST)
     assert simd.DIGEST in simd.BlockType(Block("float32", 1, 1, 4), simd.DIGEST).name
-    assert simd.DIGEST == simd._digest()
+    assert simd._digest() == simd.DIGEST

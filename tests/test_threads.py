@@ -1,4 +1,4 @@
-"""Tasks on several threads: each done once, from many callers, and in children of a process that has threads."""
+"""Tasks on several threads: each done once, from many callers, and in children of a process with threads."""
 
 import subprocess
 import sys
@@ -111,7 +111,11 @@ class TestRunTasks:
         def caller(index):
             for count in range(1, 200):
                 total = [0] * count
-                run_tasks(lambda first, last: total.__setitem__(slice(first, last), [1] * (last - first)), count, 3)
+
+                def work(first, last, total=total):
+                    total[first:last] = [1] * (last - first)
+
+                run_tasks(work, count, 3)
                 assert sum(total) == count
             return index
 
@@ -197,7 +201,9 @@ class TestConvolutions:
         """Otherwise the tests of this file would try nothing."""
         monkeypatch.setenv("FASTCONV_THREADS", "3")
         asked = []
-        monkeypatch.setattr(threads, "run_tasks", lambda work, count, n: asked.append((count, n)) or work(0, count))
+        monkeypatch.setattr(
+            threads, "run_tasks", lambda work, count, n: asked.append((count, n)) or work(0, count)
+        )
         for way in ways():
             for problem in way.problems(LARGE):
                 make_layer(rng, problem, integers).check(way.plan(problem))

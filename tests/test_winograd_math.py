@@ -66,7 +66,7 @@ class TestIdentity:
 
     @pytest.mark.parametrize("name", ["AT", "G", "BT"])
     def test_no_entry_may_be_changed(self, m, name, monkeypatch):
-        """The proof fails for every other matrix: each entry in turn gets the other sign, or stops being 0."""
+        """The proof fails for any other matrix: each entry in turn changes its sign, or stops being 0."""
         right = getattr(matrices(m), name)
         for i, j in product(range(len(right)), range(len(right[0]))):
             wrong = [list(row) for row in right]
@@ -80,7 +80,7 @@ class TestIdentity:
 @every_m
 class TestMatrices:
     def test_published(self, m):
-        """Product e is A^T's column times G's row times B^T's row: a sign may stand in any two of the three."""
+        """Product e is A^T's column times G's row times B^T's row: a sign may stand in any two of them."""
         AT, G, BT = arrays(m)
         paper_BT, paper_G, paper_AT = map(parse, PUBLISHED[m])
         assert (paper_BT.shape, paper_G.shape, paper_AT.shape) == (BT.shape, G.shape, AT.shape)

@@ -37,25 +37,32 @@ from fastconv.cpu.simd import (
     part,
     pointer,
     release,
+    small_part,
     spread,
     table,
 )
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 View = tuple[int, ...]
+Ending = tuple[View, int, float]
 
 SERIAL_FLOPS = 2_000_000  # below this a second thread costs more than it saves (about 30 us to wake)
+ACTIVATION_CODES = {
+    None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
+}  # fmt: skip
 
 
 class Geometry(NamedTuple):
-    """The sizes of a banded convolution; C and K are those of one group."""
+    """The sizes of a banded convolution, of either memory order; C and K are those of one group."""
 
     groups: int
     C: int
     K: int
+    C_all: int
+    K_all: int
     D: int
     H: int
     W: int
@@ -74,18 +81,18 @@ class Geometry(NamedTuple):
     cols: int
     row_bands: int
     col_bands: int
-    Hb: int  # rows and columns of one phase of the packed band
+    Hb: int  # rows and columns of the packed band, channels first of one phase of it
     Wb: int
     k_step: int  # output channels of one task, and how many tasks make a group
     k_parts: int
-    direct_b: int  # 1 where B is read from the input itself: nothing is packed
+    in_place: int  # 1 where the input itself is read: nothing is packed
 
 
 class Tables(NamedTuple):
-    """Offsets of the taps in a weight row and in the packed band, and the phases that the taps use."""
+    """Offsets of the taps (c, t, r, s), in elements, and the phases of rows and columns that they read."""
 
-    a_taps: np.ndarray
-    b_taps: np.ndarray
+    a_taps: np.ndarray  # in a row of the weight
+    b_taps: np.ndarray  # in the packed band, or in the input
     row_phases: np.ndarray
     column_phases: np.ndarray
 
@@ -95,43 +102,61 @@ def view(array: np.ndarray) -> View:
     return (array.__array_interface__["data"][0], *(s // array.itemsize for s in array.strides))
 
 
-def band_elements(g: Geometry, tables: Tables) -> int:
-    phases = len(tables.row_phases) * len(tables.column_phases)
-    return g.C * g.T * phases * g.Hb * g.Wb
+def make_block(problem: ConvProblem, tile: Tile, device: Device, form: str = "rows") -> Block:
+    """Return a tile as the microkernel takes it, for a problem's dtype and a device's vectors."""
+    dtype = problem.compute_dtype
+    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), form)
 
 
 @lru_cache(maxsize=256)
-def plan_bands(problem: ConvProblem, tile: Tile, cache: int, threads: int) -> tuple[Geometry, Tables]:
-    """Divide a problem into bands whose packed input takes at most about `cache` bytes."""
+def plan_bands(problem: ConvProblem, tile: Tile, cache: int, workers: int) -> tuple[Geometry, Tables]:
+    """Divide a problem into bands whose packed input takes about `cache` bytes, and those among threads."""
     (_, sh, sw), (_, dh, dw) = problem.stride, problem.dilation
     row_phases = sorted({r * dh % sh for r in range(problem.R)})
     column_phases = sorted({s * dw % sw for s in range(problem.S)})
     halo_h, halo_w = (problem.R - 1) * dh // sh, (problem.S - 1) * dw // sw
     C, K = problem.C // problem.groups, problem.K // problem.groups
-    budget = cache // (
-        itemsize(problem) * C * problem.T * len(row_phases) * len(column_phases)
-    )  # elements of a plane
+    planes = C * problem.T * len(row_phases) * len(column_phases)
+    budget = cache // (itemsize(problem) * planes)  # elements of each
     cols = even_share(problem.Q, max(64, budget // (1 + halo_h) - halo_w))
     rows = even_share(problem.P, max(1, budget // (cols + halo_w) - halo_h))
-    row_bands, col_bands = math.ceil(problem.P / rows), math.ceil(problem.Q / cols)
-    bands = problem.N * problem.groups * problem.O * row_bands * col_bands
-    k_step = even_share(K, math.ceil(K / math.ceil(2 * threads / bands)), tile.rows) if threads > 1 else K
-    geometry = Geometry(
-        problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q, problem.T,
-        *problem.stride, *(before for before, _ in problem.padding), problem.dilation[0],
-        rows, cols, row_bands, col_bands, rows + halo_h, cols + halo_w, k_step, math.ceil(K / k_step), 0,
-    )  # fmt: skip
+    geometry = make_geometry(
+        problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, tile.rows, workers
+    )
     return geometry, _tap_tables(problem, geometry, row_phases, column_phases)
 
 
+def make_geometry(
+    problem: ConvProblem,
+    groups: int,
+    C: int,
+    K: int,
+    rows: int,
+    cols: int,
+    Hb: int,
+    Wb: int,
+    k_multiple: int,
+    workers: int,
+) -> Geometry:
+    """Return the geometry of packed bands of rows x cols outputs, K cut where there are few of them."""
+    row_bands, col_bands = math.ceil(problem.P / rows), math.ceil(problem.Q / cols)
+    bands = problem.N * groups * problem.O * row_bands * col_bands
+    k_step = even_share(K, math.ceil(K / math.ceil(2 * workers / bands)), k_multiple) if workers > 1 else K
+    return Geometry(
+        groups, C, K, problem.C, problem.K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
+        problem.T, *problem.stride, *problem.padding_before, problem.dilation[0],
+        rows, cols, row_bands, col_bands, Hb, Wb, k_step, math.ceil(K / k_step), in_place=0,
+    )  # fmt: skip
+
+
 def even_share(total: int, most: int, multiple: int = 1) -> int:
-    """Return a share of at most about `most` that cuts `total` into near-equal parts."""
+    """Return a share of at most about `most` that cuts `total` into near-equal parts, but for rounding up."""
     parts = math.ceil(total / min(total, max(1, most)))
     return min(total, math.ceil(total / parts / multiple) * multiple)
 
 
 def _tap_tables(problem: ConvProblem, g: Geometry, row_phases: list[int], column_phases: list[int]) -> Tables:
-    """Return the shift of every tap: its channel and plane, its phase, its row and column in that phase."""
+    """Return where every tap lies: its channel and plane, its phase, its row and column in that phase."""
     (_, sh, sw), (_, dh, dw) = problem.stride, problem.dilation
     plane = g.Hb * g.Wb
     r, s = np.arange(problem.R) * dh, np.arange(problem.S) * dw
@@ -142,40 +167,45 @@ def _tap_tables(problem: ConvProblem, g: Geometry, row_phases: list[int], column
     return Tables(np.arange(b_taps.size), b_taps, np.array(row_phases), np.array(column_phases))
 
 
+def band_elements(g: Geometry, tables: Tables) -> int:
+    """Return the elements of packed band that each thread holds."""
+    if g.in_place:
+        return 0
+    return g.C * g.T * len(tables.row_phases) * len(tables.column_phases) * g.Hb * g.Wb
+
+
+def workspace(problem: ConvProblem, tile: Tile, cache: int) -> int:
+    """Return the bytes of packed bands that all threads hold together."""
+    workers = threads.thread_count()
+    return workers * itemsize(problem) * band_elements(*plan_bands(problem, tile, cache, workers))
+
+
 def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
     """Return the estimated seconds of a banded convolution on one core."""
     g, tables = plan_bands(problem, tile, cache, 1)
-    bands = problem.N * g.groups * g.O * g.row_bands * g.col_bands
     sides = (g.K, (g.rows - 1) * g.Wb + g.cols) if problem.order == "NCHW" else (g.rows * g.cols, g.K)
     multiply = device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
-    return device.seconds(problem, bands * (multiply + pack))
+    return device.seconds(problem, task_count(problem, g) * (multiply + pack))
 
 
-def run(
-    problem: ConvProblem,
-    block: Block,
-    geometry: Geometry,
-    tables: Tables,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve band by band into `out`; `weight` is contiguous, shape (K, taps)."""
-    g = geometry
-    elements = 0 if g.direct_b else band_elements(g, tables) + block.vectors * block.lanes
-    finish = finish_arguments(residual, epilogue)
-    bias_rows = padded_bias(problem, bias, block.rows)
-    views = (view(x), view(weight), view(bias_rows), view(out))
+def task_count(problem: ConvProblem, g: Geometry) -> int:
+    """Return the number of tasks, each a band and a part of K, that `find_task` tells apart."""
+    return problem.N * g.groups * g.O * g.row_bands * g.col_bands * g.k_parts
+
+
+def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, operands: Operands) -> None:
+    """Convolve band by band; the weight is of rank 5."""
+    weight = np.ascontiguousarray(operands.weight)
+    bias = padded_bias(problem, operands.bias, block.rows)
+    slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
+    elements = 0 if geometry.in_place else band_elements(geometry, tables) + slack
+    arguments = (view(operands.x), view(weight)[0], view(bias)[0], view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
-        _run_bands(block, first, last, g, tables, elements, *views, *finish)
+        _run_bands(block, first, last, geometry, tables, elements, *arguments)
 
-    tasks = problem.N * g.groups * g.O * g.row_bands * g.col_bands * g.k_parts
-    threads.run_tasks(work, tasks, task_threads(problem))
+    threads.run_tasks(work, task_count(problem, geometry), task_threads(problem))
 
 
 def task_threads(problem: ConvProblem) -> int:
@@ -191,59 +221,61 @@ def padded_bias(problem: ConvProblem, bias: np.ndarray | None, slack: int) -> np
     return padded
 
 
-ACTIVATION_CODES = {
-    None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
-}  # fmt: skip
-
-
-def finish_arguments(residual: np.ndarray | None, epilogue: Epilogue) -> tuple[View, int, float]:
+def make_ending(operands: Operands) -> Ending:
     """Return what `finish` takes: the residual's view (address 0: none), the activation's code, its slope."""
+    residual, epilogue = operands.residual, operands.epilogue
     view_or_none = (0, 0, 0, 0, 0, 0) if residual is None else view(residual)
     return view_or_none, ACTIVATION_CODES[epilogue.activation], epilogue.slope
 
 
 @Kernel
-def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, residual, activation, slope):
+def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
     band, tile = allocate(block, elements), allocate(block, block_rows(block) * block_columns(block))
-    source, target = pointer(block, x[0]), pointer(block, y[0])
     taps = tables.b_taps.size
     held = -1  # the band in hand; its parts of K follow one another
     for task in range(first, last):
-        here, part = divmod(task, g.k_parts)
-        rest, col_band = divmod(here, g.col_bands)
-        rest, row_band = divmod(rest, g.row_bands)
-        rest, o = divmod(rest, g.O)
-        n, group = divmod(rest, g.groups)
-        p, q = row_band * g.rows, col_band * g.cols
-        rows, cols = min(g.rows, g.P - p), min(g.cols, g.Q - q)
-        image = advance(source, n * x[1] + group * g.C * x[2])
-        if not g.direct_b and here != held:
-            pack_band(block, band, image, x, g, tables, o, p, q, rows)
-        held = here
-        b = advance(image, o * g.stride_d * x[3] + p * x[4] + q * x[5]) if g.direct_b else band
-        k = part * g.k_step
-        k_count = min(g.k_step, g.K - k)
-        channel = group * g.K + k
-        origin = n * y[1] + channel * y[2] + o * y[3] + p * y[4] + q * y[5]
+        here, k_part, n, group, o, p, q, rows, cols = find_task(g, task)
+        channel = group * g.K + k_part * g.k_step
+        k_count = min(g.k_step, g.K - k_part * g.k_step)
+        if g.in_place:
+            b = locate(block, x, (n, group * g.C, o * g.stride_d, p, q))
+        else:
+            b = band
+            if here != held:
+                _pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
+                held = here
+        origin = (n, channel, o, p, q)
         multiply(
-            block, advance(pointer(block, w[0]), channel * taps), taps, k_count,
-            table(tables.a_taps), b, table(tables.b_taps), taps, advance(pointer(block, bias[0]), channel),
-            (rows - 1) * g.Wb + cols, 0, g.Wb, cols, advance(target, origin), (y[2], y[4], y[5]),
-            tile,
+            block, advance(pointer(block, w), channel * taps), k_count, table(tables.a_taps),
+            b, table(tables.b_taps), taps, advance(pointer(block, bias), channel),
+            (rows - 1) * g.Wb + cols, 0, g.Wb, cols, locate(block, y, origin), (y[2], y[4], y[5]), tile,
         )  # fmt: skip
-        if residual[0] != 0 or activation != 0:
-            r = residual
-            at = n * r[1] + channel * r[2] + o * r[3] + p * r[4] + q * r[5]
-            finish(
-                advance(target, origin), (y[2], y[4], y[5]), advance(pointer(block, r[0]), at),
-                (r[2], r[4], r[5]), r[0] != 0, (k_count, rows, cols), activation, slope,
-            )  # fmt: skip
+        finish(block, y, origin, (k_count, rows, cols), ending)
     release(band)
     release(tile)
 
 
+@small_part
+def find_task(g, task):
+    """Return the number of a task's band, its part of K, and the band's n, group, o, p, q, rows, cols."""
+    here, k_part = divmod(task, g.k_parts)
+    rest, col_band = divmod(here, g.col_bands)
+    rest, row_band = divmod(rest, g.row_bands)
+    rest, o = divmod(rest, g.O)
+    n, group = divmod(rest, g.groups)
+    p, q = row_band * g.rows, col_band * g.cols
+    return here, k_part, n, group, o, p, q, min(g.rows, g.P - p), min(g.cols, g.Q - q)
+
+
+@small_part
+def locate(block, view, at):
+    """Return a pointer to the element `at` (n, channel, plane, row, column) of a view."""
+    offset = at[0] * view[1] + at[1] * view[2] + at[2] * view[3] + at[3] * view[4] + at[4] * view[5]
+    return advance(pointer(block, view[0]), offset)
+
+
 @part
-def pack_band(block, b, image, x, g, tables, o, p, q, rows):
+def _pack_band(block, band, image, x, g, tables, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read into the packed band, zeros for padding."""
     at = 0
     deep = g.Hb - g.rows + rows
@@ -253,37 +285,47 @@ def pack_band(block, b, image, x, g, tables, o, p, q, rows):
             for row_phase in tables.row_phases:
                 for column_phase in tables.column_phases:
                     w = q * g.stride_w + column_phase - g.pad_w
-                    low = min(max(-(w // g.stride_w), 0), g.Wb)  # columns left of the image
-                    high = min(max(-((w - g.W) // g.stride_w), low), g.Wb)
+                    low, high = columns_inside(w, g.stride_w, g.Wb, g.W)
                     for i in range(deep):
                         h = (p + i) * g.stride_h + row_phase - g.pad_h
-                        line = advance(b, at + i * g.Wb)
+                        line = advance(band, at + i * g.Wb)
                         if d < 0 or d >= g.D or h < 0 or h >= g.H:
                             fill(block, line, g.Wb)
-                            continue
-                        fill(block, line, low)
-                        start = c * x[2] + d * x[3] + h * x[4] + (w + low * g.stride_w) * x[5]
-                        copy(block, advance(line, low), advance(image, start), g.stride_w * x[5], high - low)
-                        fill(block, advance(line, high), g.Wb - high)
+                        else:
+                            source = advance(image, c * x[2] + d * x[3] + h * x[4] + w * x[5])
+                            copy_padded(block, line, source, g.stride_w * x[5], g.Wb, low, high)
                     at += g.Hb * g.Wb
 
 
+@small_part
+def columns_inside(w, stride, count, W):
+    """Return which of `count` columns w, w + stride ... lie in a row of W columns: from low up to high."""
+    low = min(max(-(w // stride), 0), count)
+    return low, min(max(-((w - W) // stride), low), count)
+
+
+@small_part
+def copy_padded(block, target, source, step, count, low, high):
+    """Copy elements low ... high-1, which lie `step` apart in the source; zeros for the others of `count`."""
+    fill(block, target, low)
+    copy(block, advance(target, low), advance(source, low * step), step, high - low)
+    fill(block, advance(target, high), count - high)
+
+
 @part
-def multiply(
-    block, w, w_row, k_count, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile,
-):  # fmt: skip
+def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile):
     """Multiply weight rows by a long vector of pixels, tile by tile, and store the pixels that exist.
 
-    B holds whole vectors, or at least one. Pixel j of the vector is column (first + j) % pitch of row (first + j) // pitch; it exists if the
-    column is < cols. y points at row 0, column 0 of the first channel; y_steps: per channel, row, column.
+    B holds whole vectors, or at least one. Pixel j of the vector is column (first + j) % pitch of row
+    (first + j) // pitch; it exists if the column is < cols. y points at row 0, column 0 of the first channel;
+    y_steps are the distances of its channels, rows and columns. `tile` is memory for one tile.
     """
     step_k, step_p, step_q = y_steps
     lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
     live = min(height, k_count)
-    spare = allocate(block, height * w_row if live < height else 0)
+    spare = allocate(block, height * taps if live < height else 0)
     if live < height:  # rows of zeros make a whole tile
-        copy(block, spare, w, 1, live * w_row)
-        fill(block, advance(spare, live * w_row), (height - live) * w_row)
+        copy_padded(block, spare, w, 1, height * taps, 0, live * taps)
         w = spare
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before, here and below
@@ -300,7 +342,7 @@ def multiply(
             c = advance(y, k * step_k + p * step_p + q) if whole else tile
             c_row = step_k if whole else width
             multiply_tile(
-                block, vectors, advance(w, k * w_row), w_row, a_taps, advance(b, j), b_taps, taps,
+                block, vectors, advance(w, k * taps), taps, a_taps, advance(b, j), b_taps, taps,
                 advance(bias, k), c, c_row,
             )  # fmt: skip
             if not whole:
@@ -310,7 +352,7 @@ def multiply(
 
 @part
 def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
-    """Store the existing pixels first ... first+count-1 of a tile, one image row at a time."""
+    """Store those of the pixels first ... first+count-1 that exist, `live` rows of a tile, by image rows."""
     step_k, step_p, step_q = y_steps
     j = 0
     while j < count:
@@ -323,22 +365,39 @@ def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
         j += run
 
 
+@small_part
+def finish(block, y, origin, sizes, ending):
+    """Add the residual to a box of y, then apply the activation.
+
+    origin  n, channel, o, p, q of the box; sizes: its channels, rows and columns
+    """
+    if ending[0][0] != 0 or ending[1] != 0:
+        _finish_box(block, y, origin, sizes, ending)
+
+
 @part
-def finish(y, y_steps, residual, residual_steps, has_residual, sizes, activation, slope):
-    """Add the residual to a box of y, then apply the activation."""
+def _finish_box(block, y, origin, sizes, ending):
+    """Do what `finish` does where there is something to do."""
+    residual, activation, slope = ending
+    target, steps = locate(block, y, origin), (y[2], y[4], y[5])
+    more, more_steps = locate(block, residual, origin), (residual[2], residual[4], residual[5])
+    if y[2] == 1:  # channels last: they make the inner loop
+        sizes = (sizes[1], sizes[2], sizes[0])
+        steps = (steps[1], steps[2], steps[0])
+        more_steps = (more_steps[1], more_steps[2], more_steps[0])
     for i in range(sizes[0]):
         for j in range(sizes[1]):
-            at = i * y_steps[0] + j * y_steps[1]
-            if has_residual:
-                start = i * residual_steps[0] + j * residual_steps[1]
+            at = i * steps[0] + j * steps[1]
+            if residual[0] != 0:
+                start = i * more_steps[0] + j * more_steps[1]
                 for e in range(sizes[2]):
-                    y[at + e * y_steps[2]] += residual[start + e * residual_steps[2]]
-            activate(y, at, y_steps[2], sizes[2], activation, slope)
+                    target[at + e * steps[2]] += more[start + e * more_steps[2]]
+            _activate(target, at, steps[2], sizes[2], activation, slope)
 
 
 @part
-def activate(y, at, step, count, activation, slope):
-    """Apply an activation, named by its code, to `count` elements of y."""
+def _activate(y, at, step, count, activation, slope):
+    """Apply an activation, given as its code, to `count` elements of y."""
     if activation == 1:
         for e in range(count):
             v = y[at + e * step]
@@ -350,6 +409,7 @@ def activate(y, at, step, count, activation, slope):
 
 @part
 def _activate_one(v, activation, slope):
+    """Return the activation of one element, in float64; the codes are those of ACTIVATION_CODES."""
     if activation == 2:
         return 0.0 if v < 0 else 6.0 if v > 6 else v
     if activation == 3:

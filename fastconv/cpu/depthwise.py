@@ -1,8 +1,8 @@
-"""Depthwise convolution: every input channel has its own filters, so nothing is shared and little is computed.
+"""Depthwise convolution: every input channel has its own filters, so nothing is shared, little is computed.
 
-Three ways: "plane" tiles read the input where it lies, with masked vectors at the borders (small kernels, where
-packing would cost more than the convolution); "1x8" and its like pack a band of one channel into L1 (large
-kernels, any stride); channels last, vectors run over channels.
+Three ways: "plane" tiles read the input where it lies, with masked vectors at the borders (small filters,
+where packing would cost more than the convolution); "1x8" and its like pack a band of one channel into L1
+(large filters, any stride); channels last, vectors run over channels.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import band, band_last, threads
-from fastconv.cpu.band import finish
-from fastconv.cpu.device import TILE_CYCLES, itemsize
+from fastconv.cpu.band import finish, locate
+from fastconv.cpu.device import TILE_CYCLES
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -28,16 +28,17 @@ from fastconv.cpu.simd import (
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 
 MOST_TAPS = 49  # 7 x 7
+MOST_ROLLING_ROWS = 5  # of a filter: the sums of as many rows of outputs are held in registers
 PIXEL_CYCLES = 8  # to pack and to store a vector of channels
 PLANE_TAP_CYCLES = 1.3  # a load that crosses cache lines, and its FMA
 
 
 class PlaneTile(NamedTuple):
-    """A strip of a plane, `vectors` vectors wide, read in place; the kernel's extents are compiled in."""
+    """A strip of a plane, `vectors` vectors wide, read in place; the filter's extents are compiled in."""
 
     rows: int
     vectors: int
@@ -50,10 +51,10 @@ TILES = (PlaneTile(1, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
 
 
 class Geometry(NamedTuple):
-    """The sizes of a depthwise convolution of planes."""
+    """The sizes of a depthwise convolution of planes; C is that of the whole input."""
 
     C: int
-    multiplier: int
+    multiplier: int  # output channels of each input channel
     H: int
     W: int
     P: int
@@ -83,62 +84,46 @@ def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> int:
     """Return the bytes of packed input that all threads hold together."""
-    tile = _packed_tile(problem, tile)
-    workers = threads.thread_count()
-    if isinstance(tile, PlaneTile):
-        return 0
     if _by_channels(problem):
-        g = band_last.plan_bands(problem, _channel_block(problem, tile, device), device.l1 // 2, workers)
-        return itemsize(problem) * (workers * band_last.band_elements(g) + problem.parameters)
-    bands = band.plan_bands(problem, tile, device.l1 // 2, workers)
-    return workers * itemsize(problem) * band.band_elements(*bands)
+        return band_last.workspace(problem, _channel_block(problem, tile, device), device)
+    if isinstance(tile, PlaneTile) and _reads_planes(problem):
+        return 0
+    return band.workspace(problem, _packed_tile(tile), device.l1 // 2)
 
 
 def prepare(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return the weight as the kernel reads it: as it is, or packed for vectors of channels."""
     if _by_channels(problem):
-        return band_last.prepare(problem, _channel_block(problem, _packed_tile(problem, tile), device), weight)
+        return band_last.prepare(problem, _channel_block(problem, tile, device), weight)
     return np.ascontiguousarray(weight)
 
 
-def run(
-    problem: ConvProblem,
-    tile: PlaneTile | Tile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve x with a weight, prepared or as given, into out; all of rank 5."""
-    tile = _packed_tile(problem, tile)
-    arrays = (x, weight, bias, residual, epilogue, out)
+def run(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared or as given."""
+    x, out = operands.x, operands.out
     if _by_channels(problem):
-        band_last.run(problem, _channel_block(problem, tile, device), device, *arrays)
+        band_last.run(problem, _channel_block(problem, tile, device), device, operands)
         return
-    if isinstance(tile, PlaneTile) and x.strides[4] == x.itemsize == out.strides[4]:
-        _run_in_place(problem, tile, device, *arrays)
+    rows_whole = x.strides[4] == x.itemsize == out.strides[4]  # columns lie side by side
+    if isinstance(tile, PlaneTile) and rows_whole and _reads_planes(problem):
+        _run_in_place(problem, tile, device, operands)
         return
-    tile = _packed_tile(problem, tile, always=True)
-    dtype = problem.compute_dtype
-    block = Block(dtype, tile.rows, tile.vectors, device.lanes(dtype))
+    tile = _packed_tile(tile)
     geometry, tables = band.plan_bands(problem, tile, device.l1 // 2, band.task_threads(problem))
-    band.run(problem, block, geometry, tables, x, np.ascontiguousarray(weight), bias, residual, epilogue, out)
+    band.run(problem, band.make_block(problem, tile, device), geometry, tables, operands)
 
 
 def _reads_planes(problem: ConvProblem) -> bool:
-    """Say whether planes can be read in place: a step the kernel knows, few enough taps to unroll."""
+    """Say whether planes can be read in place: a step that `convolve_plane` knows, few taps to unroll."""
     flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
     small = problem.gemm_k <= MOST_TAPS and problem.W < 1 << 30  # columns are counted in 32 bits
     step = problem.stride[2] == 1 or (problem.stride[2], problem.dilation[2]) == (2, 1)
     return problem.order == "NCHW" and flat and small and step
 
 
-def _packed_tile(problem: ConvProblem, tile: PlaneTile | Tile, always: bool = False) -> PlaneTile | Tile:
-    """Return the tile for a packed band in place of one for rows that cannot be read in place."""
-    return Tile(1, tile.vectors) if always or not _reads_planes(problem) else tile
+def _packed_tile(tile: PlaneTile | Tile) -> Tile:
+    """Return the tile for a packed band, in place of one for planes that cannot be read in place."""
+    return Tile(1, tile.vectors) if isinstance(tile, PlaneTile) else tile
 
 
 def _by_channels(problem: ConvProblem) -> bool:
@@ -146,50 +131,42 @@ def _by_channels(problem: ConvProblem) -> bool:
     return problem.order == "NHWC" and problem.K == problem.C
 
 
-def _channel_block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
+def _channel_block(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> Block:
     """Return the tile turned: `vectors` pixels, each `rows` vectors of channels wide."""
     dtype = problem.compute_dtype
     return Block(dtype, tile.vectors, tile.rows, device.lanes(dtype), "elementwise")
 
 
-def _run_in_place(
-    problem: ConvProblem,
-    tile: PlaneTile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
+def _run_in_place(problem: ConvProblem, tile: PlaneTile, device: Device, operands: Operands) -> None:
+    """Convolve plane by plane."""
     dtype = problem.compute_dtype
     block = Block(
-        dtype, 1, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
-        extents=(problem.R, problem.S), rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= 5,
+        dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
+        extents=(problem.R, problem.S),
+        rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= MOST_ROLLING_ROWS,
     )  # fmt: skip
     g = Geometry(
         problem.C, problem.K // problem.C, problem.H, problem.W, problem.P, problem.Q, *problem.stride[1:],
-        problem.padding[1][0], problem.padding[2][0], *problem.dilation[1:],
+        *problem.padding_before[1:], *problem.dilation[1:],
     )  # fmt: skip
-    weight, bias_rows = np.ascontiguousarray(weight), band.padded_bias(problem, bias, 0)
-    views = band.view(x), band.view(weight)[0], band.view(bias_rows)[0], band.view(out)
-    arguments = band.finish_arguments(residual, epilogue)
+    weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
+    views = (band.view(operands.x), band.view(weight)[0], band.view(bias)[0], band.view(operands.out))
+    ending = band.make_ending(operands)
 
     def work(first: int, last: int) -> None:
-        _run_planes(block, first, last, g, *views, *arguments)
+        _run_planes(block, first, last, g, *views, ending)
 
     threads.run_tasks(work, problem.N * problem.K, band.task_threads(problem))
 
 
 @Kernel
-def _run_planes(block, first, last, g, x, w, bias, y, residual, activation, slope):
+def _run_planes(block, first, last, g, x, w, bias, y, ending):
     R, S = block_extents(block)
     lanes, width = block_lanes(block), block_columns(block)
     for task in range(first, last):
         n, k = divmod(task, g.C * g.multiplier)
-        plane = advance(pointer(block, x[0]), n * x[1] + k // g.multiplier * x[2])
-        target = advance(pointer(block, y[0]), n * y[1] + k * y[2])
+        plane = locate(block, x, (n, k // g.multiplier, 0, 0, 0))
+        target = locate(block, y, (n, k, 0, 0, 0))
         for q in range(0, g.Q, width):
             count = min(width, g.Q - q)
             convolve_plane(
@@ -197,8 +174,4 @@ def _run_planes(block, first, last, g, x, w, bias, y, residual, activation, slop
                 g.dilation_w, advance(pointer(block, w), k * R * S), -g.pad_h, g.stride_h, g.dilation_h,
                 advance(pointer(block, bias), k), advance(target, q), y[4], g.P, count,
             )  # fmt: skip
-        if residual[0] != 0 or activation != 0:
-            r = residual
-            more = advance(pointer(block, r[0]), n * r[1] + k * r[2])
-            steps, more_steps = (y[2], y[4], y[5]), (r[2], r[4], r[5])
-            finish(target, steps, more, more_steps, r[0] != 0, (1, g.P, g.Q), activation, slope)
+        finish(block, y, (n, k, 0, 0, 0), (1, g.P, g.Q), ending)

@@ -41,7 +41,7 @@ class Device:
     l2: int
 
     def label(self) -> str:
-        """Return the name under which measurements are kept: what is fastest depends on vectors and threads."""
+        """Return the name that measurements are kept under: vectors and threads decide what is fastest."""
         return f"{self.name}, {self.vector_bits} bits, {thread_count()} threads"
 
     def lanes(self, dtype: str) -> int:
@@ -57,7 +57,7 @@ class Device:
         return tile.rows * tile.vectors + tile.vectors + 1 <= self.registers
 
     def tap_cycles(self, rows: int, vectors: int) -> float:
-        """Return the cycles of one tap of a tile: those of its FMAs, its loads, its B from L2, or of one sum."""
+        """Return the cycles of one tap of a tile: its FMAs, its loads, its B from L2 or one sum's latency."""
         return max(rows * vectors / 2, (rows + vectors + 2) / 2, vectors * L2_CYCLES, SUM_CYCLES)
 
     def multiply_cycles(self, tile: Any, rows: int, columns: int, taps: int, dtype: str) -> float:
@@ -69,7 +69,7 @@ class Device:
         return math.ceil(rows / tile.rows) * strip
 
     def copy_cycles(self, problem: ConvProblem, rows: float, length: float, step: int) -> float:
-        """Return the cycles to copy rows of an input, its columns `step` apart, to where they lie together."""
+        """Return the cycles to copy rows of an input, columns `step` apart, to where they lie together."""
         scattered = step > 1 or problem.order == "NHWC"
         return rows * (ROW_CYCLES + length * (1.0 if scattered else 2 / self.lanes(problem.compute_dtype)))
 

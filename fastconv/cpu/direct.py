@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.cpu import band, band_last, threads
-from fastconv.cpu.device import itemsize
+from fastconv.cpu import band, band_last
 from fastconv.cpu.simd import Block, Tile
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(2, 4))
 
@@ -24,15 +23,9 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of packed input that all threads hold together, and of a repacked weight."""
-    workers = threads.thread_count()
     if problem.order == "NHWC":
-        g = band_last.plan_bands(problem, _block(problem, tile, device), device.l2 // 2, workers)
-        return itemsize(problem) * (workers * band_last.band_elements(g) + problem.parameters)
-    return (
-        workers
-        * itemsize(problem)
-        * band.band_elements(*band.plan_bands(problem, tile, device.l2 // 2, workers))
-    )
+        return band_last.workspace(problem, _block(problem, tile, device), device)
+    return band.workspace(problem, tile, device.l2 // 2)
 
 
 def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -42,27 +35,16 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
     return np.ascontiguousarray(weight)
 
 
-def run(
-    problem: ConvProblem,
-    tile: Tile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve x with a weight, prepared or as given, into out; all of rank 5."""
+def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared or as given."""
     block = _block(problem, tile, device)
     if problem.order == "NHWC":
-        band_last.run(problem, block, device, x, weight, bias, residual, epilogue, out)
+        band_last.run(problem, block, device, operands)
         return
     geometry, tables = band.plan_bands(problem, tile, device.l2 // 2, band.task_threads(problem))
-    band.run(problem, block, geometry, tables, x, np.ascontiguousarray(weight), bias, residual, epilogue, out)
+    band.run(problem, block, geometry, tables, operands)
 
 
 def _block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
-    dtype = problem.compute_dtype
-    form = "columns" if problem.order == "NHWC" else "rows"
-    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), form)
+    """Return the tile for a memory order: its rows are output channels, or, channels last, pixels."""
+    return band.make_block(problem, tile, device, "columns" if problem.order == "NHWC" else "rows")

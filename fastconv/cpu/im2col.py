@@ -9,8 +9,12 @@ import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
+    columns_inside,
+    copy_padded,
     finish,
-    finish_arguments,
+    locate,
+    make_block,
+    make_ending,
     multiply,
     padded_bias,
     task_threads,
@@ -18,14 +22,12 @@ from fastconv.cpu.band import (
 )
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
-    Block,
     Kernel,
     Tile,
     advance,
     allocate,
     block_columns,
     block_rows,
-    copy,
     fill,
     part,
     pointer,
@@ -35,7 +37,7 @@ from fastconv.cpu.simd import (
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(8, 1))
 
@@ -76,8 +78,8 @@ def _geometry(problem: ConvProblem, tile: Tile, device: Device) -> Geometry:
     columns = min(most, math.ceil(problem.P * problem.Q / width) * width)
     return Geometry(
         problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
-        problem.T, problem.R, problem.S, *problem.stride, *(before for before, _ in problem.padding),
-        *problem.dilation, columns, math.ceil(problem.P * problem.Q / columns),
+        problem.T, problem.R, problem.S, *problem.stride, *problem.padding_before, *problem.dilation,
+        columns, math.ceil(problem.P * problem.Q / columns),
     )  # fmt: skip
 
 
@@ -102,65 +104,45 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
     return np.ascontiguousarray(weight)
 
 
-def run(
-    problem: ConvProblem,
-    tile: Tile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve x with a weight, prepared or as given, into out; all of rank 5."""
-    dtype = problem.compute_dtype
-    block = Block(dtype, tile.rows, tile.vectors, device.lanes(dtype))
+def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared or as given."""
+    block = make_block(problem, tile, device)
     g = _geometry(problem, tile, device)
-    weight = np.ascontiguousarray(weight)
-    taps = np.arange(problem.gemm_k), np.arange(problem.gemm_k) * g.columns
-    bias_rows = padded_bias(problem, bias, tile.rows)
-    views = view(x), view(weight)[0], view(bias_rows)[0], view(out)
-    arguments = finish_arguments(residual, epilogue)
+    weight = np.ascontiguousarray(operands.weight)
+    a_taps = np.arange(problem.gemm_k)
+    b_taps = a_taps * g.columns
+    bias = padded_bias(problem, operands.bias, block.rows)
+    arguments = (view(operands.x), view(weight)[0], view(bias)[0], view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
-        _run_blocks(block, first, last, g, *taps, *views, *arguments)
+        _run_blocks(block, first, last, g, a_taps, b_taps, *arguments)
 
     threads.run_tasks(work, problem.N * g.groups * g.O * g.blocks, task_threads(problem))
 
 
 @Kernel
-def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
+def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
     taps = a_taps.size
     columns = allocate(block, taps * g.columns)
     tile = allocate(block, block_rows(block) * block_columns(block))
-    steps, more_steps = (y[2], y[4], y[5]), (residual[2], residual[4], residual[5])
     for task in range(first, last):
         rest, index = divmod(task, g.blocks)
         rest, o = divmod(rest, g.O)
         n, group = divmod(rest, g.groups)
         pixel = index * g.columns
         count = min(g.columns, g.P * g.Q - pixel)
-        image = advance(pointer(block, x[0]), n * x[1] + group * g.C * x[2])
-        _gather(block, columns, image, x, g, o, pixel, count)
+        _gather(block, columns, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, o, pixel, count)
         channel = group * g.K
-        target = advance(pointer(block, y[0]), n * y[1] + channel * y[2] + o * y[3])
         multiply(
-            block, advance(pointer(block, w), channel * taps), taps, g.K, table(a_taps),
+            block, advance(pointer(block, w), channel * taps), g.K, table(a_taps),
             columns, table(b_taps), taps, advance(pointer(block, bias), channel),
-            count, pixel, g.Q, g.Q, target, steps, tile,
+            count, pixel, g.Q, g.Q, locate(block, y, (n, channel, o, 0, 0)), (y[2], y[4], y[5]), tile,
         )  # fmt: skip
-        if residual[0] != 0 or activation != 0:
-            r = residual
-            more = advance(pointer(block, r[0]), n * r[1] + channel * r[2] + o * r[3])
-            while count > 0:  # one row of pixels at a time
-                p, q = divmod(pixel, g.Q)
-                run = min(count, g.Q - q)
-                finish(
-                    advance(target, p * y[4] + q * y[5]), steps, advance(more, p * r[4] + q * r[5]), more_steps,
-                    r[0] != 0, (g.K, 1, run), activation, slope,
-                )  # fmt: skip
-                pixel, count = pixel + run, count - run
+        while count > 0:  # one row of pixels at a time
+            p, q = divmod(pixel, g.Q)
+            run = min(count, g.Q - q)
+            finish(block, y, (n, channel, o, p, q), (g.K, 1, run), ending)
+            pixel, count = pixel + run, count - run
     release(columns)
     release(tile)
 
@@ -180,20 +162,12 @@ def _gather(block, columns, image, x, g, o, pixel, count):
                         run = min(count - j, g.Q - q)
                         h = p * g.stride_h + r * g.dilation_h - g.pad_h
                         w = q * g.stride_w + s * g.dilation_w - g.pad_w
+                        line = advance(columns, at + j)
                         if d < 0 or d >= g.D or h < 0 or h >= g.H:
-                            fill(block, advance(columns, at + j), run)
+                            fill(block, line, run)
                         else:
-                            row = advance(image, c * x[2] + d * x[3] + h * x[4])
-                            _gather_row(block, advance(columns, at + j), row, w, g.stride_w, x[5], run, g.W)
+                            low, high = columns_inside(w, g.stride_w, run, g.W)
+                            source = advance(image, c * x[2] + d * x[3] + h * x[4] + w * x[5])
+                            copy_padded(block, line, source, g.stride_w * x[5], run, low, high)
                         j += run
                     at += g.columns
-
-
-@part
-def _gather_row(block, target, row, w, stride, step, count, W):
-    """Copy columns w, w + stride ... of an input row of W columns, zeros where there are none."""
-    low = min(max(-(w // stride), 0), count)
-    high = min(max(-((w - W) // stride), low), count)
-    fill(block, target, low)
-    copy(block, advance(target, low), advance(row, (w + low * stride) * step), stride * step, high - low)
-    fill(block, advance(target, high), count - high)

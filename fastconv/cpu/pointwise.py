@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastconv.cpu import band, direct
-from fastconv.cpu.simd import Block, Tile
+from fastconv.cpu.simd import Tile
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 TILES = direct.TILES
 
@@ -21,13 +21,8 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     if problem.order == "NHWC" or not _reads_in_place(problem):
         return direct.cost(problem, tile, device)
-    cycles = device.multiply_cycles(
-        tile,
-        problem.K // problem.groups,
-        problem.P * problem.Q,
-        problem.C // problem.groups,
-        problem.compute_dtype,
-    )
+    pixels = problem.P * problem.Q
+    cycles = device.multiply_cycles(tile, problem.gemm_m, pixels, problem.gemm_k, problem.compute_dtype)
     return device.seconds(problem, problem.N * problem.groups * problem.O * cycles)
 
 
@@ -41,36 +36,27 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
 prepare = direct.prepare
 
 
-def run(
-    problem: ConvProblem,
-    tile: Tile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve x with a weight, prepared or as given, into out; all of rank 5."""
+def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared or as given."""
+    x, out, residual = operands.x, operands.out, operands.residual
     arrays = [x, out] if residual is None else [x, out, residual]
     in_place = problem.order == "NCHW" and _reads_in_place(problem) and all(map(_is_one_row, arrays))
-    dtype = problem.compute_dtype
-    block = Block(dtype, tile.rows, tile.vectors, device.lanes(dtype))
+    block = band.make_block(problem, tile, device)
     rows = replace(problem, H=1, W=problem.H * problem.W)
     geometry, tables = band.plan_bands(rows, tile, device.l2 // 2, band.task_threads(problem))
     last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
     if not in_place or last_band < block.lanes:  # less than a vector: it would be read past its end
-        direct.run(problem, tile, device, x, weight, bias, residual, epilogue, out)
+        direct.run(problem, tile, device, operands)
         return
-    x, out, *more = (_flatten(array) for array in arrays)
     channels = np.arange(geometry.C) * (x.strides[1] // x.itemsize)
-    geometry, tables = geometry._replace(direct_b=1), tables._replace(b_taps=channels)
-    weight, residual = np.ascontiguousarray(weight), more[0] if more else None
-    band.run(rows, block, geometry, tables, x, weight, bias, residual, epilogue, out)
+    geometry, tables = geometry._replace(in_place=1), tables._replace(b_taps=channels)
+    residual = None if residual is None else _flatten(residual)
+    flat = operands._replace(x=_flatten(x), out=_flatten(out), residual=residual)
+    band.run(rows, block, geometry, tables, flat)
 
 
 def _reads_in_place(problem: ConvProblem) -> bool:
+    """Say whether neighbouring outputs read neighbouring inputs."""
     return problem.stride[1:] == (1, 1)
 
 

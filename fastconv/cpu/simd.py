@@ -21,7 +21,6 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,15 +53,17 @@ DIGEST = _digest()
 
 if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would wait for it for ever
     os.register_at_fork(
-        before=compiler_lock.acquire, after_in_parent=compiler_lock.release, after_in_child=compiler_lock.release
+        before=compiler_lock.acquire,
+        after_in_parent=compiler_lock.release,
+        after_in_child=compiler_lock.release,
     )
 
 
 class Kernel:
     """A function compiled with Numba, without the GIL: called as kernel(block, ...), compiled once per block.
 
-    Numba finds out the types of all arguments at every call, in 5 us. They follow from the block, so here that
-    is done once, and later calls go to the machine code in 0.5 us.
+    Numba finds out the types of all arguments at every call, in 5 us. Here they follow from the block, so
+    that is done once per block, and later calls go to the machine code in 0.5 us.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -81,9 +82,17 @@ class Kernel:
         entry(block, *arguments)
 
 
+_PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 def part(function: Callable[..., Any]) -> Any:
     """Compile a part of kernels, which Python does not call: without wrappers and a cache of its own."""
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return numba.njit(**_PART)(function)
+
+
+def small_part(function: Callable[..., Any]) -> Any:
+    """Compile a small part, always inlined: calls were seen to cost 60 ns per task, 2 ns per copied row."""
+    return numba.njit(**_PART, forceinline=True)(function)
 
 
 class Tile(NamedTuple):
@@ -100,12 +109,18 @@ class Tile(NamedTuple):
 class Block:
     """A tile for one dtype and vector width: the compile-time part of a kernel's arguments.
 
-    form: "rows"         A is broadcast, the bias belongs to the rows (weights x pixels, channels first)
-          "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
-          "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
-    m     outputs along one side of a Winograd tile; 0 elsewhere
-    step, extents, rolling  of `convolve_plane`: the distance of the columns that neighbouring outputs read (1
-          or 2), (R, S) of the kernel, and whether it has stride and dilation 1 along the rows
+    dtype    "float32" or "float64"
+    rows     rows of the tile
+    vectors  vectors in each of its rows
+    lanes    elements in each vector
+    form     "rows"         A is broadcast, the bias belongs to the rows (weights x pixels, channels first)
+             "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
+             "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
+             "plane"        no A: one row of outputs of a plane, under one filter (`convolve_plane`)
+    m        Winograd: outputs along one side of a tile
+    step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
+    extents  "plane": (R, S) of the filter
+    rolling  "plane": whether stride and dilation are 1 along the rows, so that a row serves R outputs
     """
 
     dtype: str
@@ -141,22 +156,25 @@ def _unbox_block(typ: BlockType, value: Any, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
-@intrinsic
-def block_rows(typingctx: Any, block: BlockType) -> Any:
-    """Return the rows of a block, as a compile-time constant."""
-    return types.int64(block), lambda context, builder, sig, args: INT(block.block.rows)
+def _constant(read: Callable[[Block], int]) -> Any:
+    """Return an intrinsic f(block) for a number that is known at compile time."""
+
+    @intrinsic
+    def apply(typingctx: Any, block: BlockType) -> Any:
+        return types.int64(block), lambda context, builder, sig, args: INT(read(block.block))
+
+    return apply
 
 
-@intrinsic
-def block_columns(typingctx: Any, block: BlockType) -> Any:
-    """Return the elements in one row of a block (vectors * lanes), as a compile-time constant."""
-    width = block.block.vectors * block.block.lanes
-    return types.int64(block), lambda context, builder, sig, args: INT(width)
+block_rows = _constant(lambda block: block.rows)
+block_columns = _constant(lambda block: block.vectors * block.lanes)  # elements in one row of the tile
+block_lanes = _constant(lambda block: block.lanes)
+block_m = _constant(lambda block: block.m)
 
 
 @intrinsic
 def block_extents(typingctx: Any, block: BlockType) -> Any:
-    """Return (R, S) of a block's kernel, as compile-time constants."""
+    """Return (R, S) of a block's filter, as compile-time constants."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, [INT(extent) for extent in block.block.extents])
@@ -165,20 +183,8 @@ def block_extents(typingctx: Any, block: BlockType) -> Any:
 
 
 @intrinsic
-def block_lanes(typingctx: Any, block: BlockType) -> Any:
-    """Return the elements of one vector, as a compile-time constant."""
-    return types.int64(block), lambda context, builder, sig, args: INT(block.block.lanes)
-
-
-@intrinsic
-def block_m(typingctx: Any, block: BlockType) -> Any:
-    """Return the side of a block's Winograd output tile, as a compile-time constant."""
-    return types.int64(block), lambda context, builder, sig, args: INT(block.block.m)
-
-
-@intrinsic
 def pointer(typingctx: Any, block: BlockType, address: types.Integer) -> Any:
-    """Return an address as a pointer to the block's dtype; `p[i]` then reads without bounds or wrap-around."""
+    """Return an address as a pointer to the block's dtype; `p[i]` reads without bounds or wrap-around."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.inttoptr(args[1], context.get_value_type(sig.return_type))
@@ -235,7 +241,7 @@ def table(typingctx: Any, array: types.Array) -> Any:
 
 
 class Vectors:
-    """Emits loads, stores and arithmetic on <lanes x float> at one place of the code."""
+    """Emits loads, stores and arithmetic on vectors of block.lanes elements, where the builder stands."""
 
     def __init__(self, builder: Any, block: Block) -> None:
         self.builder = builder
@@ -248,12 +254,13 @@ class Vectors:
         self._fma = cgutils.get_or_insert_function(builder.module, signature, name)
 
     def load(self, p: Any, offset: Any) -> Any:
-        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
-        return self.builder.load(address, align=self.bytes)
+        return self.builder.load(self._address(p, offset), align=self.bytes)
 
     def store(self, value: Any, p: Any, offset: Any) -> None:
-        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
-        self.builder.store(value, address, align=self.bytes)
+        self.builder.store(value, self._address(p, offset), align=self.bytes)
+
+    def _address(self, p: Any, offset: Any) -> Any:
+        return self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
 
     def splat(self, scalar: Any, kind: Any = None) -> Any:
         undefined = ir.Constant(kind or self.type, ir.Undefined)
@@ -277,16 +284,16 @@ class Vectors:
         return self.builder.icmp_unsigned("<", at, width)  # a negative column is a large one
 
     def load_masked(self, p: Any, offset: Any, mask: Any) -> Any:
-        """Load a vector, zero in the lanes outside the mask."""
-        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
+        """Load a vector, zero in the lanes outside the mask, which are not read."""
         zeros = ir.Constant(self.type, None)
-        return self.masked("load", self.type, [address, ir.IntType(32)(self.bytes), mask, zeros])
+        align = ir.IntType(32)(self.bytes)
+        return self._masked("load", self.type, [self._address(p, offset), align, mask, zeros])
 
     def store_first(self, value: Any, p: Any, offset: Any, count: Any) -> None:
         """Store the lanes of a vector at p + offset that come before p + count."""
-        address = self.builder.bitcast(self.builder.gep(p, [offset]), self.type.as_pointer())
         mask = self.first_lanes(self.builder.sub(count, offset))
-        self.masked("store", ir.VoidType(), [value, address, ir.IntType(32)(self.bytes), mask])
+        align = ir.IntType(32)(self.bytes)
+        self._masked("store", ir.VoidType(), [value, self._address(p, offset), align, mask])
 
     def first_lanes(self, count: Any) -> Any:
         """Return the mask of the first `count` lanes."""
@@ -294,11 +301,11 @@ class Vectors:
         lanes = ir.Constant(kind, list(range(self.lanes)))
         return self.builder.icmp_signed("<", lanes, self.splat(count, kind))
 
-    def masked(self, name: str, result: Any, arguments: list[Any]) -> Any:
-        """Call LLVM's masked load or store."""
-        suffix = f"v{self.lanes}f{8 * self.bytes}.p0"
+    def _masked(self, access: str, result: Any, arguments: list[Any]) -> Any:
+        """Call LLVM's masked "load" or "store"."""
+        name = f"llvm.masked.{access}.v{self.lanes}f{8 * self.bytes}.p0"
         signature = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.masked.{name}.{suffix}")
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return self.builder.call(function, arguments)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
@@ -319,7 +326,6 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
     """Emit the loop over the taps for a tile of `vectors` vectors, from loading the bias to storing."""
     a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row = args
     simd = Vectors(builder, block)
-    cells = [(i, j) for i in range(block.rows) for j in range(vectors)]
     column = [INT(j * block.lanes) for j in range(vectors)]
     if isinstance(a_rows.type, ir.PointerType):
         rows = [builder.load(builder.gep(a_rows, [INT(i)])) for i in range(block.rows)]
@@ -336,19 +342,10 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
 
     builder.position_at_end(loop)
     tap = builder.phi(INT, "tap")
-    sums = [builder.phi(simd.type) for _ in cells]
+    sums = [builder.phi(simd.type) for _ in start]
     a_tap = builder.gep(a, [builder.load(builder.gep(a_taps, [tap]))])
     b_tap = builder.gep(b, [builder.load(builder.gep(b_taps, [tap]))])
-    b_vectors = [simd.load(b_tap, offset) for offset in column]
-    new = []
-    for i in range(block.rows):
-        if block.form == "elementwise":
-            a_row = builder.gep(a_tap, [rows[i]])
-            a_vectors = [simd.load(a_row, offset) for offset in column]
-        else:
-            a_vectors = [simd.broadcast(a_tap, rows[i])] * vectors
-        for j in range(vectors):
-            new.append(simd.fma(a_vectors[j], b_vectors[j], sums[i * vectors + j]))
+    new = _emit_tap(builder, simd, block, column, rows, a_tap, b_tap, sums)
     following = builder.add(tap, INT(1))
     _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, taps), loop, done))
     for phi, first, later in zip([tap, *sums], [INT(0), *start], [following, *new], strict=True):
@@ -356,35 +353,33 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
         phi.add_incoming(later, loop)
 
     builder.position_at_end(done)
-    for (i, j), value in zip(cells, new, strict=True):
+    for cell, value in enumerate(new):
+        i, j = divmod(cell, vectors)
         simd.store(value, c, builder.add(builder.mul(c_row, INT(i)), column[j]))
 
 
+def _emit_tap(
+    builder: Any, simd: Vectors, block: Block, column: Any, rows: Any, a_tap: Any, b_tap: Any, sums: list[Any]
+) -> list[Any]:
+    """Emit what one tap adds to the accumulators, row after row."""
+    b_vectors = [simd.load(b_tap, offset) for offset in column]
+    before, new = iter(sums), []
+    for row in rows:
+        if block.form == "elementwise":
+            a_row = builder.gep(a_tap, [row])
+            a_vectors = [simd.load(a_row, offset) for offset in column]
+        else:
+            a_vectors = [simd.broadcast(a_tap, row)] * len(column)
+        new += [simd.fma(a, b, next(before)) for a, b in zip(a_vectors, b_vectors, strict=True)]
+    return new
+
+
 @intrinsic
-def _microkernel(
-    typingctx: Any,
-    block: BlockType,
-    vectors: Any,
-    a: Any,
-    a_rows: Any,
-    a_taps: Any,
-    b: Any,
-    b_taps: Any,
-    taps: Any,
-    bias: Any,
-    c: Any,
-    c_row: Any,
-) -> Any:
+def _microkernel(typingctx, block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     floats, offsets = types.CPointer(block.float), types.CPointer(types.int64)
     rows = offsets if isinstance(a_rows, types.CPointer) else types.int64
     operands = (floats, rows, offsets, floats, offsets, types.int64, floats, floats, types.int64)
-    signature = types.void(block, types.int64, *operands)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _emit_cases(builder, block.block.vectors, args[1], partial(_emit_tile, builder, block.block), args[2:])
-        return context.get_dummy_value()
-
-    return signature, codegen
+    return types.void(block, types.int64, *operands), _widths(_emit_tile, block.block)
 
 
 @part
@@ -393,15 +388,17 @@ def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c
 
     block    Block; its rows, and at most its vectors, make the tile
     vectors  how many vectors wide this tile is, 1 ... block.vectors
-    a, b     pointers; a_rows (one distance, or block.rows offsets), a_taps and b_taps (taps): in elements
+    a, b     pointers to the operands
+    a_rows   distance of the rows of A, or pointer to the offsets of block.rows rows; all in elements
+    a_taps, b_taps  pointers to the offsets of the taps in A and B
     bias     pointer to block.rows values (form "rows") or to one row of the tile (the other forms)
-    c, c_row pointer to the tile and the distance of its rows, in elements
+    c, c_row pointer to the tile and the distance of its rows
     """
     _microkernel(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row)
 
 
 class _PlaneRows:
-    """Emits what a row of the input adds to the outputs it takes part in, for one strip of a plane."""
+    """Emits what rows of the input add to the outputs that read them, for one strip of a plane."""
 
     def __init__(self, builder: Any, block: Block, vectors: int, args: Any) -> None:
         self.x, self.x_row, self.H, W, column, dilation_w, w = args
@@ -415,7 +412,7 @@ class _PlaneRows:
         self.masks = [[simd.within(column, W) for column in row] for row in self.columns]
 
     def add(self, h: Any, sums: list[list[Any]], taps: list[int]) -> list[list[Any]]:
-        """Return sums[i] + the taps of kernel row taps[i] times input row h, which may lie outside the plane."""
+        """Return sums[i] + row taps[i] of the filter times input row h, which may lie outside the plane."""
         builder = self.builder
         before = builder.block
         inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
@@ -435,7 +432,7 @@ class _PlaneRows:
         ]
 
     def _load(self, line: Any) -> Any:
-        """Yield the vectors of the line for each column of the kernel; step 2 splits pairs into even and odd."""
+        """Yield the vectors of the line for each column of the filter; step 2 splits pairs: even and odd."""
         step = self.block.step
         for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
             loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
@@ -445,6 +442,7 @@ class _PlaneRows:
                 yield [values[s] for values in split]
 
     def _merge(self, old: Any, before: Any, value: Any, inside: Any) -> Any:
+        """Return `value` where control comes from `inside` the plane, `old` where it comes from before."""
         phi = self.builder.phi(self.simd.type)
         phi.add_incoming(old, before)
         phi.add_incoming(value, inside)
@@ -483,7 +481,8 @@ def _emit_plane(builder: Any, block: Block, vectors: int, args: Any) -> None:
             rows.simd.store_first(value, target, INT(j * block.lanes), count)
     following = builder.add(i, INT(1))
     latch = builder.block
-    _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, builder.add(P, INT(pending))), loop, done))
+    more = builder.icmp_signed("<", following, builder.add(P, INT(pending)))
+    _keep_rolled(builder.cbranch(more, loop, done))
     phis = [i, *(phi for row in begun for phi in row)]
     values = [following, *(value for row in sums[:pending] for value in row)]
     for phi, first, later in zip(phis, [INT(0), *start * pending], values, strict=True):
@@ -494,60 +493,47 @@ def _emit_plane(builder: Any, block: Block, vectors: int, args: Any) -> None:
 
 @intrinsic
 def _plane_kernel(
-    typingctx: Any,
-    block: BlockType,
-    vectors: Any,
-    x: Any,
-    x_row: Any,
-    H: Any,
-    W: Any,
-    column: Any,
-    dilation_w: Any,
-    w: Any,
-    h: Any,
-    stride_h: Any,
-    dilation_h: Any,
-    bias: Any,
-    y: Any,
-    y_row: Any,
-    P: Any,
-    count: Any,
-) -> Any:
+    typingctx, block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row,
+    P, count,
+):  # fmt: skip
     p, n = types.CPointer(block.float), types.int64
     signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n)
+    return signature, _widths(_emit_plane, block.block)
+
+
+def _widths(emit: Callable[..., None], block: Block) -> Callable[..., Any]:
+    """Return the code of an intrinsic f(block, vectors, ...): a switch to what `emit` makes per width."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _emit_cases(builder, block.block.vectors, args[1], partial(_emit_plane, builder, block.block), args[2:])
+        _, vectors, *operands = args
+        end = builder.append_basic_block("end")
+        choose = builder.switch(vectors, end)
+        for width in range(1, block.vectors + 1):
+            case = builder.append_basic_block(f"vectors_{width}")
+            choose.add_case(INT(width), case)
+            builder.position_at_end(case)
+            emit(builder, block, width, operands)
+            builder.branch(end)
+        builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return signature, codegen
-
-
-def _emit_cases(builder: Any, most: int, vectors: Any, emit: Any, args: Any) -> None:
-    """Emit a switch over the number of vectors, 1 ... most, with code made for each."""
-    end = builder.append_basic_block("end")
-    choose = builder.switch(vectors, end)
-    for count in range(1, most + 1):
-        case = builder.append_basic_block(f"vectors_{count}")
-        choose.add_case(INT(count), case)
-        builder.position_at_end(case)
-        emit(count, args)
-        builder.branch(end)
-    builder.position_at_end(end)
+    return codegen
 
 
 @part
 def convolve_plane(
     block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
 ):
-    """Convolve a plane x (H, W) with one filter of block.extents, for P rows and `count` columns of output.
+    """Convolve a plane x (H, W) with a filter w of block.extents; y gets P rows and `count` columns.
 
     The first output reads the input from row h and from `column` on; both may be negative, and what lies
-    outside the plane reads as zero. The columns of neighbouring outputs are block.step apart.
+    outside the plane reads as zero. The columns of neighbouring outputs are block.step apart; x_row and y_row
+    are the distances of rows, in elements. `vectors` vectors, at most block.vectors, hold the columns.
     """
     _plane_kernel(
-        block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
-    )
+        block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P,
+        count,
+    )  # fmt: skip
 
 
 @intrinsic
@@ -622,7 +608,7 @@ def copy_pixels(typingctx: Any, block: BlockType, target: Any, source: Any) -> A
 
 @part
 def copy(block, target, source, step, count):
-    """Copy `count` elements that lie `step` apart in the source to consecutive places."""
+    """Copy `count` elements that lie `step` apart in the source to consecutive places of the target."""
     if step == 1:
         for i in range(0, count, block_lanes(block)):
             copy_lanes(block, advance(target, i), advance(source, i), count - i)
@@ -636,7 +622,7 @@ def copy(block, target, source, step, count):
 
 @part
 def spread(block, target, step, source, count):
-    """Copy `count` consecutive elements to places `step` apart."""
+    """Copy `count` consecutive elements of the source to places `step` apart in the target."""
     if step == 1:
         copy(block, target, source, 1, count)
     else:
@@ -675,9 +661,9 @@ def _sandwich(name: str) -> Any:
     """Return an intrinsic for Y = M X M^T + bias on vectors, M the matrix `name` of F(block.m, 3).
 
     f(block, source, source_row, source_step, target, target_step, bias):
-    source       pointer to X: element (i, j) is the vector at i * source_row + j * source_step
-    target       pointer to Y: element e of its rows, one after the other, is the vector at e * target_step
-    bias         pointer to one value added to every element
+    source  pointer to X: element (i, j) is the vector at i * source_row + j * source_step
+    target  pointer to Y: element e of its rows, one after the other, is the vector at e * target_step
+    bias    pointer to one value added to every element
     """
 
     @intrinsic
@@ -723,12 +709,13 @@ transform_output = _sandwich("AT")
 
 
 def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
+    """Return the vector of the elements at `indices` of a followed by b."""
     kind = ir.VectorType(ir.IntType(32), len(indices))
     return builder.shuffle_vector(a, b, ir.Constant(kind, indices))
 
 
 def _emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
-    """Return len(vectors) vectors, the p-th holding the elements p, p + m, p + 2 m ... of the given ones."""
+    """Return m = len(vectors) vectors, the p-th holding the elements p, p + m, p + 2 m ... of the given."""
     if len(vectors) == 1:
         return vectors
     pairs = list(zip(vectors[0::2], vectors[1::2], strict=True))
@@ -753,7 +740,7 @@ def _emit_merge(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
 
 
 def _regroup(emit: Any) -> Any:
-    """Return an intrinsic f(block, source, source_step, target, target_step) that regroups block.m vectors."""
+    """Return an intrinsic f(block, source, source_step, target, target_step): block.m vectors regrouped."""
 
     @intrinsic
     def apply(

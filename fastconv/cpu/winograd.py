@@ -1,9 +1,9 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all four stages while it lies in cache.
 
-    w (K, C, 3, 3)     --filter-->  U (a*a, K, C)        a = m + 2
-    x, a block of tiles --input-->  V (a*a, C, block)    lanes are neighbouring tiles
-    U, V              --multiply->  M (a*a, k_group, block)   a*a independent products
-    M                  --output-->  y + bias             m x m pixels per tile, then activation and residual
+    w (K, C, 3, 3)      --filter-->  U (a*a, K, C)             a = m + 2
+    x, a block of tiles  --input-->  V (a*a, C, block)         lanes are neighbouring tiles
+    U, V               --multiply->  M (a*a, k_group, block)   a*a independent products
+    M                   --output-->  y + bias                  m x m pixels per tile; then the epilogue
 
 Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
 are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import threads
-from fastconv.cpu.band import finish, finish_arguments, padded_bias, task_threads, view
+from fastconv.cpu.band import (
+    columns_inside,
+    copy_padded,
+    finish,
+    locate,
+    make_ending,
+    padded_bias,
+    task_threads,
+    view,
+)
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -29,7 +38,6 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_m,
     block_rows,
-    copy,
     copy_pixels,
     fill,
     merge_columns,
@@ -48,7 +56,7 @@ from fastconv.cpu.simd import (
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
-    from fastconv.problem import ConvProblem, Epilogue
+    from fastconv.problem import ConvProblem, Operands
 
 
 class WinogradTile(NamedTuple):
@@ -66,7 +74,7 @@ TILES = tuple(WinogradTile(m, *tile) for m in (4, 2) for tile in ((6, 4), (4, 3)
 
 
 class Geometry(NamedTuple):
-    """Sizes of a Winograd convolution; C and K are those of one group."""
+    """The sizes of a Winograd convolution; C and K are those of one group."""
 
     groups: int
     C: int
@@ -77,9 +85,9 @@ class Geometry(NamedTuple):
     Q: int
     pad_h: int
     pad_w: int
-    tiles_h: int
+    tiles_h: int  # tiles of one image along each side, in the whole batch, and how many blocks these make
     tiles_w: int
-    tiles: int  # in the whole batch
+    tiles: int
     blocks: int
     C_padded: int  # to whole vectors
     k_step: int  # output channels of one task, and how many tasks make a group
@@ -89,8 +97,8 @@ class Geometry(NamedTuple):
     V_step: int  # need, because a power of two would put all a*a lines into one set of the cache
 
 
-def geometry(
-    problem: ConvProblem, tile: WinogradTile, device: Device, threads: int, prepared: bool
+def _geometry(
+    problem: ConvProblem, tile: WinogradTile, device: Device, workers: int, prepared: bool
 ) -> Geometry:
     """Divide a problem into blocks of tiles and groups of output channels."""
     lanes = device.lanes(problem.compute_dtype)
@@ -99,18 +107,16 @@ def geometry(
     tiles = problem.N * tiles_h * tiles_w
     width = tile.vectors * lanes
     blocks = math.ceil(tiles / width)
-    parts = 1 if threads == 1 else math.ceil(2 * threads / (blocks * problem.groups))
+    parts = 1 if workers == 1 else math.ceil(2 * workers / (blocks * problem.groups))
     k_step = min(K, math.ceil(K / parts / tile.rows) * tile.rows)
     C_padded = math.ceil(C / lanes) * lanes
-    U_ready = prepared or transforms_filters_first(blocks)
+    U_ready = prepared or _transforms_filters_first(blocks)
     channel = (tile.m + 2) ** 2 * itemsize(problem) * (width if U_ready else width + C_padded)
     k_group = max(1, min(math.ceil(k_step / tile.rows), device.l2 // 2 // channel // tile.rows)) * tile.rows
-    U_rows = (
-        problem.K + tile.rows if U_ready else k_group
-    )  # a last, partial tile reads rows that do not exist
+    U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows beyond K
     return Geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
-        problem.padding[1][0], problem.padding[2][0], tiles_h, tiles_w, tiles, blocks,
+        *problem.padding_before[1:], tiles_h, tiles_w, tiles, blocks,
         C_padded, k_step, math.ceil(K / k_step), k_group, U_rows * C_padded + lanes, C * width + lanes,
     )  # fmt: skip
 
@@ -119,7 +125,7 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     """Return the estimated seconds on one core, the transform of the filters included."""
     dtype = problem.compute_dtype
     lanes, a = device.lanes(dtype), tile.m + 2
-    g = geometry(problem, tile, device, 1, prepared=False)
+    g = _geometry(problem, tile, device, 1, prepared=False)
     vectors = math.ceil(g.tiles / lanes)
     columns = min(g.tiles, g.blocks * tile.vectors * lanes) / g.blocks
     products = g.blocks * a * a * device.multiply_cycles(tile, g.K, math.ceil(columns), g.C, dtype)
@@ -133,24 +139,22 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of transformed tensors: U once where it is shared, V, M (and U) in every thread."""
     workers = threads.thread_count()
-    g = geometry(problem, tile, device, workers, prepared=False)
-    matrices = (tile.m + 2) ** 2
+    g = _geometry(problem, tile, device, workers, prepared=False)
     width = tile.vectors * device.lanes(problem.compute_dtype)
     held = g.V_step + g.k_group * width
-    shared = transforms_filters_first(g.blocks)
-    U = g.U_step if shared else g.U_step * workers
-    return itemsize(problem) * matrices * (workers * held + U)
+    U = g.U_step if _transforms_filters_first(g.blocks) else g.U_step * workers
+    return itemsize(problem) * (tile.m + 2) ** 2 * (workers * held + U)
 
 
-def transforms_filters_first(blocks: int) -> bool:
+def _transforms_filters_first(blocks: int) -> bool:
     """Say whether U is made before the tiles: where more than two blocks of tiles read it."""
     return blocks > 2
 
 
 def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
-    """Return the transformed filters U: one row for each of its a*a matrices (K, C padded), and a vector more."""
+    """Return the transformed filters U: a row for each of a*a matrices (K, C padded), and a vector more."""
     block = _block(problem, tile, device)
-    g = geometry(problem, tile, device, 1, prepared=True)
+    g = _geometry(problem, tile, device, 1, prepared=True)
     filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
     U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
 
@@ -162,36 +166,27 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
 
 
 def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
+    """Return a tile as the microkernel and the transforms take it."""
     dtype = problem.compute_dtype
     return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), m=tile.m)
 
 
-def run(
-    problem: ConvProblem,
-    tile: WinogradTile,
-    device: Device,
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    out: np.ndarray,
-) -> None:
-    """Convolve x with a weight, prepared (rank 2) or as given (rank 5), into out."""
-    block = _block(problem, tile, device)
+def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared (rank 2) or as given (rank 5)."""
+    block, weight = _block(problem, tile, device), operands.weight
     workers = task_threads(problem)
-    g = geometry(problem, tile, device, workers, prepared=weight.ndim == 2)
-    if weight.ndim == 5 and transforms_filters_first(g.blocks):
+    g = _geometry(problem, tile, device, workers, prepared=weight.ndim == 2)
+    if weight.ndim == 5 and _transforms_filters_first(g.blocks):
         weight = prepare(problem, tile, device, weight)
     U_given = weight.ndim == 2
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
-    arguments = finish_arguments(residual, epilogue)
-    bias_rows = padded_bias(problem, bias, 0)
-    views = (view(x), view(filters)[0], view(bias_rows)[0], view(out))
-    taps = np.arange(g.C), np.arange(g.C) * tile.vectors * block.lanes
+    a_taps = np.arange(g.C)
+    b_taps = a_taps * block.vectors * block.lanes
+    bias = padded_bias(problem, operands.bias, 0)
+    arguments = (view(operands.x), view(filters)[0], view(bias)[0], view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
-        _run_blocks(block, first, last, g, U_given, *taps, *views, *arguments)
+        _run_blocks(block, first, last, g, U_given, a_taps, b_taps, *arguments)
 
     threads.run_tasks(work, g.groups * g.blocks * g.k_parts, workers)
 
@@ -206,7 +201,7 @@ def _zeros(block, elements):
 
 @part
 def _transform_filters(block, g, w, first, count, U, at):
-    """Transform the filters of output channels first ... first+count-1 to the rows from `at` of U's matrices."""
+    """Transform the filters of output channels first ... first+count-1 to rows at ... of U's matrices."""
     lanes = block_lanes(block)
     vectors, nothing = _zeros(block, 9 * lanes), _zeros(block, 1)
     for k in range(count):
@@ -225,28 +220,28 @@ def _transform_filters(block, g, w, first, count, U, at):
 
 @Kernel
 def _prepare_filters(block, g, w, first, last, U):
+    """Transform the filters of output channels first ... last-1 to the same rows of U's matrices."""
     _transform_filters(block, g, pointer(block, w), first, last - first, pointer(block, U), first)
 
 
 @Kernel
-def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, residual, activation, slope):
+def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, ending):
     width, a = block_columns(block), block_m(block) + 2
     V, M = allocate(block, a * a * g.V_step), allocate(block, a * a * g.k_group * width)
     own_U = allocate(block, 0 if U_given else a * a * g.U_step)
     segments = np.empty((width, 5), np.int64)
     held = -1  # the group and block of tiles whose V is in hand
     for task in range(first, last):
-        here, part = divmod(task, g.k_parts)
+        here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
         tiles = min(width, g.tiles - tile_block * width)
         vectors = (tiles + block_lanes(block) - 1) // block_lanes(block)
         if here != held:
             count = _find_segments(g, tile_block * width, tiles, block_lanes(block), segments)
-            image = advance(pointer(block, x[0]), group * g.C * x[2])
-            _transform_inputs(block, image, x, g, segments, count, vectors, V)
+            _transform_inputs(block, x, g, group, segments, count, vectors, V)
             held = here
-        k_end = min(g.K, (part + 1) * g.k_step)
-        for k in range(part * g.k_step, k_end, g.k_group):
+        k_end = min(g.K, (k_part + 1) * g.k_step)
+        for k in range(k_part * g.k_step, k_end, g.k_group):
             k_count, channel = min(g.k_group, k_end - k), group * g.K + k
             if not U_given:
                 _transform_filters(block, g, pointer(block, w), channel, k_count, own_U, 0)
@@ -254,15 +249,9 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, r
             coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * 9
             ahead = advance(pointer(block, w), (channel + k_count) * g.C * 9)
             _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M, ahead, coming)
-            target = advance(pointer(block, y[0]), channel * y[2])
-            _transform_outputs(
-                block, M, g, segments, count, vectors, k_count, advance(pointer(block, bias), channel), target, y,
-            )  # fmt: skip
-            if residual[0] != 0 or activation != 0:
-                more = advance(pointer(block, residual[0]), channel * residual[2])
-                _finish_tiles(
-                    block, target, y, more, residual, g, segments, count, k_count, activation, slope
-                )
+            added = advance(pointer(block, bias), channel)
+            _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
+            _finish_tiles(block, y, g, segments, count, channel, k_count, ending)
     release(V)
     release(M)
     release(own_U)
@@ -284,19 +273,17 @@ def _find_segments(g, first, tiles, lanes, segments):
 
 
 @part
-def _transform_inputs(block, image, x, g, segments, count, vectors, V):
+def _transform_inputs(block, x, g, group, segments, count, vectors, V):
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
+    elements = (m + 2) * 2 * m * lanes  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
     strip = _zeros(block, (m + 2) * (lanes + 1) * m)  # the input under one run of tiles, zero padded
-    lines = _zeros(
-        block, (m + 2) * 2 * m * lanes
-    )  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
-    d, nothing = allocate(block, (m + 2) * 2 * m * lanes), _zeros(block, 1)
+    lines, d, nothing = _zeros(block, elements), allocate(block, elements), _zeros(block, 1)
     for c in range(g.C):
         s = 0
         for vector in range(vectors):
             while s < count and segments[s, 0] < (vector + 1) * lanes:
-                _copy_strip(block, image, x, g, segments[s], c, strip)
+                _copy_strip(block, x, g, segments[s], group * g.C + c, strip)
                 _copy_tiles(block, strip, segments[s, 1], advance(lines, segments[s, 0] % lanes * m))
                 s += 1
             for i in range(2 * (m + 2)):
@@ -310,23 +297,20 @@ def _transform_inputs(block, image, x, g, segments, count, vectors, V):
 
 
 @part
-def _copy_strip(block, image, x, g, segment, c, strip):
+def _copy_strip(block, x, g, segment, channel, strip):
     """Copy the m + 2 lines under a run of tiles, (run + 1) * m columns of each, zeros for padding."""
     m = block_m(block)
     columns = (segment[1] + 1) * m
     w = segment[4] * m - g.pad_w
-    low = min(max(-w, 0), columns)
-    high = max(min(g.W - w, columns), low)
+    low, high = columns_inside(w, 1, columns, g.W)
     for i in range(m + 2):
         h = segment[3] * m + i - g.pad_h
         line = advance(strip, i * columns)
         if h < 0 or h >= g.H:
             fill(block, line, columns)
-            continue
-        fill(block, line, low)
-        start = segment[2] * x[1] + c * x[2] + h * x[4] + (w + low) * x[5]
-        copy(block, advance(line, low), advance(image, start), x[5], high - low)
-        fill(block, advance(line, high), columns - high)
+        else:
+            source = locate(block, x, (segment[2], channel, 0, h, w))
+            copy_padded(block, line, source, x[5], columns, low, high)
 
 
 @part
@@ -345,7 +329,7 @@ def _copy_tiles(block, strip, run, lines):
 def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
     """Multiply the a*a matrices: M[e] = U[e] V[e]; meanwhile fetch the `coming` values of the next filters.
 
-    Their transform would wait for memory: on 512 -> 512 channels at 14 x 14 fetching them takes 4.9 ms to 3.9.
+    Their transform would wait for memory: 512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
     """
     height, width, a = block_rows(block), block_columns(block), block_m(block) + 2
     zeros = _zeros(block, height)
@@ -363,7 +347,7 @@ def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming
 
 
 @part
-def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, y_steps):
+def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, bias, y):
     """Transform the products and store the pixels that exist: y = A^T M A + bias."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
     pixels, line = allocate(block, m * m * lanes), allocate(block, m * lanes)
@@ -381,28 +365,18 @@ def _transform_outputs(block, M, g, segments, count, vectors, k_count, bias, y, 
                 for s in range(begin, index):
                     p, q = segments[s, 3] * m + i, segments[s, 4] * m
                     if p < g.P:
-                        at = segments[s, 2] * y_steps[1] + k * y_steps[2] + p * y_steps[4] + q * y_steps[5]
+                        target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
                         exist = min(segments[s, 1] * m, g.Q - q)
-                        spread(
-                            block,
-                            advance(y, at),
-                            y_steps[5],
-                            advance(line, segments[s, 0] % lanes * m),
-                            exist,
-                        )
+                        spread(block, target, y[5], advance(line, segments[s, 0] % lanes * m), exist)
     release(pixels)
     release(line)
 
 
 @part
-def _finish_tiles(block, y, y_steps, residual, r, g, segments, count, k_count, activation, slope):
+def _finish_tiles(block, y, g, segments, count, channel, k_count, ending):
     """Add the residual to the tiles of a block, then apply the activation."""
     m = block_m(block)
     for s in range(count):
         n, p, q = segments[s, 2], segments[s, 3] * m, segments[s, 4] * m
         sizes = (k_count, min(m, g.P - p), min(segments[s, 1] * m, g.Q - q))
-        finish(
-            advance(y, n * y_steps[1] + p * y_steps[4] + q * y_steps[5]), (y_steps[2], y_steps[4], y_steps[5]),
-            advance(residual, n * r[1] + p * r[4] + q * r[5]), (r[2], r[4], r[5]), r[0] != 0,
-            sizes, activation, slope,
-        )  # fmt: skip
+        finish(block, y, (n, channel, 0, p, q), sizes, ending)
