@@ -14,8 +14,6 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
-import numpy as np
-
 PerAxis = SupportsIndex | Sequence[SupportsIndex]
 Padding = str | SupportsIndex | Sequence[SupportsIndex | Sequence[SupportsIndex]]
 Triple = tuple[int, int, int]
@@ -452,7 +450,7 @@ def _integer(call: _Call, rule: str, value: object) -> int:
 
 def _is_integer(value: object) -> bool:
     """True for an int of any kind, NumPy's included; 2.0 and True are no sizes."""
-    if isinstance(value, (bool, np.bool_)):  # for the latter NumPy before 2.3 gives an index, and a warning
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # also those of NumPy and torch
         return False
     try:
         operator.index(value)  # type: ignore[arg-type]

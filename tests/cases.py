@@ -80,6 +80,15 @@ WIDE = [
     Case("wide_multiplier", "conv2d", (1, 3, 4, 150), (9, 1, 3, 3), {"groups": 3, "padding": 1}),
 ]  # fmt: skip
 
+# Enough of all axes that tiles lie whole in the output, and some of them just so across the end of a row.
+TALL = [
+    Case("tall", "conv2d", (1, 2, 25, 51), (65, 2, 3, 3), {"padding": 1}),
+    Case("tall_stride_2", "conv2d", (1, 3, 41, 103), (17, 3, 3, 3), {"stride": 2, "padding": 1}),
+    Case("tall_pixels", "conv2d", (1, 3, 25, 51), (65, 3, 1, 1)),
+    Case("tall_channels", "conv2d", (1, 65, 25, 51), (65, 1, 3, 3), {"groups": 65, "padding": 1}),
+    Case("tall_multiplier", "conv2d", (1, 3, 25, 51), (15, 1, 5, 5), {"groups": 3, "padding": 2}),
+]  # fmt: skip
+
 
 def sizes_around(tile: int) -> dict[str, int]:
     """Sizes named by how they meet a tile: below it, equal, just past it, a multiple, several and a rest."""

@@ -23,23 +23,14 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from fastconv.algorithms import TABLE
-from tests.cases import CASES, WIDE, around_tile
+from tests.cases import CASES, TALL, WIDE, around_tile
 from tests.compare import integers, poisoned
 from tests.kernels import DTYPES, ORDERS, Layer, Way, make_layer, tile_plans, with_caches
 
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0  # PROT_NONE
 SMALL_CACHES = (1 << 10, 1 << 12)
-AROUND_TILE = [
-    "row",
-    "signal",
-    "pixels",
-    "pixels_of_rows",
-    "channels",
-    "tiles",
-    "tiles_cut",
-    "tiles_of_batch",
-]
+AROUND_TILE = ("row", "signal", "pixels", "channels", "tiles", "tiles_cut", "tiles_of_batch")
 
 
 class Region:
@@ -77,10 +68,8 @@ def run_guarded(layer: Layer, plan, at_end: bool, lie: str | None = None) -> Non
     placed = layer.with_array(**guarded)
     problem = layer.problem
     for weight in (None, place(placed.prepare(plan), at_end)):
-        out = place(
-            poisoned(problem.output_shape, problem.dtype, problem.order), at_end, shift * (lie == "out")
-        )
-        layer.judge(plan, placed.run(plan, weight, out))
+        out = poisoned(problem.output_shape, problem.dtype, problem.order)
+        layer.judge(plan, placed.run(plan, weight, place(out, at_end, shift * (lie == "out"))))
 
 
 def layers(algorithm: str, dtype: str, order: str, every_tile: bool):
@@ -92,7 +81,7 @@ def layers(algorithm: str, dtype: str, order: str, every_tile: bool):
         sizes = ((tile.rows + 1, width + 1), (tile.rows - 1, width - 1), (width + 1, tile.rows + 1), (1, 1))
         around = [case for k, n in sizes for case in around_tile(max(k, 1), n, getattr(tile, "m", 1))]
         around = [case for case in around if case.name in AROUND_TILE]
-        for problem in way.problems(CASES + WIDE + around, dtype=dtype, order=order):
+        for problem in way.problems(CASES + WIDE + TALL + around, dtype=dtype, order=order):
             if problem.N > 0:
                 plan = way.plan(problem)
                 yield make_layer(rng, problem, integers), plan

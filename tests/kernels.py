@@ -141,9 +141,8 @@ def make_layer(rng, problem: ConvProblem, fill, epilogue: bool = True) -> Layer:
     x, w, bias, residual = operands(rng, problem, fill)
     x, residual = in_order(x, problem.order), in_order(residual, problem.order)
     whole = fill.__name__ == "integers"
-    return (
-        Layer(problem, x, w, bias, residual, "relu", whole) if epilogue else Layer(problem, x, w, whole=whole)
-    )
+    extras = (bias, residual, "relu") if epilogue else (None, None, None)
+    return Layer(problem, x, w, *extras, whole)
 
 
 def with_caches(plan: Plan, l1: int, l2: int) -> Plan:

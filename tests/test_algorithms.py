@@ -1,7 +1,7 @@
 """Every algorithm with every tile, forced by name, against the reference."""
 
 import dataclasses
-from itertools import product
+from itertools import compress, product
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from fastconv.algorithms import TABLE
 from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
-from tests.cases import CASES, WIDE, Case, around_tile, operands, options_of, sizes_around
+from tests.cases import CASES, TALL, WIDE, Case, around_tile, operands, options_of, sizes_around
 from tests.compare import assert_bounded, assert_exact, integers, layouts, normals
 from tests.kernels import DTYPES, ORDERS, Way, largest_tile, make_layer, tile_plans, ways, with_caches
 
@@ -38,7 +38,7 @@ def tile_of(way, dtype):
 @every_way
 class TestTile:
     def test_cases(self, way, dtype, order, rng):
-        for problem in way.problems(CASES, dtype=dtype, order=order):
+        for problem in way.problems(CASES + TALL, dtype=dtype, order=order):
             plan = way.plan(problem)
             make_layer(rng, problem, integers).check(plan, prepared=True)
             make_layer(rng, problem, integers, epilogue=False).check(plan)
@@ -123,11 +123,9 @@ class TestWay:
     def test_every_part_of_the_epilogue_by_itself(self, way, order, rng):
         for problem in various(way.algorithm, order=order):
             whole = make_layer(rng, problem, integers)
-            for bias, residual, activation in product(
-                (whole.bias, None), (whole.residual, None), ("relu", None)
-            ):
-                layer = whole.with_array(bias=bias, residual=residual, activation=activation)
-                layer.check(way.plan(problem))
+            for is_absent in product((True, False), repeat=3):
+                absent = compress(("bias", "residual", "activation"), is_absent)
+                whole.with_array(**dict.fromkeys(absent)).check(way.plan(problem))
 
     def test_nan_passes_through(self, way, order, rng):
         """One NaN in the residual is one NaN in the result; one in the bias is one channel of them."""
@@ -169,7 +167,8 @@ def various(algorithm, **changes):
         "plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed", "pointwise",
         "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier",
     )  # fmt: skip
-    return Way(algorithm, "").problems([case for case in CASES if case.name in names], **changes)
+    cases = [case for case in CASES if case.name in names]
+    return Way(algorithm, "").problems(cases + TALL, **changes)
 
 
 def assert_same(layer, plan, y, what):
@@ -211,9 +210,8 @@ class TestActivation:
     def test_far_from_zero(self, algorithm):
         """Where exp overflows, where a sigmoid is 0 or 1; in bounds that no large value loosens."""
         problem = mixed_case(algorithm, precision="highest")
-        values = np.resize(
-            np.float32([-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]), problem.K
-        )
+        values = [-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]
+        values = np.resize(np.float32(values), problem.K)
         layer = make_layer(np.random.default_rng(0), problem, integers)
         layer = layer.with_array(x=np.zeros_like(layer.x), bias=values, residual=None)
         for plan, activation in product(possible_plans(problem, algorithm), ALL_ACTIVATIONS):
@@ -293,14 +291,12 @@ class TestSameBits:
     @pytest.fixture(params=ORDERS)
     def layer(self, request, way, rng):
         """Enough work that threads are worth waking, cut unevenly by 2, 3 and 5."""
-        shape = {
-            "winograd": ((3, 19, 23, 29), (37, 19, 3, 3)),
-            "pointwise": ((3, 61, 23, 29), (37, 61, 1, 1)),
-        }
-        case = Case("", "conv2d", *shape.get(way.algorithm, ((3, 19, 23, 29), (37, 19, 3, 3))))
-        if way.algorithm == "depthwise":
-            case = Case("", "conv2d", (3, 61, 23, 29), (61, 1, 5, 5), {"groups": 61, "padding": 2})
-        return make_layer(rng, case.problem(order=request.param), normals)
+        cases = [
+            Case("dense", "conv2d", (3, 19, 23, 29), (37, 19, 3, 3)),
+            Case("pixels", "conv2d", (3, 61, 23, 29), (37, 61, 1, 1)),
+            Case("channels", "conv2d", (3, 61, 23, 29), (61, 1, 5, 5), {"groups": 61, "padding": 2}),
+        ]
+        return make_layer(rng, way.problems(cases, order=request.param)[0], normals)
 
     @every_way
     def test_any_thread_count(self, way, layer, monkeypatch):

@@ -292,29 +292,12 @@ def test_allocate(dtype):
 
 
 @Kernel
-def call_plane(
-    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
-):
-    p = pointer(block, x), pointer(block, w), pointer(block, bias), pointer(block, y)
+def call_plane(block, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count):
+    x, w, bias, y = addresses
     simd.convolve_plane(
-        block,
-        vectors,
-        p[0],
-        x_row,
-        H,
-        W,
-        column,
-        dilation_w,
-        p[1],
-        h,
-        stride_h,
-        dilation_h,
-        p[2],
-        p[3],
-        y_row,
-        P,
-        count,
-    )
+        block, vectors, pointer(block, x), x_row, size[0], size[1], corner[1], dilation[1], pointer(block, w),
+        corner[0], stride_h, dilation[0], pointer(block, bias), pointer(block, y), y_row, P, count,
+    )  # fmt: skip
 
 
 @every_dtype
@@ -336,33 +319,36 @@ class TestConvolvePlane:
         lanes = current().lanes(dtype)
         block = Block(dtype, 1, 2, lanes, "plane", step=stride[1], extents=extents, rolling=rolling)
         w, bias = integers(rng, extents, dtype), integers(rng, 1, dtype)
-        spread = np.zeros([(k - 1) * d + 1 for k, d in zip(extents, dilation)])
-        spread[:: dilation[0], :: dilation[1]] = w
-        for H, W, h, column, P, count in (
-            (1, 1, 0, 0, 1, 1), (5, 6, 0, 0, 3, 2), (5, 2 * lanes, -2, -3, 8, lanes + 1),
-            (4, 3 * lanes, 1, lanes - 1, 3, 2 * lanes), (2, lanes, -7, -1, 4, lanes - 1),
-            (3, 5, 2, 4, 2, lanes),
-        ):  # fmt: skip
-            around = np.full((H + 2, W + 3), np.nan, dtype)
+        for size, corner, P, count in (
+            ((1, 1), (0, 0), 1, 1),
+            ((5, 6), (0, 0), 3, 2),
+            ((5, 2 * lanes), (-2, -3), 8, lanes + 1),
+            ((4, 3 * lanes), (1, lanes - 1), 3, 2 * lanes),
+            ((2, lanes), (-7, -1), 4, lanes - 1),
+            ((3, 5), (2, 4), 2, lanes),
+        ):
+            around = np.full((size[0] + 2, size[1] + 3), np.nan, dtype)
             x = around[1:-1, 1:-2]
-            x[:] = integers(rng, (H, W), dtype)
+            x[:] = integers(rng, size, dtype)
             y = np.full((P, 2 * lanes + 1), np.nan, dtype)
-            vectors = -(-count // lanes)
+            addresses = tuple(map(address, (x, w, bias, y)))
             call_plane(
-                block, vectors, address(x), around.shape[1], H, W, column, dilation[1], address(w), h,
-                stride[0], dilation[0], address(bias), address(y), y.shape[1], P, count,
+                block, -(-count // lanes), addresses, around.shape[1], size, corner, stride[0], dilation,
+                y.shape[1], P, count,
             )  # fmt: skip
-            padded = np.pad(x.astype(float), 200)
-            expected = [
-                [
-                    bias[0] + (padded[200 + h + p * stride[0] :, 200 + column + q * stride[1] :][
-                        : spread.shape[0], : spread.shape[1]] * spread).sum()
-                    for q in range(count)
-                ]
-                for p in range(P)
-            ]  # fmt: skip
-            assert_exact(y[:, :count], np.array(expected), dtype)
+            expected = bias[0] + correlate_at(x, w, corner, stride, dilation, (P, count))
+            assert_exact(y[:, :count], expected, dtype)
             assert np.isnan(y[:, count:]).all(), "wrote beside the outputs"
+
+
+def correlate_at(x, w, corner, stride, dilation, shape):
+    """The outputs of a plane whose first window begins at a corner, by the definition; zeros outside."""
+    y = np.zeros(shape)
+    for p, q, r, s in product(*map(range, (*shape, *w.shape))):
+        h, v = corner[0] + p * stride[0] + r * dilation[0], corner[1] + q * stride[1] + s * dilation[1]
+        if 0 <= h < x.shape[0] and 0 <= v < x.shape[1]:
+            y[p, q] += float(w[r, s]) * float(x[h, v])
+    return y
 
 
 def test_an_edited_helper_is_compiled_anew():

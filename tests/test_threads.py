@@ -110,13 +110,7 @@ class TestRunTasks:
     def test_many_callers(self):
         def caller(index):
             for count in range(1, 200):
-                total = [0] * count
-
-                def work(first, last, total=total):
-                    total[first:last] = [1] * (last - first)
-
-                run_tasks(work, count, 3)
-                assert sum(total) == count
+                self.test_every_task_is_done_once(count, 3)
             return index
 
         assert at_once(caller, 8) == list(range(8))
@@ -201,9 +195,12 @@ class TestConvolutions:
         """Otherwise the tests of this file would try nothing."""
         monkeypatch.setenv("FASTCONV_THREADS", "3")
         asked = []
-        monkeypatch.setattr(
-            threads, "run_tasks", lambda work, count, n: asked.append((count, n)) or work(0, count)
-        )
+
+        def record(work, count, n):
+            asked.append((count, n))
+            work(0, count)
+
+        monkeypatch.setattr(threads, "run_tasks", record)
         for way in ways():
             for problem in way.problems(LARGE):
                 make_layer(rng, problem, integers).check(way.plan(problem))
@@ -211,7 +208,7 @@ class TestConvolutions:
         assert {n for _, n in asked} == {3}
 
     def test_an_exception_in_a_kernel_reaches_the_caller(self, rng, monkeypatch):
-        """An activation that is no code of the kernels stands for whatever goes wrong in a task."""
+        """Whatever goes wrong in a task, on whichever thread."""
         way = Way("direct", str(ways()[0].tile))
         problem = LARGE[0].problem()
         layer, plan = make_layer(rng, problem, integers), way.plan(problem)

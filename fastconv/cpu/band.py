@@ -225,7 +225,7 @@ def make_ending(operands: Operands) -> Ending:
     """Return what `finish` takes: the residual's view (address 0: none), the activation's code, its slope."""
     residual, epilogue = operands.residual, operands.epilogue
     view_or_none = (0, 0, 0, 0, 0, 0) if residual is None else view(residual)
-    return view_or_none, ACTIVATION_CODES[epilogue.activation], epilogue.slope
+    return view_or_none, ACTIVATION_CODES[epilogue.activation], float(epilogue.slope)
 
 
 @Kernel
