@@ -304,7 +304,7 @@ def columns_inside(w, stride, count, W):
     return low, min(max(-((w - W) // stride), low), count)
 
 
-@small_part
+@part
 def copy_padded(block, target, source, step, count, low, high):
     """Copy elements low ... high-1, which lie `step` apart in the source; zeros for the others of `count`."""
     fill(block, target, low)
