@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CLOCK = 3.0e9  # Hz; nominal, so that estimates (and the choices made from them) do not depend on the hour
 FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most ARM ones
 BANDWIDTH = 25.0e9  # bytes/s that one core moves to and from memory; a typical server core
+EXPOSED = 0.1  # the part of the shorter of arithmetic and traffic that the longer does not hide
 TILE_CYCLES = 60  # to start a tile and to store it
 L2_CYCLES = 2  # to load a vector from L2
 SUM_CYCLES = 4  # from one FMA to the next on its result
@@ -74,8 +75,9 @@ class Device:
         return rows * (ROW_CYCLES + length * (1.0 if scattered else 2 / self.lanes(problem.compute_dtype)))
 
     def seconds(self, problem: ConvProblem, cycles: float) -> float:
-        """Return the seconds of `cycles` of arithmetic, or of the problem's traffic if that takes longer."""
-        return max(cycles / CLOCK, problem.bytes / BANDWIDTH)
+        """Return the seconds of `cycles` of arithmetic and traffic; the longer hides most of the other."""
+        longer, shorter = sorted((cycles / CLOCK, problem.bytes / BANDWIDTH), reverse=True)
+        return longer + EXPOSED * shorter
 
 
 def itemsize(problem: ConvProblem) -> int:
