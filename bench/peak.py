@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 
 from fastconv.cpu import device
-from fastconv.cpu.band import view
+from fastconv.cpu.band import address
 from fastconv.cpu.simd import Block, Kernel, block_lanes, multiply_tile, pointer, table
 
 TAPS = 128
@@ -21,7 +21,7 @@ def measure_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
     block = Block(dtype, rows, vectors, cpu.lanes(dtype))
     width = vectors * block.lanes
     a, b, c = np.ones(rows * TAPS, dtype), np.ones(TAPS * width, dtype), np.ones(rows * width, dtype)
-    arguments = (block, view(a)[0], view(b)[0], view(c)[0], np.arange(TAPS), np.arange(TAPS) * width, width)
+    arguments = (block, address(a), address(b), address(c), np.arange(TAPS), np.arange(TAPS) * width, width)
     _repeat(*arguments, 1)  # compiles
     best, end = float("inf"), perf_counter() + seconds
     while perf_counter() < end:

@@ -9,7 +9,7 @@ import math
 import operator
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
@@ -101,6 +101,18 @@ class ConvProblem:
     precision: str = "high"
     direction: str = "forward"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Problems are keys of many caches; eighteen fields are not hashed at every call."""
+        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is remembered: the hash of a string differs between processes."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @cached_property
     def _output_sizes(self) -> Triple:
         o, p, q = (output_size(*axis) for axis in self._axes)
@@ -189,7 +201,7 @@ class ConvProblem:
         """Multiply-adds of a direct sum, those with padding included."""
         return self.groups * self.gemm_m * self.gemm_n * self.gemm_k
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Floating-point operations of a direct sum: two per multiply-add."""
         return 2 * self.macs

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -405,3 +407,14 @@ def test_wrong_activation(activation, kind, text):
     with pytest.raises(kind) as caught:
         make_epilogue("conv2d", activation)
     assert str(caught.value) == text
+
+
+def test_a_copy_from_another_process_is_the_same_key():
+    """A remembered hash must not travel: that of a string is salted anew in every process."""
+    problem = make_problem("conv2d", (1, 3, 9, 9), (4, 3, 3, 3))
+    code = (
+        "import pickle, sys; from fastconv.problem import make_problem;"
+        "p = make_problem('conv2d', (1, 3, 9, 9), (4, 3, 3, 3)); hash(p); sys.stdout.buffer.write(pickle.dumps(p))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert {problem: "found"}[pickle.loads(run.stdout)] == "found"

@@ -99,7 +99,13 @@ class Tables(NamedTuple):
 
 def view(array: np.ndarray) -> View:
     """Return an array as (address, strides in elements...); the caller keeps the array alive."""
-    return (array.__array_interface__["data"][0], *(s // array.itemsize for s in array.strides))
+    item = array.itemsize
+    return (address(array), *[s // item for s in array.strides])
+
+
+def address(array: np.ndarray) -> int:
+    """Return where the first element of an array lies; the caller keeps the array alive."""
+    return array.__array_interface__["data"][0]
 
 
 def make_block(problem: ConvProblem, tile: Tile, device: Device, form: str = "rows") -> Block:
@@ -200,7 +206,7 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
     bias = padded_bias(problem, operands.bias, block.rows)
     slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
     elements = 0 if geometry.in_place else band_elements(geometry, tables) + slack
-    arguments = (view(operands.x), view(weight)[0], view(bias)[0], view(operands.out), make_ending(operands))
+    arguments = (view(operands.x), address(weight), address(bias), view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_bands(block, first, last, geometry, tables, elements, *arguments)
@@ -215,10 +221,18 @@ def task_threads(problem: ConvProblem) -> int:
 
 def padded_bias(problem: ConvProblem, bias: np.ndarray | None, slack: int) -> np.ndarray:
     """Return the bias, or zeros, followed by `slack` zeros that a last, partial tile may read."""
-    padded = np.zeros(problem.K + slack, problem.compute_dtype)
-    if bias is not None:
-        padded[: problem.K] = bias
+    zeros = _zeros(problem.K + slack, problem.compute_dtype)
+    if bias is None:
+        return zeros
+    padded = zeros.copy()
+    padded[: problem.K] = bias
     return padded
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int, dtype: str) -> np.ndarray:
+    """Return zeros that are only read."""
+    return np.zeros(count, dtype)
 
 
 def make_ending(operands: Operands) -> Ending:

@@ -20,6 +20,7 @@ import numpy as np
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
     Geometry,
+    address,
     columns_inside,
     copy_padded,
     even_share,
@@ -117,7 +118,7 @@ def run(problem: ConvProblem, block: Block, device: Device, operands: Operands) 
     a_taps = _tap_offsets(problem, g, steps, depthwise=block.form == "elementwise")
     b_taps = np.arange(a_taps.size) * block.vectors * block.lanes
     bias = padded_bias(problem, operands.bias, block.vectors * block.lanes)
-    arguments = (view(x), view(packed)[0], view(bias)[0], view(operands.out), make_ending(operands))
+    arguments = (view(x), address(packed), address(bias), view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_bands(block, first, last, g, steps, a_taps, b_taps, *arguments)

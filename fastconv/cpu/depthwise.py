@@ -7,6 +7,7 @@ where packing would cost more than the convolution); "1x8" and its like pack a b
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -137,20 +138,25 @@ def _channel_block(problem: ConvProblem, tile: PlaneTile | Tile, device: Device)
     return Block(dtype, tile.vectors, tile.rows, device.lanes(dtype), "elementwise")
 
 
-def _run_in_place(problem: ConvProblem, tile: PlaneTile, device: Device, operands: Operands) -> None:
-    """Convolve plane by plane."""
+@lru_cache(maxsize=256)
+def _plan_planes(problem: ConvProblem, tile: PlaneTile, device: Device) -> tuple[Block, Geometry]:
     dtype = problem.compute_dtype
     block = Block(
         dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
         extents=(problem.R, problem.S),
         rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= MOST_ROLLING_ROWS,
     )  # fmt: skip
-    g = Geometry(
+    return block, Geometry(
         problem.C, problem.K // problem.C, problem.H, problem.W, problem.P, problem.Q, *problem.stride[1:],
         *problem.padding_before[1:], *problem.dilation[1:],
     )  # fmt: skip
+
+
+def _run_in_place(problem: ConvProblem, tile: PlaneTile, device: Device, operands: Operands) -> None:
+    """Convolve plane by plane."""
+    block, g = _plan_planes(problem, tile, device)
     weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
-    views = (band.view(operands.x), band.view(weight)[0], band.view(bias)[0], band.view(operands.out))
+    views = (band.view(operands.x), band.address(weight), band.address(bias), band.view(operands.out))
     ending = band.make_ending(operands)
 
     def work(first: int, last: int) -> None:

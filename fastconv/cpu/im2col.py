@@ -9,6 +9,7 @@ import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
+    address,
     columns_inside,
     copy_padded,
     finish,
@@ -112,7 +113,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     a_taps = np.arange(problem.gemm_k)
     b_taps = a_taps * g.columns
     bias = padded_bias(problem, operands.bias, block.rows)
-    arguments = (view(operands.x), view(weight)[0], view(bias)[0], view(operands.out), make_ending(operands))
+    arguments = (view(operands.x), address(weight), address(bias), view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_blocks(block, first, last, g, a_taps, b_taps, *arguments)

@@ -19,6 +19,7 @@ import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
+    address,
     columns_inside,
     copy_padded,
     finish,
@@ -159,7 +160,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
 
     def work(first: int, last: int) -> None:
-        _prepare_filters(block, g, view(filters)[0], first, last, view(U)[0])
+        _prepare_filters(block, g, address(filters), first, last, address(U))
 
     threads.run_tasks(work, problem.K, task_threads(problem))
     return U
@@ -183,7 +184,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     a_taps = np.arange(g.C)
     b_taps = a_taps * block.vectors * block.lanes
     bias = padded_bias(problem, operands.bias, 0)
-    arguments = (view(operands.x), view(filters)[0], view(bias)[0], view(operands.out), make_ending(operands))
+    arguments = (view(operands.x), address(filters), address(bias), view(operands.out), make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_blocks(block, first, last, g, U_given, a_taps, b_taps, *arguments)
