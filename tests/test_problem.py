@@ -414,7 +414,8 @@ def test_a_copy_from_another_process_is_the_same_key():
     problem = make_problem("conv2d", (1, 3, 9, 9), (4, 3, 3, 3))
     code = (
         "import pickle, sys; from fastconv.problem import make_problem;"
-        "p = make_problem('conv2d', (1, 3, 9, 9), (4, 3, 3, 3)); hash(p); sys.stdout.buffer.write(pickle.dumps(p))"
+        "p = make_problem('conv2d', (1, 3, 9, 9), (4, 3, 3, 3)); hash(p);"
+        "sys.stdout.buffer.write(pickle.dumps(p))"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert {problem: "found"}[pickle.loads(run.stdout)] == "found"
