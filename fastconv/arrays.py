@@ -135,7 +135,7 @@ def common_dtype(op: str, given: Given) -> str:
                 expected, name, first = array.dtype, found, argument
             elif found != name:
                 rule = f"{argument}.dtype must be {first}.dtype = {name}, got {found}"
-                raise TypeError(f"{op}: {rule} ({describe(given)})")
+                raise TypeError(f"{op}: {rule}; convert one of them ({describe(given)})")
     return name
 
 

@@ -82,18 +82,19 @@ def conv2d(
     algo
         "auto", or the name of a row of `fastconv.algorithms()`.
     precision
-        "highest": the error of a direct sum in the arrays' dtype; "high": Winograd F(4x4, 3x3) too; "medium"
-        permits reduced-precision multiplication where a backend has it.
+        "highest": the error of a direct sum in the arrays' dtype; "high": Winograd F(4x4, 3x3) too, whose
+        error is some times larger, which overflows at about 1/100 of the dtype's range and spreads a NaN over
+        its tile; "medium" permits reduced-precision multiplication where a backend has it.
     activation
         "relu", "relu6", "silu", "gelu", "sigmoid", "tanh" or ("leaky_relu", slope).
     layout
         "NHWC" if the *shapes* of input, residual, out and result have the channels last; the weight keeps its
         shape. The order in *memory* is read off the strides of the input, and the result has the same.
 
-    All arrays are of one kind: NumPy (a subclass gets its own kind back) or torch tensors on the CPU (without
-    a copy); and of one dtype: float32, float64, or float16 and bfloat16 (ml_dtypes), which are summed in
-    float32 and rounded once. Raises TypeError for arrays or options of another type and ConvError for values
-    that break a rule, both before `out` is touched.
+    All arrays are of one kind: NumPy (a subclass gets its own kind back; a memmap, as in NumPy's own
+    operations, an ndarray) or torch tensors on the CPU (without a copy); and of one dtype: float32, float64,
+    or float16 or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for
+    arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
 
     Each algorithm names the paper it comes from in `fastconv.algorithms()`; the padding arithmetic is that of
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (arXiv 1603.07285).
@@ -406,6 +407,8 @@ def _make_problem(
     except (ConvError, TypeError) as error:
         notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
         notes += ["for an input without a batch N = 1 is listed"] * is_single
+        taken_for_channels = not is_last and len(weight_shape) > 1 and input_shape[-1:] == weight_shape[1:2]
+        notes += [f"if the channels are last, say layout={LAYOUTS[op][1]!r}"] * taken_for_channels
         raise type(error)("; ".join([str(error), *notes])) from None
 
 

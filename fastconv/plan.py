@@ -7,9 +7,10 @@ model. FASTCONV_WORKSPACE (bytes, with K, M or G) bounds what is allocated besid
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -125,10 +126,11 @@ def check_algorithm(op: str, algo: str) -> None:
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
 ) -> Plan:
-    largest = max(problem.bytes, *problem.stride, *problem.dilation, *map(sum, problem.padding))
+    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
+    largest = max(problem.bytes, *problem.stride, *problem.dilation, problem.C * math.prod(padded))
     if largest >= LARGEST:
         raise ConvError(
-            f"{op}: bytes, stride, dilation and padding must be below 2**60, got {largest} ({problem})"
+            f"{op}: bytes, stride, dilation, padded elements must be below 2**60, got {largest} ({problem})"
         )
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
@@ -210,9 +212,22 @@ def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list
 
 
 def _cheapest(problem: ConvProblem, algo: str, backend: str) -> list[Plan]:
-    """Return the plan with the cheapest tile, or nothing."""
+    """Return the plan with the cheapest tile, or nothing.
+
+    Winograd's m decides the bits of a result, so it is chosen for a single sample: the result of a sample
+    then does not depend on its batch.
+    """
     plans = fitting_plans(problem, algo, backend)
-    return [min(plans, key=Plan.cost)] if plans else []
+    if not plans:
+        return []
+    sample = replace(problem, N=min(problem.N, 1))
+    m = _bits_of(min(plans, key=lambda plan: replace(plan, problem=sample).cost()))
+    return [min((plan for plan in plans if _bits_of(plan) == m), key=Plan.cost)]
+
+
+def _bits_of(plan: Plan) -> Any:
+    """Return what in a tile decides the bits of a result: m of Winograd's F(m, 3)."""
+    return getattr(plan.tile, "m", None)
 
 
 def workspace_limit() -> int | None:
@@ -231,7 +246,11 @@ class Explanation:
     """What `explain` found: the plan, and for every row of the table its plan or why there is none."""
 
     plan: Plan
+    reason: str
     others: tuple[tuple[str, Plan | str], ...]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         p = self.plan.problem
@@ -241,7 +260,8 @@ class Explanation:
             f"  {_count(p.flops, 'FLOP')}, {_count(p.bytes, 'B')} moved at least, "
             f"{p.intensity:.1f} FLOP/B, {p.parameters:,} parameters",
             f"  {_unread(p)}",
-            f"  on {self.plan.device.name}; times are estimates for one core",
+            f"  on {self.plan.device.name}: {self.plan.algorithm.name}, {self.reason}",
+            "  times are estimates for one core; errors are bounds per element, in eps * conv(|x|, |w|)",
             "",
             *(self._line(name, found) for name, found in self.others),
         ])  # fmt: skip
@@ -270,7 +290,18 @@ def explain_problem(problem: ConvProblem, algo: str = "auto", backend: str = "cp
             rows.append((name, fitting[0]))
         else:
             rows.append((name, reason or "needs more workspace than FASTCONV_WORKSPACE permits"))
-    return Explanation(chosen, tuple(rows))
+    return Explanation(chosen, _why(chosen, algo), tuple(rows))
+
+
+def _why(chosen: Plan, algo: str) -> str:
+    """Say who chose a plan."""
+    if algo != "auto":
+        return "because algo names it"
+    if _settings().algo == chosen.algorithm.name:
+        return "because FASTCONV_ALGO names it"
+    if _remembered_plan(chosen.problem, chosen) == chosen:
+        return "measured fastest by tune"
+    return "of the lowest estimate"
 
 
 def _unread(problem: ConvProblem) -> str:

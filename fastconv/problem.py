@@ -580,7 +580,7 @@ def make_epilogue(op: str, activation: str | tuple[str, float] | None) -> Epilog
         raise ConvError(f"{op}: {rule}, got {_show(activation)}")
     if not isinstance(activation, (tuple, list)):
         raise TypeError(f"{op}: {rule}, got {_show(activation)} of type {type(activation).__name__}")
-    if len(activation) != 2 or activation[0] != "leaky_relu":
+    if len(activation) != 2 or not isinstance(activation[0], str) or activation[0] != "leaky_relu":
         raise ConvError(f"{op}: {rule}, got {_show(activation)}")
     return Epilogue("leaky_relu", _check_slope(op, activation[1]))
 

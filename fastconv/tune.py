@@ -69,6 +69,9 @@ class TuneResult:
         """The fastest."""
         return self.timings[0]
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return "\n".join([
             f"{self.problem.op} {self.problem} on {self.device}",

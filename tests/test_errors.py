@@ -329,7 +329,7 @@ class TestMessages:
             ),
             (
                 lambda: fastconv.conv3d(ones(1, 2, 3, 3, 3), ones(1, 2, 3, 3, 3, dtype=np.float64)),
-                "conv3d: weight.dtype must be input.dtype = float32, got float64 "
+                "conv3d: weight.dtype must be input.dtype = float32, got float64; convert one of them "
                 "(input (1, 2, 3, 3, 3) float32, weight (1, 2, 3, 3, 3) float64)",
             ),
             (

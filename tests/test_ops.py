@@ -658,3 +658,21 @@ class TestExplain:
         rows = fastconv.algorithms()
         assert [row.name for row in rows] == ["direct", "im2col", "winograd", "pointwise", "depthwise"]
         assert all(row.summary and row.source for row in rows)
+
+
+@pytest.mark.parametrize("algo", ["auto", "im2col", "depthwise"])
+@pytest.mark.parametrize("before", [True, False])
+def test_columns_far_outside_the_input(algo, before):
+    """Counted in 32 bits, 2**32 would be column 0."""
+    far = 2**32
+    x, w = np.arange(5, dtype="f4").reshape(1, 1, 5), np.array([[[1, 10]]], "f4")
+    y = fastconv.conv1d(x, w, padding=((far, 0) if before else (0, far),), dilation=far, algo=algo)
+    assert_exact(y, (x * (10 if before else 1)).astype("f8"), "float32")
+
+
+def test_sizes_that_no_memory_holds():
+    far = 2**40
+    with pytest.raises(fastconv.ConvError, match=r"padded elements must be below 2\*\*60"):
+        fastconv.conv2d(
+            np.ones((1, 2, 1, 1)), np.ones((2, 2, 2, 2)), padding=((far, 0), (far, 0)), dilation=(far, far)
+        )

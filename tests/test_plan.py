@@ -283,6 +283,13 @@ class TestErrors:
             make_plan(PROBLEM)
 
 
+@pytest.mark.parametrize("size", range(3, 40))
+def test_the_bits_of_winograd_do_not_depend_on_the_batch(size):
+    """m of F(m, 3) decides them; the rest of the tile does not."""
+    problems = [make_problem("conv2d", (n, 16, size, size), (16, 16, 3, 3)) for n in (1, 2, 16, 300)]
+    assert len({make_plan(problem, "winograd").tile.m for problem in problems}) == 1
+
+
 class TestPlan:
     def test_weight_form_tells_prepared_weights_apart(self, rng):
         """Plans of one form accept each other's prepared weight, whatever the size of the input."""
@@ -334,11 +341,23 @@ class TestExplain:
             "  input (1, 64, 56, 56), weight (64, 64, 3, 3), output (1, 64, 56, 56)",
             "  231 MFLOP, 1.75 MB moved at least, 131.9 FLOP/B, 36,864 parameters",
             "  every row and column of the padded input is read",
-            f"  on {plans_of(PROBLEM)[0].device.name}; times are estimates for one core",
+            f"  on {plans_of(PROBLEM)[0].device.name}: winograd, of the lowest estimate",
+            "  times are estimates for one core; errors are bounds per element, in eps * conv(|x|, |w|)",
             "    pointwise  refused: needs a kernel of extent 1",
             "    depthwise  refused: needs groups = C = 64",
         ):
             assert line in text.split("\n"), f"{line!r} is not in\n{text}"
+
+    def test_who_chose(self, monkeypatch):
+        device = plans_of(PROBLEM)[0].device
+        assert f"{device.name}: im2col, because algo names it" in str(explain_problem(PROBLEM, "im2col"))
+        tile = str(possible_plans(PROBLEM, "direct")[0].tile)
+        record = measured.Record(algorithm="direct", tile=tile, seconds=1.0)
+        measured.store(PROBLEM, device.label(), record)
+        planning.forget_plans()
+        assert f"{device.name}: direct, measured fastest by tune" in str(explain_problem(PROBLEM))
+        monkeypatch.setenv("FASTCONV_ALGO", "im2col")
+        assert f"{device.name}: im2col, because FASTCONV_ALGO names it" in str(explain_problem(PROBLEM))
 
     def test_one_line_per_row_of_the_table_in_its_order(self):
         text = str(explain_problem(PROBLEM))

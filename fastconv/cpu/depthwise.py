@@ -117,7 +117,8 @@ def run(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, operands: 
 def _reads_planes(problem: ConvProblem) -> bool:
     """Say whether planes can be read in place: a step that `convolve_plane` knows, few taps to unroll."""
     flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
-    small = problem.gemm_k <= MOST_TAPS and problem.W < 1 << 30  # columns are counted in 32 bits
+    columns = sum(problem.padding[2]) + problem.W + problem.S * problem.dilation[2]
+    small = problem.gemm_k <= MOST_TAPS and columns < 1 << 30  # they are counted in 32 bits
     step = problem.stride[2] == 1 or (problem.stride[2], problem.dilation[2]) == (2, 1)
     return problem.order == "NCHW" and flat and small and step
 

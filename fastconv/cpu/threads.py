@@ -38,7 +38,7 @@ class _Job:
         self.edges = [count * i // chunks for i in range(chunks + 1)]
         self.following = itertools.count()  # next() on it is one step under the GIL
         self.unfinished = chunks
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # after one, nothing more is begun
         self.lock = threading.Lock()
         self.done = threading.Event()
 
@@ -46,13 +46,15 @@ class _Job:
         """Run chunks until none is left."""
         while (chunk := next(self.following)) < len(self.edges) - 1:
             try:
-                self.work(self.edges[chunk], self.edges[chunk + 1])
+                if self.error is None:
+                    self.work(self.edges[chunk], self.edges[chunk + 1])
             except BaseException as error:  # handed to the caller, who raises it
                 self.error = error
-            with self.lock:
-                self.unfinished -= 1
-                if self.unfinished == 0:
-                    self.done.set()
+            finally:
+                with self.lock:
+                    self.unfinished -= 1
+                    if self.unfinished == 0:
+                        self.done.set()
 
 
 class _Pool:
@@ -66,7 +68,10 @@ class _Pool:
     def submit(self, job: _Job, helpers: int) -> None:
         with self.lock:
             while self.workers < helpers:
-                threading.Thread(target=self._serve, name="fastconv", daemon=True).start()
+                try:
+                    threading.Thread(target=self._serve, name="fastconv", daemon=True).start()
+                except RuntimeError:  # the system gives no more threads; the caller does what they would have
+                    break
                 self.workers += 1
         for _ in range(helpers):
             self.queue.put(job)
@@ -96,7 +101,11 @@ def run_tasks(work: Work, count: int, threads: int) -> None:
         return
     job = _Job(work, count, min(count, threads * CHUNKS_PER_THREAD))
     _pool.submit(job, threads - 1)
-    job.help()
-    job.done.wait()
+    while not job.done.is_set():
+        try:
+            job.help()
+            job.done.wait()
+        except BaseException as error:  # such as Ctrl-C: workers may still write to the caller's arrays
+            job.error = error
     if job.error is not None:
         raise job.error
