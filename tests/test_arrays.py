@@ -180,7 +180,7 @@ class TestDtypes:
         with pytest.raises(TypeError) as caught:
             arrays.common_dtype("conv1d", given)
         assert str(caught.value) == (
-            "conv1d: weight.dtype must be input.dtype = float32, got float64 "
+            "conv1d: weight.dtype must be input.dtype = float32, got float64; convert one of them "
             "(input (3,) float32, weight (2, 2) float64)"
         )
 
