@@ -22,7 +22,7 @@ from fastconv.algorithms import TABLE
 from fastconv.plan import make_plan
 from fastconv.problem import ConvProblem
 
-INSTALL = {"torch": "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"}
+INSTALL = {"torch": "pip install torch==2.13.0"}
 THREAD_VARIABLES = ("FASTCONV_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
