@@ -166,9 +166,12 @@ def print_outcome(console: Console, rows: Sequence[Row]) -> None:
         what = row.get("filter") or f"{row['network']} {row['layer']} {row['key']}"
         text = f"FAILED {what} {row['algorithm']} {row['tile']}: {row['reason']}"
         console.print(text, style="bold red", markup=False)
+    if any(row["kind"] == "layer" for row in rows):
+        console.print("*: the algorithm that auto takes; error/bound: at most 1 passes", markup=False)
     checked, refusals = sum("passed" in row for row in rows), len(of_kind(rows, "refusal"))
     console.print(
-        f"{checked} results checked against the reference, {len(failed)} failed; {refusals} refusals",
+        f"{checked} results checked against the reference, {len(failed)} failed; "
+        f"{refusals} times an algorithm does not apply",
         style="bold red" if failed else "bold green",
     )
 
