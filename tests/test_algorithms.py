@@ -59,7 +59,7 @@ class TestTile:
             for problem in way.problems(cases, dtype=dtype, order=order)[turn % 3 :: 3]:
                 fill = normals if turn % 7 == 0 else integers
                 plan, even = way.plan(problem), turn % 2 == 0
-                make_layer(rng, problem, fill, epilogue=even).check(plan, prepared=False)
+                make_layer(rng, problem, fill, epilogue=even).check(plan)
                 make_layer(rng, problem, fill, epilogue=not even).check(plan, prepared=True)
 
 
@@ -99,7 +99,12 @@ class TestWay:
             layer.with_array(bias=np.broadcast_to(layer.bias[:1], layer.bias.shape)).check(plan)
 
     def test_any_memory_is_written_and_no_other(self, way, order, rng):
-        for problem in various(way.algorithm, order=order):
+        """Also where a whole vector would end just beyond a row of the output."""
+        tile = tile_of(way, "float32")
+        width = tile.vectors * current().lanes("float32")
+        cases = around_tile(tile.rows, width - 1, getattr(tile, "m", 1))
+        cases += around_tile(width, tile.rows + 1, getattr(tile, "m", 1))
+        for problem in various(way.algorithm, order=order) + way.problems(cases, order=order):
             layer, plan = make_layer(rng, problem, integers), way.plan(problem)
             for label, out in layouts(np.full(problem.output_shape, np.nan, np.float32)):
                 if not out.flags.writeable:

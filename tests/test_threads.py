@@ -372,6 +372,13 @@ for thread in callers:
     assert not thread.is_alive(), "a thread hangs"
 assert not errors, errors
 """,
+    "parent_starts_threads": """
+from fastconv.cpu import threads
+check()
+with threads._pool.lock:  # as if a thread of the parent was about to start one
+    pid = child(check)
+wait(pid)
+""",
     "parent_compiles": """
 import tempfile
 with tempfile.TemporaryDirectory() as empty:

@@ -87,7 +87,8 @@ def workspace(problem: ConvProblem, block: Block, device: Device) -> int:
     g = plan_bands(problem, block, device.l2 // 2, workers)
     width = block.vectors * block.lanes
     panels = g.groups * math.ceil(g.K / width)
-    return itemsize(problem) * (workers * _band_elements(g) + panels * width * problem.gemm_k)
+    band = _band_elements(g._replace(in_place=0))  # of an array whose channels do not lie together
+    return itemsize(problem) * (workers * band + panels * width * problem.gemm_k)
 
 
 def prepare(problem: ConvProblem, block: Block, weight: np.ndarray) -> np.ndarray:

@@ -84,11 +84,9 @@ def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
 
 
 def workspace(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> int:
-    """Return the bytes of packed input that all threads hold together."""
+    """Return the bytes of packed input that all threads hold; a plane tile packs only strided rows."""
     if _by_channels(problem):
         return band_last.workspace(problem, _channel_block(problem, tile, device), device)
-    if isinstance(tile, PlaneTile) and _reads_planes(problem):
-        return 0
     return band.workspace(problem, _packed_tile(tile), device.l1 // 2)
 
 

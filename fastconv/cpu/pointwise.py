@@ -26,13 +26,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     return device.seconds(problem, problem.N * problem.groups * problem.O * cycles)
 
 
-def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
-    """Return the bytes of input that is packed: none where the pixels are read in place."""
-    if problem.order == "NCHW" and _reads_in_place(problem):
-        return 0
-    return direct.workspace(problem, tile, device)
-
-
+workspace = direct.workspace  # what is packed of an array whose pixels do not lie together; else nothing is
 prepare = direct.prepare
 
 
