@@ -54,6 +54,8 @@ CASES = [
     Case("pointwise_groups", "conv2d", (2, 8, 7, 9), (12, 4, 1, 1), {"groups": 2}),
     Case("depthwise", "conv2d", (2, 7, 12, 13), (7, 1, 3, 3), {"groups": 7, "padding": 1}),
     Case("depthwise_multiplier", "conv2d", (1, 5, 12, 13), (15, 1, 3, 3), {"groups": 5, "stride": 2}),
+    Case("channels_dilated", "conv2d", (2, 4, 9, 9), (4, 1, 3, 3), {"groups": 4, "dilation": 2}),
+    Case("channels_spread", "conv2d", (1, 4, 9, 9), (4, 1, 3, 3), {"groups": 4, "dilation": 2, "stride": 2}),
     Case("depthwise_31x31", "conv2d", (1, 3, 33, 34), (3, 1, 31, 31), {"groups": 3, "padding": 15}),
     Case("empty_batch", "conv2d", (0, 3, 8, 8), (4, 3, 3, 3), {"padding": 1}),
     Case("batch_of_5", "conv2d", (5, 3, 6, 6), (4, 3, 3, 3), {"padding": 1}),

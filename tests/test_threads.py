@@ -397,6 +397,26 @@ with tempfile.TemporaryDirectory() as empty:
     wait(pid)
     compiling.join()
 """,
+    "interrupted": """
+from fastconv.cpu.threads import run_tasks
+signal.signal(signal.SIGINT, signal.default_int_handler)
+both = threading.Barrier(2)
+done = []
+def work(first, last):
+    both.wait(30)
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.1)  # by now the caller waits for this task
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        done.append(first)
+try:
+    run_tasks(work, 2, 2)
+except KeyboardInterrupt:
+    assert done, "a worker would still write to the caller's arrays"
+else:
+    sys.exit("no KeyboardInterrupt reached the caller")
+check()
+""",
     "main_thread_ends_first": """
 started = threading.Event()
 def late():
