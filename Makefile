@@ -1,14 +1,17 @@
 # Each command makes .venv with what it needs, once, and again only when setup.py or pyproject.toml change.
 #   PYTHON=python3.13   the interpreter to make .venv from (default: the one .venv has, else python3)
+#   PART="verify bench" parts of make gpu, which makes no .venv: compile, verify, repeat, sanitize, bench
 #   ARGS="..."          passed on to the command: make test ARGS="-k winograd", make bench ARGS=--help
 
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 ARGS ?=
+PART ?=
 
-.PHONY: help bench test lint clean FORCE
+.PHONY: help bench gpu test lint clean FORCE
 
 help:
 	@echo "make bench   convolve a photograph, run real networks with every algorithm, write a report"
+	@echo "make gpu     compile, verify and time all CUDA kernels (PART=\"verify bench\"); needs CuPy and pytest"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff (rules and format) and mypy"
 	@echo "make clean   remove .venv and everything built or cached"
@@ -16,6 +19,10 @@ help:
 
 bench: .venv/installed-bench
 	.venv/bin/python -m bench $(ARGS)
+
+# With the packages that PYTHON has: a machine with a GPU may have no network to make .venv from.
+gpu:
+	$(PYTHON) -m bench gpu $(PART) $(ARGS)
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)

@@ -13,6 +13,8 @@ Commands = Any  # argparse does not name the type of its subparsers
 
 OUTPUT = Path("bench-results")
 MAIN_SECONDS = 110.0
+GPU_PARTS = ("compile", "verify", "repeat", "sanitize", "bench")
+GPU_OUTPUT = Path("bench/results")
 
 EPILOG = """\
 Without a command, `main` runs; its options may then stand alone (python -m bench --seconds 60).
@@ -26,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(_with_command(words))
     if getattr(options, "threads", None):
         os.environ["FASTCONV_THREADS"] = str(options.threads)
+    if options.run == "run_gpu":
+        from bench.gpu.command import run_gpu  # a machine with a GPU may lack what the other commands need
+
+        return run_gpu(options, words)
     from bench import commands  # here, because --help needs none of what it imports
     from bench.session import CommandError
     from fastconv.problem import ConvError
@@ -58,6 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_networks(commands)
     _add_compare(commands)
     _add_report(commands)
+    _add_kernels(commands)
+    _add_gpu(commands)
     return parser
 
 
@@ -123,6 +131,40 @@ def _add_report(commands: Commands) -> None:
     parser = _add_command(commands, "report", "render the HTML report again from files of rows")
     _add_output(parser)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+
+
+def _add_kernels(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "kernels", "CUDA kernels compiled without a GPU: registers, occupancy, main loops"
+    )
+    _add_output(parser)
+    parser.add_argument("--architectures", type=_names, default="all", metavar="SM,...", help="or 75,90")
+    parser.add_argument("--all", action="store_true", help="all kernels, not one for each pair of settings")
+
+
+def _add_gpu(commands: Commands) -> None:
+    parser = _add_command(
+        commands,
+        "gpu",
+        "on a GPU, with CuPy: compile and verify all kernels, repeat them for races, run compute-sanitizer, "
+        "time the layers of the networks beside cuDNN; 8 minutes at most",
+    )
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        type=_part,
+        help=f"of {', '.join(GPU_PARTS)}; all, if none is given",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=GPU_OUTPUT, metavar="DIR", help="where <gpu>.json goes"
+    )
+
+
+def _part(text: str) -> str:
+    if text not in GPU_PARTS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(GPU_PARTS)}, got {text!r}")
+    return text
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from bench import compare, networks, photo, rows, show
 from bench.cases import Case, all_networks, collect
+from bench.kernels.instances import ARCHITECTURES
+from bench.kernels.run import compile_kernels
 from bench.layers import Settings
 from bench.rows import Row
 from bench.session import CommandError, Session, write_report
@@ -95,3 +97,12 @@ def run_report(options: Namespace, arguments: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def run_kernels(options: Namespace, arguments: Sequence[str]) -> int:
+    """CUDA kernels compiled for chosen architectures; one that spills makes the exit status 1."""
+    known = {str(sm): sm for sm in ARCHITECTURES}
+    names = list(known) if options.architectures == ["all"] else options.architectures
+    if unknown := [name for name in names if name not in known]:
+        raise CommandError(f"--architectures must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return compile_kernels([known[name] for name in names], options.all, options.output, arguments)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-import fastconv
 from bench import peak
+from bench.versions import read_commit, read_versions
 from fastconv.cpu import device
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "torch")
 COPY_BYTES = 1 << 27  # larger than the last-level caches of most machines
 
@@ -42,14 +38,14 @@ class Machine:
 
 def describe(threads: int, dtype: str = "float32") -> Machine:
     """Name the machine and measure it with `threads` threads; `dtype` is that of the arithmetic."""
-    commit, dirty = _read_commit()
+    commit, dirty = read_commit()
     return Machine(
         cpu=device.current().name,
         vector_bits=device.current().vector_bits,
         cores=len(usable_cpus()),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions=_versions(),
+        versions=read_versions(PACKAGES),
         commit=commit,
         dirty=dirty,
         threads=threads,
@@ -92,27 +88,3 @@ def copy_bandwidth(threads: int, rounds: int = 5) -> float:
 def _on_each_thread(threads: int, work: Callable[[int], float]) -> list[float]:
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, range(threads)))
-
-
-def _versions() -> dict[str, str]:
-    found = {"fastconv": fastconv.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _read_commit() -> tuple[str, bool]:
-    """The commit of the checkout, and whether files differ from it."""
-    try:
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit, bool(_git("status", "--porcelain", "--", ".", ":(exclude)bench/results"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(CHECKOUT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

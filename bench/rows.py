@@ -21,10 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.machine import Machine
 from fastconv.algorithms import TABLE
+
+if TYPE_CHECKING:
+    from bench.machine import Machine
 
 Row = dict[str, Any]
 
@@ -39,8 +41,12 @@ def stamp(machine: Machine, arguments: Sequence[str]) -> Row:
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file by `rows`."""
+    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace what the file holds, or leave it as it is if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,14 +1,15 @@
 """Arrays of any accepted kind enter, NumPy views of their memory leave; results go back in the caller's kind.
 
 Nothing is imported on the user's behalf: an array of a framework exists only if that framework is already in
-sys.modules. CUDA arrays are recognised in the same way and refused, because this version computes on the CPU.
+sys.modules. Views of CUDA arrays hold a device's addresses: their elements must not be looked at here.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from fastconv.problem import ConvError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-ACCEPTED = "a NumPy array or a torch tensor on the CPU"
+ACCEPTED = "a NumPy or CuPy array, a torch tensor or an array with __cuda_array_interface__"
 
 # Deciding exactly whether two strided arrays share an element can take exponential time; past this many
 # steps of the search they count as overlapping.
@@ -25,19 +26,61 @@ _MAX_OVERLAP_WORK = 10_000
 Given = dict[str, Any]  # argument name -> array, without the arguments that were not given
 
 
+_NO_CONTEXT = nullcontext()
+
+
+def _serve_numpy(views: Iterable[np.ndarray]) -> AbstractContextManager[None]:
+    return _NO_CONTEXT
+
+
+def _copy_numpy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.array(view, dtype=dtype, order="C")
+
+
+def _mark_numpy() -> bool:
+    return True
+
+
+def _wait_numpy(mark: Any) -> None:
+    pass
+
+
 class Kind(NamedTuple):
-    """One kind of array: what to call it, how to see its memory as NumPy and how to hand a result back."""
+    """One kind of array: what to call it, how to see its memory as NumPy, where to allocate, how to go back.
+
+    ========  =====================================================================================
+    view      (op, argument, array) -> NumPy view
+    wrap      (view made by `empty`, input) -> array of the caller's kind
+    empty     (shape, dtype) -> view of new memory
+    copy      (view, dtype) -> contiguous view of memory of its own
+    serve     views of a call -> context in which it allocates, copies and computes
+    mark      () -> what has been computed by now; None while that is recorded in a CUDA graph instead
+    wait_for  mark -> None: what is computed from now on comes after it
+    backend   whose kernels compute: "cpu" or "gpu"
+    device    index of the CUDA device that holds the array, None on the CPU
+    ========  =====================================================================================
+    """
 
     name: str
-    view: Callable[[str, str, Any], np.ndarray]  # (op, argument, array)
-    wrap: Callable[[np.ndarray, Any], Any]  # (result, input)
+    view: Callable[[str, str, Any], np.ndarray]
+    wrap: Callable[[np.ndarray, Any], Any]
+    empty: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty
+    copy: Callable[[np.ndarray, np.dtype], np.ndarray] = _copy_numpy
+    serve: Callable[[Iterable[np.ndarray]], AbstractContextManager[None]] = _serve_numpy
+    mark: Callable[[], Any] = _mark_numpy
+    wait_for: Callable[[Any], None] = _wait_numpy
+    backend: str = "cpu"
+    device: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} array" if self.device is None else f"{self.name} array on device {self.device}"
 
 
 def adapt(op: str, given: Given) -> Kind:
     """Replace every array in `given` by a NumPy view of the same memory and return their common kind.
 
-    Raises TypeError for what is no array or for a mixture of kinds, ConvError for a CUDA array or a tensor
-    that requires gradients.
+    Raises TypeError for what is no array or for a mixture of kinds, ConvError for a tensor that requires
+    gradients, for CUDA arrays of several devices and where there is nothing to compute on them.
 
     >>> adapt("conv1d", {"input": np.zeros((2, 5)), "weight": np.zeros((4, 2, 3))}).name
     'NumPy'
@@ -55,11 +98,7 @@ def _adapt_others(op: str, given: Given) -> Kind:
         if other != name:
             rule = f"{argument} must be a {name} array like {first}, got a {other} array"
             raise TypeError(f"{op}: {rule} ({_join(f'{key} {value}' for key, value in names.items())})")
-    if name == CUDA:
-        rule = f"{first} must be in CPU memory, because this version has no CUDA backend"
-        found = f"{_type_name(given[first])} on a CUDA device"
-        raise ConvError(f"{op}: {rule}, got {found} (copy it to the host first)")
-    kind = KINDS[name]
+    kind = KINDS.get(name) or _cuda_kind(op, name, given)
     # A new dict first: if one of them is refused, `given` still holds what the caller passed.
     given.update({argument: kind.view(op, argument, array) for argument, array in given.items()})
     return kind
@@ -70,10 +109,46 @@ def _kind_name(op: str, argument: str, array: Any) -> str:
         return NUMPY.name
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and isinstance(array, tensor):
-        return CUDA if array.device.type == "cuda" else TORCH.name
+        return TORCH_CUDA if array.device.type == "cuda" else TORCH.name
+    ndarray = getattr(sys.modules.get("cupy"), "ndarray", None)
+    if ndarray is not None and isinstance(array, ndarray):
+        return CUPY
     if hasattr(array, "__cuda_array_interface__"):
         return CUDA
     raise TypeError(f"{op}: {argument} must be {ACCEPTED}, got {_type_name(array)}")
+
+
+def _cuda_kind(op: str, name: str, given: Given) -> Kind:
+    """Return the kind of arrays of one CUDA device."""
+    from fastconv.gpu import launch, memory
+
+    launch.check_available(op)
+    index_of = {TORCH_CUDA: memory.device_of_torch, CUPY: memory.device_of_cupy, CUDA: memory.device_of}[name]
+    devices = {argument: index_of(array) for argument, array in given.items()}
+    first, device = next(iter(devices.items()))
+    for argument, other in devices.items():
+        if other != device:
+            rule = f"{argument} must be on CUDA device {device} like {first}, got device {other}"
+            raise ConvError(f"{op}: {rule} ({_join(f'{key} {value}' for key, value in devices.items())})")
+    return _make_cuda_kind(name, device)
+
+
+@lru_cache(maxsize=64)
+def _make_cuda_kind(name: str, device: int) -> Kind:
+    from fastconv.gpu import memory
+
+    shared: dict[str, Any] = {
+        "copy": memory.copy,
+        "mark": memory.mark,
+        "wait_for": memory.wait_for,
+        "backend": "gpu",
+        "device": device,
+    }
+    if name == TORCH_CUDA:
+        empty, serve = partial(memory.empty_torch, device), partial(memory.serve_torch, device)
+        return Kind(name, _view_torch_cuda, memory.to_torch, empty=empty, serve=serve, **shared)
+    serve = partial(memory.serve_cupy if name == CUPY else memory.serve_interface, device)
+    return Kind(name, _view_interface, memory.to_cupy, empty=memory.empty_cupy, serve=serve, **shared)
 
 
 def _view_numpy(op: str, argument: str, array: np.ndarray) -> np.ndarray:
@@ -89,20 +164,27 @@ def _wrap_numpy(result: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def _view_torch(op: str, argument: str, tensor: Any) -> np.ndarray:
-    torch = sys.modules["torch"]
-    if tensor.requires_grad and torch.is_grad_enabled():
-        rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
-        raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
-    _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        found = f"a {tensor.layout} tensor on {tensor.device}"
-        raise TypeError(f"{op}: {argument} must be a dense tensor on the CPU, got {found}")
-    plain = tensor.detach().resolve_neg()
+    torch, plain = sys.modules["torch"], _plain_tensor(op, argument, tensor, "CPU")
     if plain.dtype is not torch.bfloat16:
         return plain.numpy()
     import ml_dtypes
 
     return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _plain_tensor(op: str, argument: str, tensor: Any, place: str) -> Any:
+    """Return a tensor as nothing but memory, or raise."""
+    torch = sys.modules["torch"]
+    if tensor.requires_grad and torch.is_grad_enabled():
+        rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
+        raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
+    _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
+    if tensor.device.type != place.lower() or tensor.layout is not torch.strided:
+        found = f"a {tensor.layout} tensor on {tensor.device}"
+        raise TypeError(f"{op}: {argument} must be a dense tensor on the {place}, got {found}")
+    if argument == "out" and tensor.is_neg():
+        raise ConvError(f"{op}: out must be no negated view, got a tensor whose is_neg() is True")
+    return tensor.detach().resolve_neg()
 
 
 def _wrap_torch(result: np.ndarray, like: Any) -> Any:
@@ -112,10 +194,35 @@ def _wrap_torch(result: np.ndarray, like: Any) -> Any:
     return torch.from_numpy(result)
 
 
+def _view_torch_cuda(op: str, argument: str, tensor: Any) -> np.ndarray:
+    from fastconv.gpu import memory
+
+    return memory.from_torch(_plain_tensor(op, argument, tensor, "CUDA"))
+
+
+def _view_interface(op: str, argument: str, array: Any) -> np.ndarray:
+    """View a CuPy array or any other with __cuda_array_interface__; a kernel must be able to read it."""
+    from fastconv.gpu import memory
+
+    interface = array.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise TypeError(f"{op}: {argument} must be an array without a mask, got {_type_name(array)}")
+    view = memory.from_interface(array, interface)
+    found = ""
+    if view.size and not interface["data"][0]:
+        found = "have memory, got a null pointer"
+    elif not view.flags.aligned or not view.dtype.isnative:
+        found = f"be aligned and in the machine's byte order, got strides {view.strides}, {view.dtype.str}"
+    if found:
+        raise ConvError(f"{op}: {argument} on a CUDA device must {found} ({argument} {view.shape})")
+    return view
+
+
 NUMPY = Kind("NumPy", _view_numpy, _wrap_numpy)
 TORCH = Kind("torch", _view_torch, _wrap_torch)
 KINDS = {kind.name: kind for kind in (NUMPY, TORCH)}
-CUDA = "CUDA"
+CUPY, TORCH_CUDA, CUDA = "CuPy", "torch CUDA", "CUDA"
+"""Names of the kinds that there are once per device; CUDA are all that have __cuda_array_interface__."""
 
 
 def common_dtype(op: str, given: Given) -> str:

@@ -92,9 +92,13 @@ def conv2d(
         shape. The order in *memory* is read off the strides of the input, and the result has the same.
 
     All arrays are of one kind: NumPy (a subclass gets its own kind back; a memmap, as in NumPy's own
-    operations, an ndarray) or torch tensors on the CPU (without a copy); and of one dtype: float32, float64,
-    or float16 or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for
-    arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
+    operations, an ndarray), torch tensors, CuPy arrays or, on one CUDA device, any that have
+    __cuda_array_interface__ (the result is then a CuPy array); and of one dtype: float32, float64, or float16
+    or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for arrays or
+    options of another type, ConvError for values that break a rule, both before `out` is touched.
+
+    Tensors and CUDA arrays go in without a copy. On a CUDA device work is enqueued on the caller's current
+    stream, and all memory comes from the caller's pool: CuPy's or torch's.
 
     Each algorithm names the paper it comes from in `fastconv.algorithms()`; the padding arithmetic is that of
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (arXiv 1603.07285).
@@ -191,10 +195,11 @@ def _convolve(
     out: Any,
 ) -> Any:
     """The one implementation of conv1d, conv2d and conv3d."""
-    call = bind(op, input, weight, bias, options, activation, residual, out)
-    plan = planning.make_plan(call.frame.problem, algo)
-    result = _run(op, plan, call.frame, call.given, *call.filters(), call.epilogue)
-    return call.kind.wrap(result, input) if out is None else out
+    kind, given, frame, epilogue = call = bind(op, input, weight, bias, options, activation, residual, out)
+    with kind.serve(given.values()):
+        plan = planning.make_plan(frame.problem, algo, kind.backend)
+        result = _run(op, plan, kind, given, frame, *call.filters(), epilogue)
+    return kind.wrap(result, input) if out is None else out
 
 
 class Call(NamedTuple):
@@ -208,8 +213,8 @@ class Call(NamedTuple):
     def filters(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Weight of rank 5 and bias, as a plan takes them."""
         compute, bias = self.frame.compute, self.given.get("bias")
-        if bias is not None:
-            bias = np.ascontiguousarray(bias, dtype=compute)
+        if bias is not None and not (bias.flags.c_contiguous and arrays.is_computable(bias, compute)):
+            bias = self.kind.copy(bias, compute)
         return arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert], bias
 
 
@@ -228,7 +233,8 @@ def bind(
     kind = arrays.adapt(op, given)
     dtype = arrays.common_dtype(op, given)
     epilogue = _NO_EPILOGUE if activation is None else make_epilogue(op, activation)
-    frame = _find_frame(op, given, given["weight"].shape, _shape(given.get("bias")), dtype, options)
+    bias_shape = _shape(given.get("bias"))
+    frame = _find_frame(op, given, given["weight"].shape, bias_shape, dtype, options, kind.backend)
     return Call(kind, given, frame, epilogue)
 
 
@@ -257,8 +263,9 @@ def _shape(array: np.ndarray | None) -> Shape | None:
 def _run(
     op: str,
     plan: planning.Plan,
-    frame: Frame,
+    kind: arrays.Kind,
     given: arrays.Given,
+    frame: Frame,
     weight: Any,
     bias: np.ndarray | None,
     epilogue: Epilogue,
@@ -268,7 +275,7 @@ def _run(
     compute = frame.compute
     if out is not None:
         arrays.check_out(op, given, frame.output_shape)
-    work = out if out is not None and arrays.is_computable(out, compute) else frame.allocate()
+    work = out if out is not None and arrays.is_computable(out, compute) else frame.allocate(kind)
     if frame.problem.N:
         input5 = frame.view5(arrays.to_computable(input, compute))
         residual5 = None if residual is None else frame.view5(arrays.to_computable(residual, compute))
@@ -282,7 +289,7 @@ class Frame(NamedTuple):
     """How the caller's arrays lie in the rank-5, channels-first problem, and how the result is allocated."""
 
     problem: ConvProblem
-    compute: np.dtype
+    compute: np.dtype  # what the backend's kernels read and write: those of the GPU know half types
     channels_first: Shape | None  # transposition of the caller's axes; None if they are in this order
     insert: tuple[Any, ...]  # index that adds the absent axes
     weight_insert: tuple[Any, ...]  # the same for the weight; reverses its taps for a true convolution
@@ -295,8 +302,8 @@ class Frame(NamedTuple):
             array = array.transpose(self.channels_first)
         return array[self.insert]
 
-    def allocate(self) -> np.ndarray:
-        array = np.empty(self.memory_shape, self.compute)
+    def allocate(self, kind: arrays.Kind) -> np.ndarray:
+        array = kind.empty(self.memory_shape, self.compute)
         return array if self.memory_axes is None else array.transpose(self.memory_axes)
 
 
@@ -307,6 +314,7 @@ def _find_frame(
     bias_shape: Shape | None,
     dtype: str,
     options: Options,
+    backend: str,
 ) -> Frame:
     *numbers, layout, flip = options
     is_last = _is_channels_last(op, layout)
@@ -319,7 +327,7 @@ def _find_frame(
     shapes = (input.shape, weight_shape, bias_shape, _shape(given.get("residual")))
     plain = _plain(numbers)
     make = _make_frame.__wrapped__ if plain is None else _make_frame
-    return make(op, shapes, dtype, order, is_last, flip, plain or tuple(numbers))
+    return make(op, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
 
 
 def _is_channels_last(op: str, layout: str) -> bool:
@@ -341,7 +349,7 @@ def _plain(value: Any) -> Any:
     if kind is int or kind is str:
         return value
     if kind is tuple or kind is list:
-        entries = tuple([_plain(entry) for entry in value])
+        entries = tuple([e if type(e) is int or type(e) is str else _plain(e) for e in value])
         return None if None in entries else entries
     return _plain(value.tolist()) if isinstance(value, (np.generic, np.ndarray)) else None
 
@@ -355,6 +363,7 @@ def _make_frame(
     is_last: bool,
     flip: bool,
     numbers: tuple[Any, ...],
+    backend: str,
 ) -> Frame:
     ndim = OPERATIONS[op]
     is_single = len(shapes[0]) == ndim + 1
@@ -370,7 +379,7 @@ def _make_frame(
     is_memory_last = order == "NHWC"
     return Frame(
         problem=problem,
-        compute=np.dtype(problem.compute_dtype),
+        compute=np.dtype(problem.compute_dtype if backend == "cpu" else dtype),
         channels_first=to_first if is_last else None,
         insert=(None if is_single else slice(None), slice(None), *absent),
         weight_insert=(slice(None), slice(None), *absent, *(taps,) * ndim),
@@ -440,7 +449,7 @@ class _Conv:
     ) -> None:
         op = self._op
         given = _given({"weight": weight}, bias=bias)
-        self._kind = arrays.adapt(op, given).name
+        self._kind = arrays.adapt(op, given)
         self._dtype = arrays.common_dtype(op, given)
         self._activation, self._epilogue = activation, make_epilogue(op, activation)
         planning.check_algorithm(op, algo)
@@ -448,10 +457,12 @@ class _Conv:
         numbers = (stride, padding, dilation, groups, precision)
         self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
-        frame = _stand_in_frame(op, self._weight_shape, _shape(bias), self._dtype, self._options)
+        shapes = (self._weight_shape, _shape(bias))
+        frame = _stand_in_frame(op, *shapes, self._dtype, self._options, self._kind.backend)
         # Copies: a weight the caller changes later would otherwise be half in what was prepared before.
-        self._weight5 = np.array(given["weight"][frame.weight_insert], dtype=frame.compute, order="C")
-        self._bias = None if bias is None else np.array(bias, dtype=frame.compute, order="C")
+        with self._kind.serve(given.values()):
+            self._weight5 = self._kind.copy(given["weight"][frame.weight_insert], frame.compute)
+            self._bias = None if bias is None else self._kind.copy(bias, frame.compute)
         self._prepared: dict[Any, Any] = {}
 
     def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
@@ -460,27 +471,40 @@ class _Conv:
         given = _given({"input": input}, residual=residual, out=out)
         kind = arrays.adapt(op, given)
         dtype = arrays.common_dtype(op, given)
-        if kind.name != self._kind or dtype != self._dtype:
-            rule = f"input must be a {self._kind} array of dtype {self._dtype} like weight"
-            raise TypeError(
-                f"{op}: {rule}, got a {kind.name} array of dtype {dtype} ({arrays.describe(given)})"
-            )
-        frame = _find_frame(op, given, self._weight_shape, None, dtype, self._options)
-        plan = planning.make_plan(frame.problem, self._algo)
-        result = _run(op, plan, frame, given, self._prepare(plan), self._bias, self._epilogue)
+        if kind != self._kind or dtype != self._dtype:
+            rule = f"input must be a {self._kind} of dtype {self._dtype} like weight"
+            raise TypeError(f"{op}: {rule}, got a {kind} of dtype {dtype} ({arrays.describe(given)})")
+        frame = _find_frame(op, given, self._weight_shape, None, dtype, self._options, kind.backend)
+        with kind.serve(given.values()):
+            plan = planning.make_plan(frame.problem, self._algo, kind.backend)
+            result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
         return kind.wrap(result, input) if out is None else out
 
     def _prepare(self, plan: planning.Plan) -> Any:
         """The weight as this plan wants it, made once for all problems whose plans want the same.
 
         No lock: threads that come first at once prepare it twice with the same result, while a lock held
-        by another thread would stay locked for ever in a forked child.
+        by another thread would stay locked for ever in a forked child. On a GPU calls on other streams wait
+        until it is prepared; what is captured in a graph is not computed before its launch, and not kept.
         """
         key = plan.weight_form
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = self._prepared[key] = plan.prepare(self._weight5)
+        if key in self._prepared:
+            prepared, mark = self._prepared[key]
+            self._kind.wait_for(mark)
+            return prepared
+        prepared = plan.prepare(self._weight5)
+        mark = self._kind.mark()
+        if mark is not None:
+            self._prepared[key] = prepared, mark
         return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Say what a copy or a pickle holds; the memory of a CUDA device is in neither."""
+        if self._kind.device is not None:
+            raise TypeError(
+                f"{self._op}: a layer on a CUDA device cannot be copied or pickled: make it again"
+            )
+        return self.__dict__
 
     def __repr__(self) -> str:
         parts = [f"weight {self._weight_shape} {self._dtype}"]
@@ -494,7 +518,7 @@ class _Conv:
 
 
 def _stand_in_frame(
-    op: str, weight_shape: Shape, bias_shape: Shape | None, dtype: str, options: Options
+    op: str, weight_shape: Shape, bias_shape: Shape | None, dtype: str, options: Options, backend: str
 ) -> Frame:
     """Check weight, bias and options of a layer against an input without limits, which no error quotes."""
     *numbers, layout, flip = options
@@ -507,7 +531,7 @@ def _stand_in_frame(
     input_shape = (1, channels, *(_UNKNOWN_SIZE,) * OPERATIONS[op])
     shapes = (input_shape, weight_shape, bias_shape, None)
     try:
-        return _make_frame.__wrapped__(op, shapes, dtype, "NCHW", False, flip, tuple(numbers))
+        return _make_frame.__wrapped__(op, shapes, dtype, "NCHW", False, flip, tuple(numbers), backend)
     except (ConvError, TypeError) as error:
         raise type(error)(str(error).replace(f"input {input_shape}, ", "")) from None
 
@@ -534,7 +558,8 @@ class Conv2d(_Conv):
 
     The options are those of conv2d. Weight and bias are copied: a change made to them later has no effect.
     What can be checked without an input is checked here, the rest at each call; errors are those of conv2d.
-    One layer may be called from many threads at once.
+    One layer may be called from many threads at once. On a CUDA device a call may be captured in a graph;
+    call the layer once with such an input before, so that kernels are compiled and the weight is prepared.
 
     >>> import numpy as np
     >>> conv = Conv2d(np.ones((1, 2, 3, 3), np.float32), padding=1, activation="relu")
@@ -592,7 +617,8 @@ def explain(
     call = bind(op, input, weight, bias, options, activation, residual, out)
     if out is not None:
         arrays.check_out(op, call.given, call.frame.output_shape)
-    return planning.explain_problem(call.frame.problem, algo)
+    with call.kind.serve(call.given.values()):
+        return planning.explain_problem(call.frame.problem, algo, call.kind.backend)
 
 
 def algorithms() -> tuple[Algorithm, ...]:

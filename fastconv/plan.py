@@ -7,6 +7,7 @@ model. FASTCONV_WORKSPACE (bytes, with K, M or G) bounds what is allocated besid
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -61,17 +62,19 @@ class Plan:
         """Compute out = activation(conv(x, weight) + bias + residual).
 
         x (N, C, D, H, W), weight (K, C // groups, T, R, S) or prepared, bias (K,), residual and out
-        (N, K, O, P, Q): native, aligned, of the problem's compute_dtype, with any strides of whole elements.
+        (N, K, O, P, Q): native, aligned, with any strides of whole elements; on the CPU of the problem's
+        compute_dtype, on a GPU of its dtype and in the device's memory, bias contiguous.
         """
         operands = Operands(x, weight, bias, residual, epilogue, out)
-        self.module.run(self.problem, self.tile, self.device, operands)
+        if self.problem.N:
+            self.module.run(self.problem, self.tile, self.device, operands)
 
     def workspace(self) -> int:
         """Return the bytes that `run` allocates beside input and output."""
         return 0 if self.problem.N == 0 else int(self.module.workspace(self.problem, self.tile, self.device))
 
     def cost(self) -> float:
-        """Return the estimated seconds on one core, at a nominal clock."""
+        """Return the estimated seconds on one core or on the GPU, at a nominal clock."""
         return 0.0 if self.problem.N == 0 else float(self.module.cost(self.problem, self.tile, self.device))
 
     def error_bound(self) -> ErrorBound:
@@ -83,20 +86,25 @@ class Plan:
 
 
 class _Settings(NamedTuple):
-    """What the environment says, read at every call and part of every cache's key."""
+    """What the environment says, read at every call and part of every cache's key.
+
+    device  the GPU that is current; of the CPU all that can change is in the other fields
+    """
 
     algo: str
     workspace: str
     threads: str
     vector_bits: str
     cache: str
+    device: Any
 
 
-def _settings() -> _Settings:
+def _settings(backend: str) -> _Settings:
     get = os.environ.get
     return _Settings(
         get("FASTCONV_ALGO", ""), get("FASTCONV_WORKSPACE", ""),
         get("FASTCONV_THREADS", ""), get("FASTCONV_VECTOR_BITS", ""), get("FASTCONV_CACHE", ""),
+        None if backend == "cpu" else _device(backend),
     )  # fmt: skip
 
 
@@ -112,7 +120,7 @@ def make_plan(
     where nothing that can run it keeps to the workspace limit.
     """
     check_algorithm(problem.op, algo)
-    return _make_plan(problem, problem.op, algo, backend, tile, _settings())
+    return _make_plan(problem, problem.op, algo, backend, tile, _settings(backend))
 
 
 def check_algorithm(op: str, algo: str) -> None:
@@ -161,7 +169,7 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
 
 def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    reason = TABLE[algo].refuses(problem)
+    reason = why_refused(problem, algo, backend)
     if reason is not None:
         raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
     if tile is not None:
@@ -188,20 +196,33 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
         raise ConvError(f"{op}: {what} must be one of {', '.join(known)}, got {name!r}")
 
 
+def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | None:
+    """Return why an algorithm cannot run a problem on a backend, in words, or None."""
+    reason = TABLE[algo].refuses(problem)
+    if reason is None and not _is_written(backend, algo):
+        return "has no CUDA kernel yet"
+    return reason
+
+
 def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
     """Return a plan per tile with which an algorithm can run the problem on this machine; none if refused."""
-    row = TABLE[algo]
-    if row.refuses(problem) is not None:
+    if why_refused(problem, algo, backend) is not None:
         return []
-    module, device = _backend(backend, algo)
+    row, device = TABLE[algo], _device(backend)
+    module = importlib.import_module(f"fastconv.{backend}.{algo}")
     plans = (Plan(problem, backend, row, tile, device, module) for tile in module.TILES if device.fits(tile))
     return [p for p in plans if problem.precision != "highest" or row.error_factor(p.tile) <= DIRECT_ERROR]
 
 
-def _backend(backend: str, algo: str) -> tuple[ModuleType, Any]:
-    """Return a backend's module for an algorithm, and the device that it runs on."""
-    device = importlib.import_module(f"fastconv.{backend}.device").current()
-    return importlib.import_module(f"fastconv.{backend}.{algo}"), device
+@lru_cache(maxsize=64)
+def _is_written(backend: str, algo: str) -> bool:
+    """Say whether a backend has a file for a row of the table: the GPU does not have all yet."""
+    return importlib.util.find_spec(f"fastconv.{backend}.{algo}") is not None
+
+
+def _device(backend: str) -> Any:
+    """Return the device that a backend's kernels run on."""
+    return importlib.import_module(f"fastconv.{backend}.device").current()
 
 
 def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
@@ -214,20 +235,20 @@ def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list
 def _cheapest(problem: ConvProblem, algo: str, backend: str) -> list[Plan]:
     """Return the plan with the cheapest tile, or nothing.
 
-    Winograd's m decides the bits of a result, so it is chosen for a single sample: the result of a sample
-    then does not depend on its batch.
+    Where a tile decides the bits of a result it is chosen for a single sample: the result of a sample then
+    does not depend on its batch.
     """
     plans = fitting_plans(problem, algo, backend)
     if not plans:
         return []
     sample = replace(problem, N=min(problem.N, 1))
-    m = _bits_of(min(plans, key=lambda plan: replace(plan, problem=sample).cost()))
-    return [min((plan for plan in plans if _bits_of(plan) == m), key=Plan.cost)]
+    bits = _bits_of(min(plans, key=lambda plan: replace(plan, problem=sample).cost()))
+    return [min((plan for plan in plans if _bits_of(plan) == bits), key=Plan.cost)]
 
 
 def _bits_of(plan: Plan) -> Any:
-    """Return what in a tile decides the bits of a result: m of Winograd's F(m, 3)."""
-    return getattr(plan.tile, "m", None)
+    """Return what in a tile decides the bits of a result, such as m of Winograd's F(m, 3), or None."""
+    return getattr(plan.tile, "bits", None)
 
 
 def workspace_limit() -> int | None:
@@ -254,6 +275,7 @@ class Explanation:
 
     def __str__(self) -> str:
         p = self.plan.problem
+        place = "one core" if self.plan.backend == "cpu" else "this GPU"
         return "\n".join([
             f"{p.op} {p}",
             f"  input {p.input_shape}, weight {p.weight_shape}, output {p.output_shape}",
@@ -261,7 +283,7 @@ class Explanation:
             f"{p.intensity:.1f} FLOP/B, {p.parameters:,} parameters",
             f"  {_unread(p)}",
             f"  on {self.plan.device.name}: {self.plan.algorithm.name}, {self.reason}",
-            "  times are estimates for one core; errors are bounds per element, in eps * conv(|x|, |w|)",
+            f"  times are estimates for {place}; errors are bounds per element, in eps * conv(|x|, |w|)",
             "",
             *(self._line(name, found) for name, found in self.others),
         ])  # fmt: skip
@@ -281,8 +303,8 @@ def explain_problem(problem: ConvProblem, algo: str = "auto", backend: str = "cp
     """Tell which plan `make_plan` chooses, what it is estimated to cost, and why not the others."""
     chosen = make_plan(problem, algo, backend)
     rows: list[tuple[str, Plan | str]] = []
-    for name, row in TABLE.items():
-        reason = row.refuses(problem)
+    for name in TABLE:
+        reason = why_refused(problem, name, backend)
         fitting = _cheapest(problem, name, backend)
         if name == chosen.algorithm.name:
             rows.append((name, chosen))
@@ -297,7 +319,7 @@ def _why(chosen: Plan, algo: str) -> str:
     """Say who chose a plan."""
     if algo != "auto":
         return "because algo names it"
-    if _settings().algo == chosen.algorithm.name:
+    if _settings(chosen.backend).algo == chosen.algorithm.name:
         return "because FASTCONV_ALGO names it"
     if _remembered_plan(chosen.problem, chosen) == chosen:
         return "measured fastest by tune"

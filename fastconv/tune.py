@@ -1,7 +1,7 @@
 """A convolution's arguments enter, the measured times of all ways to compute it leave; the fastest is kept.
 
 This module stands above plan.py, which reads what is kept here: what tune finds fastest is from then on the
-choice of algo="auto" for the same problem on the same CPU.
+choice of algo="auto" for the same problem on the same device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fastconv import arrays, measured, ops
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE
 from fastconv.problem import ConvError, ConvProblem, Padding, PerAxis
+
+Timer = Callable[[Callable[[], None]], float]
 
 BUDGET = 2.0
 """Seconds of timed rounds. In each, every rival runs once: a slow moment of the machine hits them all."""
@@ -52,7 +54,7 @@ class TuneResult:
     """What tune measured, fastest first, and what it could not measure; print it.
 
     problem  the problem
-    device   the CPU's name
+    device   the name of the CPU or GPU
     timings  one per algorithm and tile
     refused  (algorithm, reason) of the others
     path     the file that remembers the fastest, None if it could not be written
@@ -123,9 +125,12 @@ def tune(
     problem = call.frame.problem
     if problem.N == 0:
         raise ConvError(f"{op}: N must be at least 1 to be measured, got 0 ({problem})")
-    device = planning.make_plan(problem).device.label()  # a ConvError if nothing keeps to the workspace limit
-    plans, refused = _candidates(problem)
-    samples = _take_turns(_bind_plans(call, plans))
+    backend = call.kind.backend
+    with call.kind.serve(call.given.values()):
+        # A ConvError if nothing keeps to the workspace limit.
+        device = planning.make_plan(problem, backend=backend).device.label()
+        plans, refused = _candidates(problem, backend)
+        samples = _take_turns(_bind_plans(call, plans), _timer(backend))
     timings = [Timing(p.algorithm.name, str(p.tile), tuple(s)) for p, s in zip(plans, samples, strict=True)]
     timings.sort(key=lambda timing: timing.minimum)
     best = timings[0]
@@ -143,24 +148,29 @@ def _bind_plans(call: ops.Call, plans: list[planning.Plan]) -> list[Callable[[],
     residual = None
     if "residual" in given:
         residual = frame.view5(arrays.to_computable(given["residual"], frame.compute))
-    out = frame.view5(frame.allocate())
+    out = frame.view5(frame.allocate(call.kind))
     return [partial(plan.run, x, weight, bias, residual, call.epilogue, out) for plan in plans]
 
 
-def _candidates(problem: ConvProblem) -> tuple[list[planning.Plan], tuple[tuple[str, str], ...]]:
+def _candidates(
+    problem: ConvProblem, backend: str
+) -> tuple[list[planning.Plan], tuple[tuple[str, str], ...]]:
     """A plan per algorithm and tile within the workspace limit, and why there is none of the others."""
     plans: list[planning.Plan] = []
     refused: list[tuple[str, str]] = []
-    for name, row in TABLE.items():
-        fitting = planning.fitting_plans(problem, name)
+    for name in TABLE:
+        fitting = planning.fitting_plans(problem, name, backend)
         plans += fitting
         if not fitting:
-            reason = row.refuses(problem) or "needs more workspace than FASTCONV_WORKSPACE permits"
+            reason = (
+                planning.why_refused(problem, name, backend)
+                or "needs more workspace than FASTCONV_WORKSPACE permits"
+            )
             refused.append((name, reason))
     return plans, tuple(refused)
 
 
-def _take_turns(calls: list[Callable[[], None]]) -> list[list[float]]:
+def _take_turns(calls: list[Callable[[], None]], time: Timer) -> list[list[float]]:
     """Seconds of every run of each call, after one that warms up (and compiles)."""
     for call in calls:
         call()
@@ -169,13 +179,22 @@ def _take_turns(calls: list[Callable[[], None]]) -> list[list[float]]:
     start = perf_counter()
     for finished in range(1, ROUNDS + 1):
         for index in rivals:
-            samples[index].append(_time(calls[index]))
+            samples[index].append(time(calls[index]))
         if perf_counter() - start >= BUDGET:
             break
         if finished >= OPENING_ROUNDS:
             near = NEAR * min(map(min, samples))
             rivals = [index for index in rivals if min(samples[index]) <= near]
     return samples
+
+
+def _timer(backend: str) -> Timer:
+    """What measures a run: the clock, or the device's own events, because a GPU computes after the call."""
+    if backend == "cpu":
+        return _time
+    from fastconv.gpu import launch
+
+    return launch.driver().time
 
 
 def _time(call: Callable[[], None]) -> float:

@@ -91,6 +91,9 @@ TALL = [
     Case("tall_multiplier", "conv2d", (1, 3, 25, 51), (15, 1, 5, 5), {"groups": 3, "padding": 2}),
 ]  # fmt: skip
 
+# Cases whose product is so much larger than their work that an emulated GPU takes long over them.
+HEAVY = [case for case in CASES + TALL if case.name in ("depthwise_31x31", "tall_channels")]
+
 
 def sizes_around(tile: int) -> dict[str, int]:
     """Sizes named by how they meet a tile: below it, equal, just past it, a multiple, several and a rest."""

@@ -4,32 +4,37 @@ Plan.run takes any strides and any tile by name, which fastconv.conv2d does not 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
+from itertools import product
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+import pytest
 
 from fastconv import plan as planning
 from fastconv import reference
 from fastconv.algorithms import TABLE
 from fastconv.plan import Plan
 from fastconv.problem import ConvProblem, make_epilogue
+from tests.backends import BACKENDS, CPU, GPU, Backend, get, put, why_no_gpu
 from tests.cases import CASES, Case, operands, options_of
 from tests.compare import assert_bounded, assert_exact, poisoned
 
 ORDERS = ("NCHW", "NHWC")
-DTYPES = ("float32", "float64")
+DTYPES = CPU.dtypes
 
 
 class Way(NamedTuple):
-    """One way to compute: an algorithm and one of its tiles, by name."""
+    """One way to compute: an algorithm and one of its tiles, by name, on a backend."""
 
     algorithm: str
     tile: str
+    backend: Backend = CPU
 
     def plan(self, problem: ConvProblem) -> Plan:
-        return planning.make_plan(problem, self.algorithm, tile=self.tile)
+        return planning.make_plan(problem, self.algorithm, self.backend.package, tile=self.tile)
 
     def problems(self, cases: Iterable[Case], **changes) -> list[ConvProblem]:
         """Those of the cases that the algorithm accepts."""
@@ -37,18 +42,55 @@ class Way(NamedTuple):
         return [problem for problem in problems if TABLE[self.algorithm].refuses(problem) is None]
 
     def __str__(self) -> str:
-        return f"{self.algorithm}-{self.tile}"
+        prefix = "" if self.backend is CPU else f"{self.backend.name}-"
+        return f"{prefix}{self.algorithm}-{self.tile}"
 
 
-def tile_plans(algorithm: str, **changes) -> list[Plan]:
-    """A plan for every tile of an algorithm that fits this machine, each for the first case it accepts."""
-    return planning.possible_plans(Way(algorithm, "").problems(CASES, **changes)[0], algorithm)
+def tile_plans(algorithm: str, backend: Backend = CPU, **changes) -> list[Plan]:
+    """A plan for every tile of an algorithm that fits a backend, each for the first case it accepts."""
+    problem = Way(algorithm, "").problems(CASES, **changes)[0]
+    with backend.running():
+        return planning.possible_plans(problem, algorithm, backend.package)
 
 
-@lru_cache(maxsize=1)
-def ways() -> list[Way]:
-    """Every algorithm with every tile that fits this machine."""
-    return [Way(name, str(plan.tile)) for name in TABLE for plan in tile_plans(name)]
+@lru_cache(maxsize=8)
+def ways(backend: Backend = CPU) -> list[Way]:
+    """Every algorithm with every tile that fits a backend."""
+    return [Way(name, str(plan.tile), backend) for name in TABLE for plan in tile_plans(name, backend)]
+
+
+@lru_cache(maxsize=8)
+def forms(backend: Backend) -> list[Way]:
+    """Every algorithm with one tile for each order in which its terms are added; on the CPU with every tile.
+
+    On a GPU all tiles share their source, and each that is compiled and emulated takes its time.
+    """
+    if backend is CPU:
+        return ways(CPU)
+    found = {}
+    for name in TABLE:
+        for plan in tile_plans(name, backend):
+            found[name, getattr(plan.tile, "bits", None)] = Way(
+                name, str(plan.tile), backend
+            )  # the last stays
+    return list(found.values())
+
+
+def on_every_backend(choose: Callable[[Backend], list[Way]], dtypes: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test by `way`, and by `dtype` if asked for; the backend's name is a mark of the test.
+
+    choose  backend -> its ways
+    """
+    params = []
+    for backend in BACKENDS:
+        if backend is GPU and why_no_gpu():
+            skip = pytest.mark.skip(reason=why_no_gpu())
+            params.append(pytest.param(*(None, "")[: 1 + dtypes], id="gpu", marks=[pytest.mark.gpu, skip]))
+            continue
+        for values in product(choose(backend), backend.dtypes) if dtypes else zip(choose(backend)):
+            name = "-".join(map(str, values))
+            params.append(pytest.param(*values, id=name, marks=getattr(pytest.mark, backend.name)))
+    return pytest.mark.parametrize(("way", "dtype")[: 1 + dtypes], params, indirect=["way"])
 
 
 def largest_tile(algorithm: str) -> Way:
@@ -103,13 +145,16 @@ class Layer:
         problem = self.problem
         if out is None:
             out = poisoned(problem.output_shape, problem.dtype, problem.order)
-        weight = self.rank5(self.w) if weight is None else weight
+        weight = put(self.rank5(self.w)) if weight is None else weight
         epilogue = make_epilogue(problem.op, self.activation)
-        plan.run(self.rank5(self.x), weight, self.bias, self.rank5(self.residual), epilogue, self.rank5(out))
+        x, residual, written = self.rank5(self.x), self.rank5(self.residual), self.rank5(out)
+        shown = put(written)
+        plan.run(put(x), weight, put(self.bias), put(residual), epilogue, shown)
+        get(shown, written)
         return out
 
     def prepare(self, plan: Plan):
-        return plan.prepare(self.rank5(self.w))
+        return plan.prepare(put(self.rank5(self.w)))
 
     def rank5(self, array: np.ndarray | None) -> np.ndarray | None:
         """The view of an array that a plan takes: the axes that a conv1d or conv2d lacks have extent 1."""
@@ -123,7 +168,10 @@ class Layer:
             assert_exact(y, self.expected, dtype)
         else:
             factor, reach = plan.error_bound()
-            bound = factor * np.finfo(dtype).eps * self.scale(reach)
+            bound = factor * np.finfo(self.problem.compute_dtype).eps * self.scale(reach)
+            if dtype != self.problem.compute_dtype:  # rounded once more, to the half type
+                info = ml_dtypes.finfo(dtype)
+                bound = bound + info.eps / 2 * (np.abs(self.expected) + bound) + info.smallest_subnormal
             assert_bounded(y, self.expected, bound, dtype)
 
     def check(self, plan: Plan, prepared: bool = False) -> None:

@@ -1,8 +1,9 @@
 """Every algorithm with every tile, forced by name, against the reference."""
 
 import dataclasses
-from itertools import compress, product
+import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,11 +13,26 @@ from fastconv.algorithms import TABLE
 from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
-from tests.cases import CASES, TALL, WIDE, Case, around_tile, operands, options_of, sizes_around
+from tests.backends import CPU, EMULATOR
+from tests.cases import CASES, HEAVY, TALL, WIDE, Case, around_tile, operands, options_of, sizes_around
 from tests.compare import assert_bounded, assert_exact, integers, layouts, normals
-from tests.kernels import DTYPES, ORDERS, Way, largest_tile, make_layer, tile_plans, ways, with_caches
+from tests.kernels import (
+    DTYPES,
+    ORDERS,
+    Way,
+    forms,
+    largest_tile,
+    make_layer,
+    on_every_backend,
+    tile_plans,
+    ways,
+    with_caches,
+)
 
-every_way = pytest.mark.parametrize("way", ways(), ids=str)
+every_way = on_every_backend(ways, dtypes=True)
+every_form = on_every_backend(forms)
+every_form_and_dtype = on_every_backend(forms, dtypes=True)
+every_cpu_way = pytest.mark.parametrize("way", ways(), ids=str, indirect=True)
 every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -29,55 +45,93 @@ def mixed_case(algorithm, **changes):
     return Way(algorithm, "").problems(cases, **changes)[0]
 
 
+@pytest.fixture
+def way(request):
+    """The way of a parametrized test, whose backend runs meanwhile."""
+    with request.param.backend.running():
+        yield request.param
+
+
 def tile_of(way, dtype):
-    return next(plan.tile for plan in tile_plans(way.algorithm, dtype=dtype) if str(plan.tile) == way.tile)
+    plans = tile_plans(way.algorithm, way.backend, dtype=dtype)
+    return next(plan.tile for plan in plans if str(plan.tile) == way.tile)
+
+
+def tile_sizes(way, dtype):
+    """The output channels and the pixels of a tile."""
+    tile = tile_of(way, dtype)
+    if way.backend is CPU:
+        return tile.rows, tile.vectors * current().lanes(dtype)
+    return tile.block_m, getattr(tile, "block_q", tile.block_n)
 
 
 @every_order
-@every_dtype
 @every_way
 class TestTile:
     def test_cases(self, way, dtype, order, rng):
-        for problem in way.problems(CASES + TALL, dtype=dtype, order=order):
-            plan = way.plan(problem)
-            make_layer(rng, problem, integers).check(plan, prepared=True)
-            make_layer(rng, problem, integers, epilogue=False).check(plan)
-            make_layer(rng, problem, normals).check(plan)
-            make_layer(rng, problem, normals, epilogue=False).check(plan, prepared=True)
+        for turn, problem in enumerate(way.problems(some_cases(way, rng), dtype=dtype, order=order)):
+            plan, even = way.plan(problem), turn % 2 == 0
+            layers = [make_layer(rng, problem, integers), make_layer(rng, problem, normals)]
+            layers[even] = without_operands(way, layers[even])
+            for layer in layers:
+                layer.check(plan, prepared=even)
+                if way.backend is CPU:
+                    layer.check(plan, prepared=not even)
 
     def test_sizes_around_the_tile(self, way, dtype, order, rng):
-        """Rows and vectors of a tile are output channels and pixels, or the other way round.
+        """The pairs of sizes around both sides of the tile, either side as output channels and as pixels.
 
-        Each family meets a third of the pairs of sizes, another third than its neighbours in the list.
+        Each family meets a part of the pairs, another part than its neighbours in the list.
         """
-        tile = tile_of(way, dtype)
-        rows = sizes_around(tile.rows)
-        width = sizes_around(tile.vectors * current().lanes(dtype))
-        pairs = [*product(rows.values(), width.values()), *product(width.values(), rows.values())]
-        for turn, (outputs, pixels) in enumerate(pairs):
-            cases = around_tile(outputs, pixels, getattr(tile, "m", 1))
-            for problem in way.problems(cases, dtype=dtype, order=order)[turn % 3 :: 3]:
-                fill = normals if turn % 7 == 0 else integers
+        outputs, pixels = (sizes_around(size).values() for size in tile_sizes(way, dtype))
+        pairs = [*itertools.product(outputs, pixels), *itertools.product(pixels, outputs)]
+        step = 3 if way.backend is CPU else 16
+        for turn, (outputs, pixels) in enumerate(pairs if way.backend is CPU else pairs[:25]):
+            cases = around_tile(outputs, pixels, getattr(tile_of(way, dtype), "m", 1))
+            for problem in way.problems(cases, dtype=dtype, order=order)[turn % step :: step]:
                 plan, even = way.plan(problem), turn % 2 == 0
-                make_layer(rng, problem, fill, epilogue=even).check(plan)
-                make_layer(rng, problem, fill, epilogue=not even).check(plan, prepared=True)
+                layer = make_layer(rng, problem, normals if turn % 7 == 0 else integers)
+                bare = without_operands(way, layer)
+                (layer if even else bare).check(plan)
+                (bare if even else layer).check(plan, prepared=True)
+
+
+def some_cases(way, rng):
+    """All cases; on an emulated GPU, which takes its time, a third of them, another third in every test."""
+    if way.backend is not EMULATOR:
+        return CASES + TALL
+    light = [case for case in CASES + TALL if case not in HEAVY]
+    return [light[i] for i in rng.permutation(len(light))[::3]]
+
+
+def without_operands(way, layer):
+    """The layer without bias and residual; on the CPU also without activation, which GPU kernels compile in."""
+    activation = None if way.backend is CPU else layer.activation
+    return layer.with_array(bias=None, residual=None, activation=activation)
 
 
 @every_order
-@every_way
-class TestWay:
-    """What does not depend on the dtype: float32 stands for both."""
+@every_cpu_way
+def test_caches_of_any_size(way, order, rng):
+    """Small caches cut small problems into many bands, blocks and groups of channels."""
+    for problem in way.problems(CASES + WIDE, order=order):
+        for l1, l2 in ((1 << 9, 1 << 11), (1 << 12, 1 << 15)):
+            plan = with_caches(way.plan(problem), l1, l2)
+            make_layer(rng, problem, integers).check(plan)
+            make_layer(rng, problem, integers, epilogue=False).check(plan, prepared=True)
 
-    def test_caches_of_any_size(self, way, order, rng):
-        """Small caches cut small problems into many bands, blocks and groups of channels."""
-        for problem in way.problems(CASES + WIDE, order=order):
-            for l1, l2 in ((1 << 9, 1 << 11), (1 << 12, 1 << 15)):
-                plan = with_caches(way.plan(problem), l1, l2)
-                make_layer(rng, problem, integers).check(plan)
-                make_layer(rng, problem, integers, epilogue=False).check(plan, prepared=True)
+
+@every_order
+@every_form
+class TestWay:
+    """What does not depend on the dtype: float32 stands for all."""
+
+    def test_heavy_cases(self, way, order, rng):
+        for problem in way.problems(HEAVY, order=order):
+            make_layer(rng, problem, integers).check(way.plan(problem))
 
     def test_any_memory_is_read(self, way, order, rng):
-        for problem in various(way.algorithm, order=order):
+        for problem in various(way, order=order):
             layer, plan = make_layer(rng, problem, integers), way.plan(problem)
             for name in ("x", "w", "bias", "residual"):
                 for label, view in layouts(getattr(layer, name)):
@@ -89,7 +143,7 @@ class TestWay:
 
     def test_repeated_elements_are_read(self, way, order, rng):
         """A stride of zero along every axis in turn, and along all of them."""
-        for problem in various(way.algorithm, order=order):
+        for problem in various(way, order=order):
             layer, plan = make_layer(rng, problem, integers), way.plan(problem)
             for name in ("x", "w", "residual"):
                 array = getattr(layer, name)
@@ -100,11 +154,10 @@ class TestWay:
 
     def test_any_memory_is_written_and_no_other(self, way, order, rng):
         """Also where a whole vector would end just beyond a row of the output."""
-        tile = tile_of(way, "float32")
-        width = tile.vectors * current().lanes("float32")
-        cases = around_tile(tile.rows, width - 1, getattr(tile, "m", 1))
-        cases += around_tile(width, tile.rows + 1, getattr(tile, "m", 1))
-        for problem in various(way.algorithm, order=order) + way.problems(cases, order=order):
+        rows, width = tile_sizes(way, "float32")
+        m = getattr(tile_of(way, "float32"), "m", 1)
+        cases = around_tile(rows, width - 1, m) + around_tile(width, rows + 1, m)
+        for problem in various(way, order=order) + way.problems(cases, order=order):
             layer, plan = make_layer(rng, problem, integers), way.plan(problem)
             for label, out in layouts(np.full(problem.output_shape, np.nan, np.float32)):
                 if not out.flags.writeable:
@@ -126,10 +179,10 @@ class TestWay:
             assert np.array_equal(array, old)
 
     def test_every_part_of_the_epilogue_by_itself(self, way, order, rng):
-        for problem in various(way.algorithm, order=order):
+        for problem in various(way, order=order):
             whole = make_layer(rng, problem, integers)
-            for is_absent in product((True, False), repeat=3):
-                absent = compress(("bias", "residual", "activation"), is_absent)
+            for is_absent in itertools.product((True, False), repeat=3):
+                absent = itertools.compress(("bias", "residual", "activation"), is_absent)
                 whole.with_array(**dict.fromkeys(absent)).check(way.plan(problem))
 
     def test_nan_passes_through(self, way, order, rng):
@@ -166,14 +219,14 @@ class TestWay:
 ALL_ACTIVATIONS = [("leaky_relu", 0.125) if name == "leaky_relu" else name for name in ACTIVATIONS]
 
 
-def various(algorithm, **changes):
+def various(way, **changes):
     """Problems with padding and groups, without them, and with strides where the algorithm takes them."""
     names = (
         "plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed", "pointwise",
         "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier",
     )  # fmt: skip
     cases = [case for case in CASES if case.name in names]
-    return Way(algorithm, "").problems(cases + TALL, **changes)
+    return way.problems(cases if way.backend is EMULATOR else cases + TALL, **changes)
 
 
 def assert_same(layer, plan, y, what):
@@ -194,34 +247,32 @@ def count_nan(array):
     return np.count_nonzero(np.isnan(array))
 
 
-@every_algorithm
+@pytest.mark.parametrize("activation", ALL_ACTIVATIONS, ids=str)
 class TestActivation:
     @every_order
-    @every_dtype
-    @pytest.mark.parametrize("activation", ALL_ACTIVATIONS, ids=str)
-    def test_reference(self, algorithm, activation, dtype, order, rng):
+    @every_form_and_dtype
+    def test_reference(self, way, activation, dtype, order, rng):
         """The sum is exact, its activation is computed in float64 and rounded once."""
-        problem = mixed_case(algorithm, dtype=dtype, order=order, precision="highest")
+        problem = mixed_case(way.algorithm, dtype=dtype, order=order, precision="highest")
         layer = make_layer(rng, problem, integers).with_array(activation=activation)
         bias, residual = layer.bias / 16, layer.residual / 16  # near zero too, where a curve is a curve
-        layer = layer.with_array(bias=bias, residual=residual)
+        layer = layer.with_array(bias=bias.astype(dtype), residual=residual.astype(dtype))
         linear = layer.with_array(activation=None).expected
-        for plan in possible_plans(problem, algorithm):
-            y = layer.run(plan)
-            rounding = np.finfo(dtype).eps * np.abs(layer.expected)
-            slack = 4 * np.finfo(np.float64).eps * (1 + np.abs(linear))
-            assert_bounded(y, reference.activate(linear, activation), rounding + slack, dtype)
+        y = layer.run(way.plan(problem))
+        rounding = ml_dtypes.finfo(dtype).eps * np.abs(layer.expected)
+        slack = 4 * ml_dtypes.finfo(problem.compute_dtype).eps * (1 + np.abs(linear))
+        assert_bounded(y, reference.activate(linear, activation), rounding + slack, dtype)
 
-    def test_far_from_zero(self, algorithm):
+    @every_form
+    def test_far_from_zero(self, way, activation):
         """Where exp overflows, where a sigmoid is 0 or 1; in bounds that no large value loosens."""
-        problem = mixed_case(algorithm, precision="highest")
+        problem = mixed_case(way.algorithm, precision="highest")
         values = [-3e4, -800, -90, -20, -6, -1, -0.0, 0, 1e-30, 5.5, 7, 90, 800, 3e4]
         values = np.resize(np.float32(values), problem.K)
         layer = make_layer(np.random.default_rng(0), problem, integers)
-        layer = layer.with_array(x=np.zeros_like(layer.x), bias=values, residual=None)
-        for plan, activation in product(possible_plans(problem, algorithm), ALL_ACTIVATIONS):
-            y = layer.with_array(activation=activation).run(plan)[0, :, 0, 0]
-            assert_bounded(y, reference.activate(values, activation), 1e-6 * np.abs(values) + 1e-7, "float32")
+        layer = layer.with_array(x=np.zeros_like(layer.x), bias=values, residual=None, activation=activation)
+        y = layer.run(way.plan(problem))[0, :, 0, 0]
+        assert_bounded(y, reference.activate(values, activation), 1e-6 * np.abs(values) + 1e-7, "float32")
 
 
 @every_algorithm
@@ -229,7 +280,7 @@ class TestHalf:
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_rounded_once(self, algorithm, dtype, rng):
         """Sums are whole numbers in float32; the result is the reference, rounded once."""
-        for problem in various(algorithm, dtype=dtype, precision="highest"):
+        for problem in various(Way(algorithm, ""), dtype=dtype, precision="highest"):
             x, w, bias, residual = operands(rng, problem, integers)
             operation = getattr(fastconv, problem.op)
             options = {**options_of(problem), "activation": "relu", "residual": residual}
@@ -285,7 +336,7 @@ class TestRefusal:
 
     def test_every_problem_has_an_algorithm(self):
         for case in CASES:
-            for dtype, order in product(DTYPES, ORDERS):
+            for dtype, order in itertools.product(DTYPES, ORDERS):
                 problem = case.problem(dtype=dtype, order=order, precision="highest")
                 assert any(possible_plans(problem, name) for name in TABLE)
 
@@ -303,7 +354,7 @@ class TestSameBits:
         ]
         return make_layer(rng, way.problems(cases, order=request.param)[0], normals)
 
-    @every_way
+    @every_cpu_way
     def test_any_thread_count(self, way, layer, monkeypatch):
         plan = way.plan(layer.problem)
         results = []
@@ -314,14 +365,14 @@ class TestSameBits:
         for y in results[1:]:
             assert y.tobytes() == results[0].tobytes()
 
-    @every_way
+    @every_form
     def test_any_run(self, way, layer):
         plan = way.plan(layer.problem)
         first = layer.run(plan).tobytes()
         for _ in range(20):
             assert layer.run(plan).tobytes() == first
 
-    @every_way
+    @every_form
     def test_any_batch(self, way, layer):
         whole = layer.run(way.plan(layer.problem))
         alone = dataclasses.replace(layer.problem, N=1)
@@ -331,7 +382,7 @@ class TestSameBits:
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
 
-    @every_way
+    @every_cpu_way
     def test_any_caches(self, way, layer):
         plan = way.plan(layer.problem)
         assert layer.run(with_caches(plan, 1 << 12, 1 << 14)).tobytes() == layer.run(plan).tobytes()

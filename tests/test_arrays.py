@@ -93,7 +93,8 @@ class TestAdapt:
     @pytest.mark.parametrize("value", [None, 1.0, [[1.0]], "x", np.float32(1), object(), memoryview(b"12")])
     def test_no_array(self, value):
         with pytest.raises(
-            TypeError, match=r"^conv1d: weight must be a NumPy array or a torch tensor on the CPU, got "
+            TypeError,
+            match=r"^conv1d: weight must be a NumPy or CuPy array, a torch tensor or an array with __cuda",
         ):
             arrays.adapt("conv1d", {"input": np.zeros((2, 3)), "weight": value})
 
@@ -104,9 +105,13 @@ class TestAdapt:
             arrays.adapt("conv1d", given)
         assert given["input"] is x
 
-    def test_cuda_array_is_refused(self):
-        with pytest.raises(ConvError, match=r"no CUDA backend, got .*FakeCudaArray on a CUDA device"):
-            arrays.adapt("conv1d", {"input": FakeCudaArray(), "weight": FakeCudaArray()})
+    def test_cuda_array_without_cuda_or_memory_is_refused(self):
+        """What is missing depends on the machine; the words for each case are in test_gpu_host.py."""
+        given = {"input": FakeCudaArray(), "weight": FakeCudaArray()}
+        with pytest.raises(
+            ConvError, match=r"^conv1d: (CUDA arrays need|input on a CUDA device must have memory)"
+        ):
+            arrays.adapt("conv1d", given)
 
     def test_mixed_devices(self):
         message = (
@@ -115,13 +120,6 @@ class TestAdapt:
         with pytest.raises(TypeError) as caught:
             arrays.adapt("conv1d", {"input": np.zeros((2, 3)), "weight": FakeCudaArray()})
         assert str(caught.value) == message
-
-    def test_torch_cuda_tensor_is_refused(self, torch):
-        class OnCuda(torch.Tensor):
-            device = types.SimpleNamespace(type="cuda")
-
-        with pytest.raises(ConvError, match="no CUDA backend"):
-            arrays.adapt("conv1d", {"input": torch.ones(2, 3).as_subclass(OnCuda)})
 
     def test_half_imported_torch_is_no_torch(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))

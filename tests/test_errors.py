@@ -11,7 +11,7 @@ from tests.test_arrays import FakeCudaArray
 
 NAN = float("nan")
 OUT = (2, 6, 5, 5)  # of the good call below
-ARRAY = "must be a NumPy array or a torch tensor on the CPU, got "
+ARRAY = "must be a NumPy or CuPy array, a torch tensor or an array with __cuda_array_interface__, got "
 DTYPE = "must be float16, bfloat16, float32 or float64, got "
 AXES = "must be an int or one int per spatial axis"
 
@@ -179,7 +179,7 @@ BAD = {
     ),
     "CUDA arrays": (
         dict.fromkeys(("input", "weight", "bias", "out"), FakeCudaArray()), ConvError,
-        "no CUDA backend",
+        "CUDA",  # nothing computes on it here, or, with a GPU, it has no memory
     ),
     # dtypes
     "integers": ({"input": ones(2, 4, 7, 7, dtype=np.int64)}, TypeError, f"input.dtype {DTYPE}int64"),
@@ -409,7 +409,7 @@ class TestLayers:
             (None, TypeError),
             (ones(2, 4, 7, 7, dtype=np.float64), TypeError),
             (ones(2, 4, 7, 7, dtype=np.int32), TypeError),
-            (FakeCudaArray(), ConvError),
+            (FakeCudaArray(), (ConvError, TypeError)),  # TypeError where there is a GPU
             (ones(2, 3, 7, 7), ConvError),
             (ones(2, 4, 2, 7), ConvError),
             (ones(4, 7), ConvError),
@@ -492,6 +492,11 @@ class TestTorch:
         self.refuse(
             tensors, TypeError, "torch.sparse_coo tensor on cpu", weight=torch.ones(6, 4, 3, 3).to_sparse()
         )
+
+    def test_negated_out(self, tensors, torch):
+        """Its memory holds the opposite of its values: what is written there is read with other signs."""
+        out = torch.zeros(OUT, dtype=torch.complex64).conj().imag
+        self.refuse(tensors, ConvError, "out must be no negated view", out=out)
 
     def test_out(self, tensors, torch):
         self.refuse(

@@ -19,17 +19,24 @@ MODULES = {
 ALLOWED = {
     "problem": set(),
     "winograd_math": set(),
-    "arrays": {"problem"},
+    "arrays": {"gpu", "problem"},  # gpu: for arrays on a GPU, when one comes in
     "reference": {"problem"},
     "cpu": {"cpu", "problem", "winograd_math"},
+    "gpu": {"gpu", "problem"},
     "algorithms": {"problem"},
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
-    "plan": {"algorithms", "cpu", "measured", "problem"},
+    "plan": {"algorithms", "cpu", "gpu", "measured", "problem"},
     "ops": {"algorithms", "arrays", "plan", "problem"},
-    "tune": {"algorithms", "arrays", "measured", "ops", "plan", "problem"},
+    "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
     "__init__": {"ops", "problem", "reference", "tune"},
 }
-FOREIGN = {"numpy": set(ALLOWED), "numba": {"cpu"}, "llvmlite": {"cpu"}, "ml_dtypes": {"arrays"}}
+FOREIGN = {
+    "numpy": set(ALLOWED),
+    "numba": {"cpu"},
+    "llvmlite": {"cpu"},
+    "ml_dtypes": {"arrays", "gpu"},
+    "cupy": {"gpu"},
+}
 HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich"}
 
 
@@ -100,6 +107,10 @@ class TestDirections:
 
 def test_the_picture_names_what_exists():
     assert set(ALLOWED) == {unit(module) for module in MODULES}
+
+
+def test_one_module_imports_cupy():
+    assert [module for module in MODULES if "cupy" in split_imports(module)[1]] == ["gpu.cupy_driver"]
 
 
 def test_a_forbidden_import_is_found(tmp_path, monkeypatch):

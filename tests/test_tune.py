@@ -131,27 +131,27 @@ def clock(monkeypatch):
 def test_slow_ways_drop_out_after_the_opening(clock):
     near_enough = 0.001 * (NEAR - 0.01)
     fast, near, slow = FakeWay(clock, 0.001), FakeWay(clock, near_enough), FakeWay(clock, 0.01)
-    samples = _take_turns([slow, fast, near])
+    samples = _take_turns([slow, fast, near], tuning._time)
     assert [len(times) for times in samples] == [OPENING_ROUNDS, ROUNDS, ROUNDS]
     assert fast.runs == ROUNDS + 1  # the first warms up and is not counted
     assert np.allclose(samples[2], near_enough)
 
 
 def test_the_first_run_does_not_count(clock):
-    samples = _take_turns([FakeWay(clock, 30.0, 0.001)])
+    samples = _take_turns([FakeWay(clock, 30.0, 0.001)], tuning._time)
     assert max(samples[0]) < 0.0011
 
 
 def test_one_slow_moment_does_not_cost_the_victory(clock):
     hit = FakeWay(clock, 0.001, 0.016, 0.001)
     other = FakeWay(clock, 0.0011)
-    hit_times, other_times = _take_turns([hit, other])
+    hit_times, other_times = _take_turns([hit, other], tuning._time)
     assert min(hit_times) < min(other_times)
     assert len(hit_times) == ROUNDS
 
 
 def test_the_budget_ends_it_with_every_way_measured(clock):
-    samples = _take_turns([FakeWay(clock, BUDGET), FakeWay(clock, 3 * BUDGET)])
+    samples = _take_turns([FakeWay(clock, BUDGET), FakeWay(clock, 3 * BUDGET)], tuning._time)
     assert [len(times) for times in samples] == [1, 1]
 
 

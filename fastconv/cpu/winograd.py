@@ -67,6 +67,11 @@ class WinogradTile(NamedTuple):
     rows: int
     vectors: int
 
+    @property
+    def bits(self) -> int:
+        """What decides the bits of a result."""
+        return self.m
+
     def __str__(self) -> str:
         return f"f{self.m}_{self.rows}x{self.vectors}"
 

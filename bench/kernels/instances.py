@@ -1,0 +1,98 @@
+"""The algorithms enter, a verdict on every kernel that they can launch leaves."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from itertools import combinations
+from types import ModuleType
+from typing import NamedTuple
+
+from bench.kernels import banks, disassembly, nvrtc, occupancy, ptx
+from bench.kernels.disassembly import Loop
+from bench.kernels.nvrtc import CompileError, Resources
+from fastconv.algorithms import TABLE
+from fastconv.gpu.source import Kernel
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ORDERS = ("NCHW", "NHWC")
+ARCHITECTURES = tuple(occupancy.LIMITS)
+
+
+class Verdict(NamedTuple):
+    """One kernel on one architecture: what it takes there, or why it cannot be compiled.
+
+    loop       its main loop, None if it has none that multiplies
+    conflicts  how often shared memory serves the loop's slowest access; 1 without bank conflicts
+    """
+
+    kernel: Kernel
+    sm: int
+    resources: Resources | None
+    loop: Loop | None = None
+    conflicts: int = 1
+    refusal: str = ""
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with it, in words."""
+        if self.resources is None:
+            return [self.refusal]
+        return occupancy.faults(self.resources, self.kernel.threads, self.sm)
+
+
+def modules() -> dict[str, ModuleType]:
+    """Return the GPU's module of every algorithm that has one."""
+    names = [name for name in TABLE if find_spec(f"fastconv.gpu.{name}")]
+    return {name: importlib.import_module(f"fastconv.gpu.{name}") for name in names}
+
+
+def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
+    """Return every kernel that an algorithm can launch for arrays of a dtype, each once."""
+    module = modules()[algorithm]
+    found = {
+        kernel.name: kernel
+        for order in ORDERS
+        for tile in module.TILES
+        for kernel in module.kernels(dtype, order, tile)
+    }
+    return list(found.values())
+
+
+def cover(kernels: Sequence[Kernel], together: int = 2) -> list[Kernel]:
+    """Return some of the kernels: any `together` settings of one are together in one of those returned."""
+    groups = {kernel: set(combinations(settings(kernel), together)) for kernel in kernels}
+    missing = set().union(*groups.values())
+    chosen = []
+    while missing:
+        best = max(kernels, key=lambda kernel: len(groups[kernel] & missing))
+        chosen.append(best)
+        missing -= groups[best]
+    return chosen
+
+
+def settings(kernel: Kernel) -> list[object]:
+    """Return what makes a kernel special: dtype, algorithm and stage, the whole tile, and each define."""
+    tile = [value for name, value in kernel.defines if name.startswith("BLOCK_")]
+    return [kernel.name.split("__")[0], ("tile", *tile), *kernel.defines]
+
+
+def judge(kernels: Iterable[Kernel], sm: int, look_inside: bool = False) -> Iterator[Verdict]:
+    """Compile kernels for one architecture, several at a time; look_inside finds their main loops too."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda kernel: _judge_one(kernel, sm, look_inside), kernels)
+
+
+def _judge_one(kernel: Kernel, sm: int, look_inside: bool) -> Verdict:
+    try:
+        compiled = nvrtc.compiler_for(sm).compile(kernel.name, kernel.source, sm)
+    except CompileError as error:
+        return Verdict(kernel, sm, None, refusal=str(error))
+    if not look_inside:
+        return Verdict(kernel, sm, compiled.resources)
+    accesses = ptx.main_loop_accesses(compiled.ptx, kernel.threads)
+    conflicts = max((banks.conflicts(access.addresses, access.size) for access in accesses), default=1)
+    loop = disassembly.main_loop(disassembly.disassemble(compiled.cubin))
+    return Verdict(kernel, sm, compiled.resources, loop, conflicts)

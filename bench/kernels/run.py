@@ -1,0 +1,43 @@
+"""Architectures enter, the page about all kernels is printed and kept, and an exit status leaves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import rows, show
+from bench.kernels import disassembly, instances, table
+from bench.versions import read_commit
+
+PAGE = "kernels.md"
+INSIDE = (75, 90)  # whose main loops are shown: without and with copies that go past the registers
+
+
+def compile_kernels(architectures: Sequence[int], every: bool, folder: Path, arguments: Sequence[str]) -> int:
+    """Compile kernels for the architectures; 1 if one of them spills or exceeds a limit.
+
+    every  all kernels, not only as many as have every pair of settings: that takes hours
+    """
+    console = show.make_console()
+    sets = [instances.kernels_of(name, dtype) for name in instances.modules() for dtype in instances.DTYPES]
+    known = sum(map(len, sets))
+    kernels = [kernel for found in sets for kernel in (found if every else instances.cover(found))]
+    inside = INSIDE if disassembly.find_nvdisasm() else ()
+    if not inside:
+        console.print(f"main loops are left out: {disassembly.MISSING}", markup=False)
+    verdicts: list[instances.Verdict] = []
+    with show.make_progress(console) as progress:
+        task = progress.add_task("", total=len(kernels) * len(architectures))
+        for sm in architectures:
+            progress.update(task, description=f"sm_{sm}")
+            for verdict in instances.judge(kernels, sm, look_inside=sm in inside):
+                verdicts.append(verdict)
+                progress.advance(task)
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    commit, dirty = read_commit()
+    page = table.render(verdicts, known, command, commit + " with uncommitted changes" * dirty)
+    rows.replace(folder / PAGE, page)
+    console.print(page, markup=False, soft_wrap=True)
+    console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
+    return 1 if table.list_faults(verdicts) else 0

@@ -1,0 +1,148 @@
+"""CUDA arrays of any library enter, NumPy arrays of the same device memory leave, and back again.
+
+Such an array has shape, strides, dtype and address, so that NumPy slices, transposes and compares it; its
+elements lie on the device and are never looked at. No library is imported: one whose arrays come in is there,
+and CuPy is once launch.check_available has passed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from fastconv.gpu import launch
+from fastconv.gpu.caller import Caller
+
+_NO_ADDRESS = 64  # of an empty array: for a null pointer NumPy would allocate memory of its own
+
+
+class _Holder:
+    """What NumPy makes an array of; the array's `base`, and so what keeps the memory alive.
+
+    owner   the library's array
+    stream  on which the memory may still be written, as __cuda_array_interface__ states it
+    """
+
+    def __init__(self, owner: Any, interface: dict[str, Any]) -> None:
+        self.owner = owner
+        self.stream: int | None = interface.get("stream")
+        address, read_only = interface["data"]
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(interface["shape"]),
+            "strides": interface.get("strides"),
+            "typestr": interface["typestr"],
+            "data": (address or _NO_ADDRESS, read_only),
+        }
+
+
+def from_interface(array: Any, interface: dict[str, Any]) -> np.ndarray:
+    """View an array that has __cuda_array_interface__, such as CuPy's."""
+    view = np.asarray(_Holder(array, interface))
+    # bfloat16 has no typestr of its own, only a size: the array itself knows.
+    return view if view.dtype.kind != "V" else view.view(getattr(array, "dtype", view.dtype))
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    """View a dense CUDA tensor of torch."""
+    name, itemsize = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
+    interface = {
+        "shape": tensor.shape,
+        "strides": tuple([stride * itemsize for stride in tensor.stride()]),
+        "typestr": "<u2" if name == "bfloat16" else np.dtype(name).str,
+        "data": (tensor.data_ptr(), False),
+    }
+    view = np.asarray(_Holder(tensor, interface))
+    if name != "bfloat16":
+        return view
+    import ml_dtypes
+
+    return view.view(ml_dtypes.bfloat16)
+
+
+def empty_cupy(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate from CuPy's pool."""
+    array = sys.modules["cupy"].empty(shape, dtype)
+    return from_interface(array, array.__cuda_array_interface__)
+
+
+def empty_torch(device: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate from torch's pool."""
+    torch = sys.modules["torch"]
+    return from_torch(torch.empty(shape, dtype=getattr(torch, dtype.name), device=f"cuda:{device}"))
+
+
+def to_cupy(array: np.ndarray, like: Any) -> Any:
+    """Return an array of `empty_cupy`, transposed or not, as CuPy's, whatever it shall be like."""
+    as_strided = sys.modules["cupy"].lib.stride_tricks.as_strided
+    return as_strided(_holder(array).owner, array.shape, array.strides)
+
+
+def to_torch(array: np.ndarray, like: Any) -> Any:
+    """Return an array of `empty_torch`, transposed or not, as torch's, whatever it shall be like."""
+    strides = [stride // array.itemsize for stride in array.strides]
+    return _holder(array).owner.as_strided(array.shape, strides)
+
+
+def device_of_torch(tensor: Any) -> int:
+    """Return the index of a tensor's device."""
+    return int(tensor.device.index)
+
+
+def device_of_cupy(array: Any) -> int:
+    """Return the index of a CuPy array's device."""
+    return int(array.device.id)
+
+
+def device_of(array: Any) -> int:
+    """Return the index of the device on which an array that has __cuda_array_interface__ lies."""
+    runtime = sys.modules["cupy"].cuda.runtime
+    address = array.__cuda_array_interface__["data"][0]
+    return int(runtime.pointerGetAttributes(address).device if address else runtime.getDevice())
+
+
+def serve_cupy(device: int, arrays: Iterable[np.ndarray]) -> AbstractContextManager[None]:
+    """Compute on CuPy's current stream, for CuPy's own arrays."""
+    return launch.calling(Caller(device, empty_cupy))
+
+
+def serve_interface(device: int, arrays: Iterable[np.ndarray]) -> AbstractContextManager[None]:
+    """Compute on CuPy's current stream, once the streams that the arrays name have written them."""
+    streams = {_holder(array).stream for array in arrays}
+    producers = frozenset(stream for stream in streams if stream is not None)
+    return launch.calling(Caller(device, empty_cupy, producers=producers))
+
+
+def serve_torch(device: int, arrays: Iterable[np.ndarray]) -> AbstractContextManager[None]:
+    """Compute on torch's current stream."""
+    stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+
+    def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return empty_torch(device, shape, dtype)
+
+    return launch.calling(Caller(device, empty, stream))
+
+
+def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy into contiguous memory of the caller's pool; the dtype is the array's own."""
+    return launch.driver().copy(array)
+
+
+def mark() -> Any:
+    """Return what the caller's stream has been given by now, None while it is captured in a CUDA graph."""
+    return launch.driver().mark()
+
+
+def wait_for(mark: Any) -> None:
+    """Let the caller's stream go on after a mark, which may be another stream's."""
+    launch.driver().wait_for(mark)
+
+
+def _holder(array: Any) -> _Holder:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array

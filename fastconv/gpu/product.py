@@ -1,0 +1,309 @@
+"""What the kernels are told of a convolution, and the tiled matrix product of kernels/gemm.cuh.
+
+im2col and pointwise differ only in how they load columns; direct shares the packed weight and the arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastconv.gpu import launch
+from fastconv.gpu.source import Kernel, make_kernel
+
+if TYPE_CHECKING:
+    from fastconv.gpu.hardware import Device
+    from fastconv.problem import ConvProblem, Operands
+
+SLICE = 8  # kBlockK of gemm.cuh
+THREADS = 256  # per block, of kernels that handle one element per thread
+LAUNCH = 3e-6  # seconds from the end of one kernel to the work of the next
+FULL_WARPS = 8  # on one SM; with fewer the multiply-adds do not fill the pipelines
+REGISTERS = 128  # per thread, about: 64 sums and what is multiplied
+L2_SPEEDUP = 2.5  # of the level-2 cache over the memory, in bytes/s
+MOST_PARTS = 32
+
+_FIRST_LONG = 2**31  # the least number that no int holds
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one thread block computes: block_m output channels of block_n pixels, 64 sums per thread."""
+
+    block_m: int
+    block_n: int
+
+    @property
+    def threads(self) -> int:
+        return self.block_m * self.block_n // 64
+
+    @property
+    def resident(self) -> int:
+        """Blocks that one SM holds at a time, as its 65,536 registers permit."""
+        return max(65536 // (REGISTERS * self.threads), 1)
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}"
+
+
+class Call:
+    """One run of an algorithm: what its kernels have in common."""
+
+    def __init__(self, algorithm: str, problem: ConvProblem, operands: Operands) -> None:
+        o = operands
+        self.algorithm, self.problem, self.operands = algorithm, problem, operands
+        arrays = {"x": o.x, "y": o.out, "r": o.residual, "bias": o.bias}
+        self.conv = _conv_fields(problem, arrays, o.epilogue.slope)
+        self.reach = _reach(problem, operands)
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """The arguments that say where sums go."""
+        o = self.operands
+        return {"bias": o.bias, "residual": o.residual, "y": o.out, "conv": self.conv}
+
+    @property
+    def output(self) -> dict[str, Any]:
+        """The defines that say where sums go."""
+        return {"ORDER": self.problem.order, "ACTIVATION": self.operands.epilogue.activation or "none"}
+
+    def launch(
+        self, stage: str, blocks: int, threads: int, defines: dict[str, Any], largest: int, **arguments: Any
+    ) -> None:
+        """Launch a stage; `largest` is the largest count or offset beside those of the operands."""
+        index = index_type(max(self.reach, largest))
+        kernel = stage_kernel(self.algorithm, stage, self.problem.dtype, defines, threads, index)
+        launch.launch(kernel, blocks, **arguments)
+
+
+def pack(algorithm: str, problem: ConvProblem, weight: np.ndarray, together: int, rows: int) -> np.ndarray:
+    """Return the weight as the kernels want it, (groups, rows, pitch); itself if it was packed before.
+
+    rows  of a group: the terms of its sums in chunks of `together` channels, then zeros
+    """
+    if weight.ndim == 3:
+        return weight
+    packed = launch.driver().empty((problem.groups, rows, _pitch(problem)), accumulator(problem))
+    index = index_type(max(packed.size, _span(weight)))
+    kernel = stage_kernel(algorithm, "PACK", problem.dtype, {}, THREADS, index)
+    launch.launch(
+        kernel, -(-packed.size // THREADS), weight=weight, packed=packed,
+        conv=_conv_fields(problem, {"w": weight}), together=together, rows=rows, pitch=packed.shape[2],
+    )  # fmt: skip
+    return packed
+
+
+def index_type(largest: int) -> str:
+    """Return the C++ type of offsets and counts up to `largest`."""
+    return "int" if largest < _FIRST_LONG else "long long"
+
+
+def stage_kernel(
+    algorithm: str, stage: str, dtype: str, defines: dict[str, Any], threads: int, index: str
+) -> Kernel:
+    """Return the kernel of a stage."""
+    return make_kernel(algorithm, stage, dtype, (*defines.items(), ("INDEX", index), ("THREADS", threads)))
+
+
+def accumulator(problem: ConvProblem) -> np.dtype:
+    """Return the dtype of sums, packed weights and workspace."""
+    return np.dtype(problem.compute_dtype)
+
+
+def element_steps(array: np.ndarray) -> list[int]:
+    """Return an array's strides in elements."""
+    return [stride // array.itemsize for stride in array.strides]
+
+
+_ARRAY_AXES = {"x": "ncdhw", "w": "kctrs", "y": "nkopq", "r": "nkopq", "bias": "k"}
+
+
+def _conv_fields(
+    problem: ConvProblem, arrays: dict[str, np.ndarray | None], slope: float = 0.0
+) -> dict[str, int | float]:
+    """Return the fields of struct Conv in kernels/common.cuh, with the steps of some of its arrays."""
+    p = problem
+    fields: dict[str, int | float] = {
+        "N": p.N, "C": p.C // p.groups, "D": p.D, "H": p.H, "W": p.W, "K": p.gemm_m,
+        "T": p.T, "R": p.R, "S": p.S, "O": p.O, "P": p.P, "Q": p.Q, "groups": p.groups, "slope": slope,
+    }  # fmt: skip
+    for name, values in (("stride", p.stride), ("dilation", p.dilation), ("padding", p.padding_before)):
+        fields |= {f"{name}_{axis}": value for axis, value in zip("dhw", values)}
+    for name, axes in _ARRAY_AXES.items():
+        array = arrays.get(name)
+        steps = [0] * len(axes) if array is None else element_steps(array)
+        fields |= {f"{name}_{axis}": step for axis, step in zip(axes, steps)}
+    return fields
+
+
+def _reach(problem: ConvProblem, operands: Operands) -> int:
+    """Return a bound of all offsets and sizes, those of windows that lie in the padding included."""
+    padded = [
+        before + size + after for size, (before, after) in zip(problem.input_shape5[2:], problem.padding)
+    ]
+    steps = element_steps(operands.x)
+    found = [sum(size * abs(step) for size, step in zip((problem.N, problem.C + SLICE, *padded), steps))]
+    others = (operands.bias, operands.residual, operands.out)
+    found += [_span(array) for array in others if array is not None]
+    return max(*found, *padded, *problem.stride, *problem.dilation)
+
+
+def _span(array: np.ndarray) -> int:
+    """Return a bound of the offsets of an array's elements."""
+    return sum(size * abs(step) for size, step in zip(array.shape, element_steps(array)))
+
+
+def _pitch(problem: ConvProblem) -> int:
+    """Return the elements of a row of the packed weight: the output channels of a group, in fours."""
+    return -(-problem.gemm_m // 4) * 4
+
+
+def packed_rows(problem: ConvProblem, together: int) -> int:
+    """Return the rows of a group's packed weight, whose channels go in chunks of `together`."""
+    chunks = -(-problem.C // problem.groups // together)
+    return chunks * together * math.prod(problem.weight_shape5[2:])
+
+
+def packed_bytes(problem: ConvProblem, rows: int) -> int:
+    """Return the bytes of a packed weight."""
+    return problem.groups * rows * _pitch(problem) * accumulator(problem).itemsize
+
+
+def find_loads(problem: ConvProblem, x: np.ndarray) -> str:
+    """Return how channels can be loaded: LOADS of kernels/gemm.cuh."""
+    if problem.C // problem.groups % SLICE:
+        return "CHECKED"
+    return "VECTOR" if x.strides[1] == x.itemsize and steps_in_fours(x, (0, 2, 3, 4)) else "WHOLE"
+
+
+def steps_in_fours(x: np.ndarray, axes: tuple[int, ...]) -> bool:
+    """Say whether steps along these axes keep the alignment of vectors of four elements."""
+    alignment = min(4 * x.itemsize, 16)
+    steps = [x.strides[axis] for axis in axes if x.shape[axis] > 1]
+    return not any(step % alignment for step in (x.__array_interface__["data"][0], *steps))
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a product is divided among blocks.
+
+    slices    of SLICE terms, of every sum
+    parts     that a sum consists of
+    is_split  every part has a block of its own, and the stage REDUCE adds them
+    """
+
+    slices: int
+    parts: int
+    blocks: int
+    is_split: bool
+
+
+def divide(
+    problem: ConvProblem, tile: Tile, device: Device, slices: int, parts: int, columns: int
+) -> Division:
+    """Divide a product of `columns` pixels: parts go to blocks of their own while SMs would stand idle."""
+    blocks = problem.groups * -(-problem.gemm_m // tile.block_m) * -(-columns // tile.block_n)
+    is_idle = blocks < device.processors * tile.resident
+    # One block can add its parts by itself only in float32: twice 64 sums in float64 are too many registers.
+    is_split = parts > 1 and (is_idle or problem.compute_dtype == "float64")
+    return Division(slices, parts, blocks * parts if is_split else blocks, is_split)
+
+
+def count_parts(problem: ConvProblem, slices: int, device: Device) -> int:
+    """Return into how many parts each sum is cut, so that one sample keeps the device busy.
+
+    It depends on one sample only: the bits of a sample's result are the same in every batch.
+    """
+    pixels = problem.O * problem.P * problem.Q
+    tiles = problem.groups * -(-problem.gemm_m // 64) * -(-pixels // 64)
+    return max(1, min(4 * device.processors // tiles, slices // SLICE, MOST_PARTS))
+
+
+def partial_bytes(problem: ConvProblem, division: Division) -> int:
+    """Return the bytes of the parts' sums."""
+    count = division.parts * math.prod(problem.output_shape5) if division.is_split else 0
+    return count * accumulator(problem).itemsize
+
+
+def seconds(problem: ConvProblem, tile: Tile, device: Device, division: Division, efficiency: float) -> float:
+    """Return the estimated seconds of a product, that of the stage REDUCE included.
+
+    efficiency  part of the peak that the main loop reaches on a full device: about its share of multiply-adds
+    """
+    per_sm = -(-division.blocks // device.processors)
+    warps = min(per_sm, tile.resident) * tile.threads / 32
+    rate = device.peak(problem.dtype) / device.processors * efficiency * min(1.0, warps / FULL_WARPS)
+    terms = SLICE * division.slices / (division.parts if division.is_split else 1)
+    arithmetic = per_sm * terms * 2 * tile.block_m * tile.block_n / rate
+    loaded = division.blocks * terms * (tile.block_m + tile.block_n) * accumulator(problem).itemsize
+    moved = problem.bytes + (loaded + 2 * partial_bytes(problem, division)) / L2_SPEEDUP
+    return max(arithmetic, moved / device.bandwidth) + LAUNCH * (1 + division.is_split)
+
+
+def multiply(
+    call: Call, tile: Tile, packed: np.ndarray, division: Division, defines: dict[str, Any], columns: int,
+    **loaded: Any,
+) -> None:  # fmt: skip
+    """Launch the product and, if it is split, the sum of its parts.
+
+    defines, loaded  what the algorithm's loader is compiled with, and what it takes
+    """
+    partial = None
+    largest = max(packed.size, columns + tile.block_n)
+    if division.is_split:
+        shape = (division.parts, *call.problem.output_shape5)
+        partial = launch.driver().empty(shape, accumulator(call.problem))
+        largest = max(largest, partial.size)
+    is_inside = division.parts > 1 and not division.is_split
+    defines = {**_defines(tile, is_inside), **defines, **call.output}
+    call.launch(
+        "MULTIPLY", division.blocks, tile.threads, defines, largest, packed=packed, partial=partial,
+        columns=columns, slices=division.slices, parts=division.parts, **call.ends, **loaded,
+    )  # fmt: skip
+    if partial is not None:
+        blocks = -(-math.prod(call.problem.output_shape5) // THREADS)
+        call.launch(
+            "REDUCE",
+            blocks,
+            THREADS,
+            call.output,
+            largest,
+            partial=partial,
+            parts=division.parts,
+            **call.ends,
+        )
+
+
+def kernels(
+    algorithm: str, dtype: str, order: str, tile: Tile, loaders: list[dict[str, Any]]
+) -> list[Kernel]:
+    """Return the kernels of a tile, as `variants` does: all loaders, the last one also with parts inside."""
+    found = [_defines(tile, False) | loader for loader in loaders]
+    if dtype != "float64":
+        found.append(_defines(tile, True) | loaders[-1])
+    return [
+        stage_kernel(algorithm, "PACK", dtype, {}, THREADS, "int"),
+        *variants(algorithm, "MULTIPLY", dtype, order, tile, found),
+        stage_kernel(algorithm, "REDUCE", dtype, {"ORDER": order, "ACTIVATION": "relu"}, THREADS, "int"),
+    ]
+
+
+def variants(
+    algorithm: str, stage: str, dtype: str, order: str, tile: Tile, found: list[dict[str, Any]]
+) -> list[Kernel]:
+    """Return kernels of all the given defines with plain output, of the last one also with the largest output
+    function, and of the first one also with long indices."""
+    plain = [(defines, "none", "int") for defines in found]
+    return [
+        stage_kernel(
+            algorithm, stage, dtype, {**defines, "ORDER": order, "ACTIVATION": word}, tile.threads, index
+        )
+        for defines, word, index in (*plain, (found[-1], "gelu", "int"), (found[0], "none", "long long"))
+    ]
+
+
+def _defines(tile: Tile, is_inside: bool) -> dict[str, Any]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTS_INSIDE": int(is_inside)}

@@ -1,0 +1,131 @@
+// tile.cuh - 64 sums per thread, and what becomes of them: the tile that all matrix-like kernels compute.
+//
+//   a (rows: output channels)   b (columns: pixels)     a tile is BLOCK_M x BLOCK_N, a warp computes 32 x 64 of it
+//
+//   lane: rows 4 * (lane / 8) + {0..3, 16..19}, columns 4 * (lane % 8) + {0..3, 32..35}
+//   so the 8 lanes that shared memory serves together read one 16-byte word of a, and 128 bytes in a row of b.
+//
+// Set by the host: BLOCK_M (32, 64, 128), BLOCK_N (64, 128).
+
+#include "common.cuh"
+
+#ifdef BLOCK_M
+
+constexpr int kWarpsM = BLOCK_M / 32;
+constexpr int kWarpsN = BLOCK_N / 64;
+static_assert(BLOCK_M % 32 == 0 && BLOCK_N % 64 == 0, "a warp computes 32 x 64");
+static_assert(THREADS == 32 * kWarpsM * kWarpsN, "every warp has its part of the tile");
+
+struct alignas(16) AccFour {
+    ACC value[4];
+};
+
+// Read four neighbours from an aligned address of shared memory.
+DEVICE void read_four(ACC* to, const ACC* from)
+{
+    const AccFour four = *reinterpret_cast<const AccFour*>(from);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = four.value[e];
+}
+
+// Add the products of one k.
+DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns)[8])
+{
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j] = fma(rows[i], columns[j], sum[i][j]);
+    }
+}
+
+// Where a thread's sums lie in the tile.
+struct Place {
+    int row, column;  // of sum[0][0]
+
+    DEVICE Place()
+    {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        row = warp / kWarpsN * 32 + lane / 8 * 4;
+        column = warp % kWarpsN * 64 + lane % 8 * 4;
+    }
+    DEVICE int row_of(int i) const { return row + i % 4 + i / 4 * 16; }
+    DEVICE int column_of(int j) const { return column + j % 4 + j / 4 * 32; }
+};
+
+// Where the pixels lie that the columns of a tile stand for.
+struct Columns {
+    INDEX y_at[BLOCK_N];         // in y; kNowhere behind the last one
+    INDEX residual_at[BLOCK_N];  // in the residual
+
+    DEVICE void locate(int column, bool exists, const Pixel& pixel, const Conv& conv)
+    {
+        y_at[column] = exists ? offset_in_y(pixel, conv) : kNowhere;
+        residual_at[column] = offset_in_residual(pixel, conv);
+    }
+};
+
+// The four sums that a thread stores together: neighbours in the output, if its memory has the order ORDER.
+struct Quad {
+    int i[4], j[4];
+
+    DEVICE explicit Quad(int quad)
+    {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            i[e] = ORDER == NHWC ? quad % 2 * 4 + e : quad / 2;
+            j[e] = ORDER == NHWC ? quad / 2 : quad % 2 * 4 + e;
+        }
+    }
+};
+
+// Finish a tile and write it to y.
+DEVICE void store_tile(const ACC (&sum)[8][8], const Columns& columns, const Place& place, INDEX group,
+                       INDEX first_row, const Conv& conv, const Epilogue& epilogue)
+{
+#pragma unroll
+    for (int number = 0; number < 16; ++number) {
+        const Quad quad(number);
+        INDEX at[4];
+        Four four;
+        int stored = 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const INDEX row = first_row + place.row_of(quad.i[e]), k = group * conv.K + row;
+            const int column = place.column_of(quad.j[e]);
+            at[e] = kNowhere;
+            if (row < conv.K && columns.y_at[column] != kNowhere) {
+                at[e] = columns.y_at[column] + k * conv.y_k;
+                const INDEX residual_at = columns.residual_at[column] + k * conv.r_k;
+                four.value[e] = epilogue.finish(sum[quad.i[e]][quad.j[e]], k, residual_at);
+                ++stored;
+            }
+        }
+        store_four(epilogue.y, at, four, stored);
+    }
+}
+
+#endif  // BLOCK_M
+
+#ifdef STAGE_PACK
+// Lay the weight out as the matrix a: packed[group][chunk, t, r, s, c of the chunk][k], zeros where there is nothing.
+//
+// A chunk is `together` channels; pitch is K rounded up to a multiple of 4.
+KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ packed, const Conv conv, int together, INDEX rows, INDEX pitch)
+{
+    const long long element = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (element >= static_cast<long long>(conv.groups) * rows * pitch) return;
+    const INDEX k = element % pitch;
+    INDEX row = element / pitch % rows;
+    const INDEX group = element / pitch / rows;
+    INDEX c = row % together;
+    row /= together;
+    const INDEX s = row % conv.S;
+    row /= conv.S;
+    const INDEX r = row % conv.R;
+    row /= conv.R;
+    const INDEX t = row % conv.T;
+    c += row / conv.T * together;
+    const INDEX from = (group * conv.K + k) * conv.w_k + c * conv.w_c + t * conv.w_t + r * conv.w_r + s * conv.w_s;
+    packed[element] = k < conv.K && c < conv.C ? widen(weight[from]) : ACC(0);
+}
+#endif
