@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -88,15 +89,17 @@ def _emulator():
     return EmulatorDriver()
 
 
-_ALL_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_HALVES = ("float16", "bfloat16") if find_spec("ml_dtypes") else ("float16",)
 
 CPU = Backend("cpu", "cpu", ("float32", "float64"))  # half types are converted before
-EMULATOR = Backend("emulator", "gpu", _ALL_DTYPES)
-GPU = Backend("gpu", "gpu", _ALL_DTYPES)
+EMULATOR = Backend("emulator", "gpu", (*CPU.dtypes, *_HALVES))
+GPU = Backend("gpu", "gpu", EMULATOR.dtypes)
 BACKENDS = (CPU, EMULATOR, GPU)
 
 
-@lru_cache(maxsize=1)
-def why_no_gpu() -> str | None:
-    """What a test on a GPU lacks."""
-    return cupy_driver.why_unavailable()
+@lru_cache(maxsize=4)
+def why_absent(backend: Backend) -> str | None:
+    """What this machine lacks to run a backend. The emulator's compiler is no reason to skip: it raises."""
+    if backend is CPU:
+        return None if find_spec("numba") else "Numba is not installed"
+    return cupy_driver.why_unavailable() if backend is GPU else None

@@ -4,15 +4,8 @@ import os
 import tempfile
 import zlib
 
-import hypothesis
 import numpy as np
 import pytest
-
-# The first call of a kernel compiles it, which no deadline per example allows for.
-hypothesis.settings.register_profile(
-    "fastconv", deadline=None, derandomize=True, max_examples=60, print_blob=True
-)
-hypothesis.settings.load_profile("fastconv")
 
 _store = tempfile.TemporaryDirectory(prefix="fastconv-tests-")
 

@@ -6,10 +6,11 @@ Plan.run takes any strides and any tile by name, which fastconv.conv2d does not 
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -18,9 +19,9 @@ from fastconv import reference
 from fastconv.algorithms import TABLE
 from fastconv.plan import Plan
 from fastconv.problem import ConvProblem, make_epilogue
-from tests.backends import BACKENDS, CPU, GPU, Backend, get, put, why_no_gpu
+from tests.backends import BACKENDS, CPU, Backend, get, put, why_absent
 from tests.cases import CASES, Case, operands, options_of
-from tests.compare import assert_bounded, assert_exact, poisoned
+from tests.compare import assert_bounded, assert_exact, finfo, poisoned
 
 ORDERS = ("NCHW", "NHWC")
 DTYPES = CPU.dtypes
@@ -46,17 +47,23 @@ class Way(NamedTuple):
         return f"{prefix}{self.algorithm}-{self.tile}"
 
 
-def tile_plans(algorithm: str, backend: Backend = CPU, **changes) -> list[Plan]:
-    """A plan for every tile of an algorithm that fits a backend, each for the first case it accepts."""
-    problem = Way(algorithm, "").problems(CASES, **changes)[0]
-    with backend.running():
-        return planning.possible_plans(problem, algorithm, backend.package)
+def tile_plans(algorithm: str, **changes) -> list[Plan]:
+    """A plan for every tile of an algorithm that fits this CPU, each for the first case it accepts."""
+    return planning.possible_plans(Way(algorithm, "").problems(CASES, **changes)[0], algorithm)
+
+
+def tiles(algorithm: str, backend: Backend, dtype: str = "float32") -> list:
+    """Every tile of an algorithm that fits a backend, which need not be there if it is a GPU."""
+    if backend is CPU:
+        return [plan.tile for plan in tile_plans(algorithm, dtype=dtype)]
+    module = f"fastconv.gpu.{algorithm}"
+    return list(import_module(module).TILES) if find_spec(module) else []
 
 
 @lru_cache(maxsize=8)
 def ways(backend: Backend = CPU) -> list[Way]:
     """Every algorithm with every tile that fits a backend."""
-    return [Way(name, str(plan.tile), backend) for name in TABLE for plan in tile_plans(name, backend)]
+    return [Way(name, str(tile), backend) for name in TABLE for tile in tiles(name, backend)]
 
 
 @lru_cache(maxsize=8)
@@ -69,27 +76,27 @@ def forms(backend: Backend) -> list[Way]:
         return ways(CPU)
     found = {}
     for name in TABLE:
-        for plan in tile_plans(name, backend):
-            found[name, getattr(plan.tile, "bits", None)] = Way(
-                name, str(plan.tile), backend
-            )  # the last stays
+        for tile in tiles(name, backend):
+            found[name, getattr(tile, "bits", None)] = Way(name, str(tile), backend)  # the last one stays
     return list(found.values())
 
 
-def on_every_backend(choose: Callable[[Backend], list[Way]], dtypes: bool = False) -> pytest.MarkDecorator:
+def on_backends(
+    choose: Callable[[Backend], list[Way]], dtypes: bool = False, backends: Iterable[Backend] = BACKENDS
+) -> pytest.MarkDecorator:
     """Parametrize a test by `way`, and by `dtype` if asked for; the backend's name is a mark of the test.
 
     choose  backend -> its ways
     """
     params = []
-    for backend in BACKENDS:
-        if backend is GPU and why_no_gpu():
-            skip = pytest.mark.skip(reason=why_no_gpu())
-            params.append(pytest.param(*(None, "")[: 1 + dtypes], id="gpu", marks=[pytest.mark.gpu, skip]))
+    for backend in backends:
+        marks, reason = [getattr(pytest.mark, backend.name)], why_absent(backend)
+        if reason is not None:
+            marks.append(pytest.mark.skip(reason=reason))
+            params.append(pytest.param(*(None, "")[: 1 + dtypes], id=backend.name, marks=marks))
             continue
-        for values in product(choose(backend), backend.dtypes) if dtypes else zip(choose(backend)):
-            name = "-".join(map(str, values))
-            params.append(pytest.param(*values, id=name, marks=getattr(pytest.mark, backend.name)))
+        chosen = product(choose(backend), backend.dtypes) if dtypes else zip(choose(backend))
+        params += [pytest.param(*one, id="-".join(map(str, one)), marks=marks) for one in chosen]
     return pytest.mark.parametrize(("way", "dtype")[: 1 + dtypes], params, indirect=["way"])
 
 
@@ -170,7 +177,7 @@ class Layer:
             factor, reach = plan.error_bound()
             bound = factor * np.finfo(self.problem.compute_dtype).eps * self.scale(reach)
             if dtype != self.problem.compute_dtype:  # rounded once more, to the half type
-                info = ml_dtypes.finfo(dtype)
+                info = finfo(dtype)
                 bound = bound + info.eps / 2 * (np.abs(self.expected) + bound) + info.smallest_subnormal
             assert_bounded(y, self.expected, bound, dtype)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
 from tests.backends import CPU, EMULATOR
 from tests.cases import CASES, HEAVY, TALL, WIDE, Case, around_tile, operands, options_of, sizes_around
-from tests.compare import assert_bounded, assert_exact, integers, layouts, normals
+from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals
 from tests.kernels import (
     DTYPES,
     ORDERS,
@@ -23,16 +22,16 @@ from tests.kernels import (
     forms,
     largest_tile,
     make_layer,
-    on_every_backend,
-    tile_plans,
+    on_backends,
+    tiles,
     ways,
     with_caches,
 )
 
-every_way = on_every_backend(ways, dtypes=True)
-every_form = on_every_backend(forms)
-every_form_and_dtype = on_every_backend(forms, dtypes=True)
-every_cpu_way = pytest.mark.parametrize("way", ways(), ids=str, indirect=True)
+every_way = on_backends(ways, dtypes=True)
+every_form = on_backends(forms)
+every_form_and_dtype = on_backends(forms, dtypes=True)
+every_cpu_way = on_backends(ways, backends=[CPU])
 every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -53,8 +52,7 @@ def way(request):
 
 
 def tile_of(way, dtype):
-    plans = tile_plans(way.algorithm, way.backend, dtype=dtype)
-    return next(plan.tile for plan in plans if str(plan.tile) == way.tile)
+    return next(tile for tile in tiles(way.algorithm, way.backend, dtype) if str(tile) == way.tile)
 
 
 def tile_sizes(way, dtype):
@@ -105,7 +103,7 @@ def some_cases(way, rng):
 
 
 def without_operands(way, layer):
-    """The layer without bias and residual; on the CPU also without activation, which GPU kernels compile in."""
+    """The layer without bias and residual; on the CPU without activation too: GPU kernels compile it in."""
     activation = None if way.backend is CPU else layer.activation
     return layer.with_array(bias=None, residual=None, activation=activation)
 
@@ -259,8 +257,8 @@ class TestActivation:
         layer = layer.with_array(bias=bias.astype(dtype), residual=residual.astype(dtype))
         linear = layer.with_array(activation=None).expected
         y = layer.run(way.plan(problem))
-        rounding = ml_dtypes.finfo(dtype).eps * np.abs(layer.expected)
-        slack = 4 * ml_dtypes.finfo(problem.compute_dtype).eps * (1 + np.abs(linear))
+        rounding = finfo(dtype).eps * np.abs(layer.expected)
+        slack = 4 * finfo(problem.compute_dtype).eps * (1 + np.abs(linear))
         assert_bounded(y, reference.activate(linear, activation), rounding + slack, dtype)
 
     @every_form

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastconv
 from fastconv import ops, reference
-from tests.cases import CASES, operands, options_of, problems
+from tests.cases import CASES, operands, options_of
 from tests.compare import (
     assert_bounded,
     assert_exact,
@@ -24,6 +24,7 @@ from tests.compare import (
     normals,
     poisoned,
 )
+from tests.strategies import problems
 from tests.test_arrays import Tagged, tagged
 
 OPS = ["conv1d", "conv2d", "conv3d"]

@@ -20,7 +20,8 @@ from fastconv.problem import (
     make_problem,
     output_size,
 )
-from tests.cases import CASES, options_of, problems
+from tests.cases import CASES, options_of
+from tests.strategies import problems
 
 X2, W2 = (8, 64, 56, 56), (128, 64, 3, 3)
 SHAPES2 = "(input (8, 64, 56, 56), weight (128, 64, 3, 3)"

@@ -11,9 +11,10 @@ import fastconv
 from fastconv.algorithms import TABLE
 from fastconv.plan import possible_plans
 from fastconv.problem import make_problem
-from tests.cases import operands, options_of, problems
+from tests.cases import operands, options_of
 from tests.compare import assert_exact, integers, normals
 from tests.kernels import DTYPES, ORDERS, in_order, make_layer, with_caches
+from tests.strategies import problems
 
 any_problem = st.tuples(st.sampled_from(DTYPES), st.sampled_from(ORDERS)).flatmap(
     lambda kind: problems(dtype=kind[0], order=kind[1])

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 
 from fastconv import reference
 from fastconv.problem import ACTIVATIONS, ConvError
-from tests.cases import CASES, operands, options_of, problems
+from tests.cases import CASES, operands, options_of
 from tests.compare import assert_bounded, assert_exact, foreign_layouts, integers, layouts, normals
+from tests.strategies import problems
 
 FORWARD = {1: reference.conv1d, 2: reference.conv2d, 3: reference.conv3d}
 INPUT = {1: reference.conv1d_input, 2: reference.conv2d_input, 3: reference.conv3d_input}

@@ -23,7 +23,11 @@ from fastconv.plan import possible_plans
 from fastconv.problem import ConvProblem
 
 TESTS_SHARE = 0.6  # of the part's time
-TESTS = ["-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+FILES = [
+    "tests/test_algorithms.py",
+    "tests/test_gpu_kernels.py",
+]  # those of tests/ that need no more than pytest
+TESTS = ["-m", "pytest", *FILES, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 COPIES = 30  # of input and output, in bytes of float32, that a judge in float64 needs at most
 TAIL = 30  # lines of a failed pytest run that are kept
 

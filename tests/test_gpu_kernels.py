@@ -1,0 +1,191 @@
+"""What only the GPU's kernels have: parts of sums, turns of gathering, long indices, stages of a patch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fastconv.gpu import direct, im2col, launch, product
+from fastconv.problem import make_problem
+from tests.backends import EMULATOR, GPU
+from tests.cases import CASES, HEAVY, Case
+from tests.compare import integers, normals
+from tests.kernels import ORDERS, Way, forms, make_layer, on_backends
+
+every_form = on_backends(forms, backends=[EMULATOR, GPU])
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+DEEP = Case("deep", "conv2d", (3, 150, 12, 20), (37, 150, 3, 3), {"padding": 1})
+PIXELS = Case("pixels", "conv2d", (3, 650, 12, 20), (37, 650, 1, 1))
+
+
+@pytest.fixture
+def way(request):
+    """The way of a parametrized test, whose backend runs meanwhile."""
+    with request.param.backend.running():
+        yield request.param
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that a test launches."""
+    names = []
+    real = launch.launch
+
+    def remember(kernel, blocks, **arguments):
+        names.append(kernel.name)
+        real(kernel, blocks, **arguments)
+
+    monkeypatch.setattr(launch, "launch", remember)
+    return names
+
+
+def with_processors(plan, count):
+    """The same plan for a GPU with more or fewer processors."""
+    return dataclasses.replace(plan, device=dataclasses.replace(plan.device, processors=count))
+
+
+@every_order
+@every_form
+def test_long_indices(way, order, rng, monkeypatch, launched):
+    """Offsets of 64 bits give what those of 32 bits give: with every form on every kind of problem."""
+    monkeypatch.setattr(product, "_FIRST_LONG", 0)
+    for problem in way.problems([case for case in CASES if case not in HEAVY], order=order):
+        make_layer(rng, problem, integers).check(way.plan(problem))
+    assert launched
+    assert all("_long" in name for name in launched)
+
+
+class TestParts:
+    """A sum of many terms is cut into parts, which one block adds or the stage REDUCE."""
+
+    @pytest.fixture
+    def layer(self, way, rng):
+        problems = way.problems([DEEP, PIXELS])
+        return make_layer(rng, problems[-1], normals)
+
+    @pytest.fixture(autouse=True)
+    def seven_parts(self, monkeypatch):
+        monkeypatch.setattr(product, "count_parts", lambda problem, slices, device: 7)
+
+    @every_form
+    def test_same_bits_in_one_block_and_in_many(self, way, layer, launched):
+        plan = way.plan(layer.problem)
+        split = layer.run(with_processors(plan, 1000))
+        assert_parts(way, launched, reduced=True)
+        launched.clear()
+        inside = layer.run(with_processors(plan, 1))
+        assert_parts(way, launched, reduced=False)
+        layer.judge(plan, split)
+        assert split.tobytes() == inside.tobytes()
+
+    @every_form
+    def test_float64_is_always_split(self, way, layer, rng, launched):
+        """Twice 64 sums in float64 are more than a thread's registers hold."""
+        problem = dataclasses.replace(layer.problem, dtype="float64")
+        make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
+        assert_parts(way, launched, reduced=True)
+
+    @every_order
+    @every_form
+    def test_every_end_of_a_sum(self, way, order, rng):
+        """Bias, residual, activation and memory order when the stage REDUCE finishes the sums."""
+        for problem in way.problems([DEEP, PIXELS], order=order):
+            layer, plan = make_layer(rng, problem, integers), with_processors(way.plan(problem), 1000)
+            layer.check(plan)
+            layer.with_array(bias=None, residual=None, activation="gelu").run(plan)
+            layer.with_array(residual=layer.residual[:, :, ::-1]).check(plan)
+
+
+def assert_parts(way, launched, reduced):
+    """Parts, where there are any, were added by the stage REDUCE or inside of the product's blocks."""
+    has_parts = way.algorithm != "direct" and "gathered" not in way.tile
+    assert any("_reduce_" in name for name in launched) == (has_parts and reduced)
+    assert any("_parts_inside1_" in name for name in launched) == (has_parts and not reduced)
+
+
+def test_parts_do_not_depend_on_the_batch():
+    """One sample's output decides, so that a sample has the same bits in every batch."""
+    one = DEEP.problem()
+    many = dataclasses.replace(one, N=64)
+    with EMULATOR.running():
+        device = launch.driver().device()
+    parts = product.count_parts(one, 171, device)
+    assert parts > 1
+    assert product.count_parts(many, 171, device) == parts
+
+
+@every_order
+def test_gathering_in_turns(order, rng, monkeypatch, launched):
+    """With room for few windows they are gathered and multiplied in several turns, to the same bits."""
+    way = Way("im2col", "64x64-gathered", EMULATOR)
+    problem = DEEP.problem(order=order)
+    layer = make_layer(rng, problem, normals)
+    with EMULATOR.running():
+        plan = way.plan(problem)
+        whole = layer.run(plan)
+        assert sum("_gather_" in name for name in launched) == 1
+        launched.clear()
+        monkeypatch.setattr(im2col, "MOST_GATHERED", 1)
+        turns = layer.run(plan)
+        assert sum("_gather_" in name for name in launched) == 12
+    layer.judge(plan, whole)
+    assert whole.tobytes() == turns.tobytes()
+
+
+class TestStages:
+    """What a patch of the input serves at a time: a filter, a row of it, or a tap."""
+
+    KNOWN = (
+        ((1, 64, 56, 56), (64, 64, 3, 3), {}, (7, 3, 3)),
+        ((1, 3, 224, 224), (64, 3, 7, 7), {"stride": 2}, (1, 7, 7)),
+        ((1, 3, 224, 224), (64, 3, 16, 16), {"stride": 16}, (3, 1, 16)),
+        ((1, 4, 99, 99), (8, 4, 3, 3), {"dilation": (40, 1)}, (4, 1, 3)),
+        ((1, 4, 99, 2999), (8, 4, 3, 3), {"dilation": (40, 1400)}, (4, 1, 1)),
+    )
+
+    @pytest.mark.parametrize(("input_shape", "weight_shape", "options", "stage"), KNOWN)
+    def test_largest_that_fits(self, input_shape, weight_shape, options, stage):
+        assert direct._stage(make_problem("conv2d", input_shape, weight_shape, **options)) == stage
+
+    @pytest.mark.parametrize("options", [{"dilation": (40, 1)}, {"dilation": (12, 300)}, {"stride": (9, 40)}])
+    @pytest.mark.parametrize("tile", [str(tile) for tile in direct.TILES])
+    def test_right_results(self, tile, options, rng):
+        """Rows of taps and single taps, of several chunks of channels."""
+        way = Way("direct", tile, EMULATOR)
+        problem = make_problem("conv2d", (1, 70, 83, 650), (9, 70, 3, 3), **options, padding=2)
+        with EMULATOR.running():
+            make_layer(rng, problem, integers).check(way.plan(problem))
+
+
+class TestBeyondInt:
+    """Samples that lie 2**31 elements apart: offsets of 32 bits would come out negative."""
+
+    PROBLEMS = (
+        Case("far", "conv2d", (2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1}),
+        Case("far_pixels", "conv2d", (2, 8, 6, 6), (9, 8, 1, 1)),
+    )
+
+    @every_form
+    def test_input(self, way, rng, launched):
+        for problem in way.problems(self.PROBLEMS):
+            layer = make_layer(rng, problem, integers)
+            layer.with_array(x=far_apart(layer.x)).check(way.plan(problem))
+        assert any("_long" in name for name in launched)
+
+    @on_backends(forms, backends=[EMULATOR])
+    def test_output_and_residual(self, way, rng):
+        for problem in way.problems(self.PROBLEMS):
+            layer, plan = make_layer(rng, problem, integers), way.plan(problem)
+            out = far_apart(np.full(problem.output_shape, np.nan, np.float32))
+            layer.judge(plan, layer.with_array(residual=far_apart(layer.residual)).run(plan, out=out))
+
+
+def far_apart(array):
+    """The same values, in memory of which the system gives only the pages that are touched."""
+    step = 2**31 + 64
+    memory = np.empty(step * (len(array) - 1) + array[0].size, array.dtype)
+    strides = (step * array.itemsize, *np.empty(array.shape[1:], array.dtype).strides)
+    far = np.lib.stride_tricks.as_strided(memory, array.shape, strides)
+    far[...] = array
+    return far
