@@ -18,19 +18,32 @@ def read_version() -> str:
 
 
 BENCH = ["rich>=13", "matplotlib>=3.9"]
+# Where NVIDIA publishes its compiler.
+NVRTC = "(sys_platform == 'linux' and platform_machine in 'x86_64 aarch64') or sys_platform == 'win32'"
 
 setup(
     name="fastconv",
     version=read_version(),
-    description="Neural-network convolution for NumPy arrays, without a framework",
+    description="Neural-network convolution for NumPy and CuPy arrays, without a framework",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="fastconv authors",
     license_expression="MIT",
     license_files=["LICENSE"],
-    keywords=["convolution", "winograd", "im2col", "depthwise", "numpy", "numba", "deep learning"],
+    keywords=[
+        "convolution",
+        "winograd",
+        "im2col",
+        "depthwise",
+        "numpy",
+        "numba",
+        "cupy",
+        "cuda",
+        "deep learning",
+    ],
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Developers",
         "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
@@ -68,6 +81,8 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3.5",
             "setuptools>=77",
+            f"nvidia-cuda-nvrtc>=13.0; {NVRTC}",
+            f"nvidia-cuda-nvrtc-cu12>=12.9; {NVRTC}",  # the last one that knows sm_70
         ],
         # The one place where the versions of the developers' tools stand.
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],

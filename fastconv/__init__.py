@@ -1,4 +1,4 @@
-"""Neural-network convolution for NumPy arrays, without a framework.
+"""Neural-network convolution for NumPy arrays, CuPy arrays and torch tensors, without a framework.
 
 Every public name is loaded when it is first used, so that `import fastconv` alone costs next to nothing.
 """

@@ -92,13 +92,14 @@ def conv2d(
         shape. The order in *memory* is read off the strides of the input, and the result has the same.
 
     All arrays are of one kind: NumPy (a subclass gets its own kind back; a memmap, as in NumPy's own
-    operations, an ndarray), torch tensors, CuPy arrays or, on one CUDA device, any that have
-    __cuda_array_interface__ (the result is then a CuPy array); and of one dtype: float32, float64, or float16
-    or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for arrays or
-    options of another type, ConvError for values that break a rule, both before `out` is touched.
+    operations, an ndarray), torch tensors on the CPU, or on one CUDA device torch tensors, CuPy arrays or any
+    that have __cuda_array_interface__ (the result is then a CuPy array); and of one dtype: float32, float64,
+    or float16 or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for
+    arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
 
     Tensors and CUDA arrays go in without a copy. On a CUDA device work is enqueued on the caller's current
-    stream, and all memory comes from the caller's pool: CuPy's or torch's.
+    stream, which nobody waits for, and all memory comes from the caller's pool: CuPy's or torch's. There a
+    kernel is compiled when it is first called, and subnormal numbers of float32 and bfloat16 count as 0.
 
     Each algorithm names the paper it comes from in `fastconv.algorithms()`; the padding arithmetic is that of
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (arXiv 1603.07285).

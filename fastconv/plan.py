@@ -210,7 +210,8 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
         return []
     row, device = TABLE[algo], _device(backend)
     module = importlib.import_module(f"fastconv.{backend}.{algo}")
-    plans = (Plan(problem, backend, row, tile, device, module) for tile in module.TILES if device.fits(tile))
+    tiles = (tile for tile in module.TILES if device.fits(tile, problem.compute_dtype))
+    plans = (Plan(problem, backend, row, tile, device, module) for tile in tiles)
     return [p for p in plans if problem.precision != "highest" or row.error_factor(p.tile) <= DIRECT_ERROR]
 
 

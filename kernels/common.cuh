@@ -11,7 +11,11 @@
 
 #include "ptx.cuh"
 
+#if PARTS_INSIDE  // two sets of sums: all registers, even if only one block is then resident
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL_NAME
+#else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS) KERNEL_NAME
+#endif
 #define DEVICE __device__ __forceinline__
 #define PASTE_NOW(a, b) a##b
 #define PASTE(a, b) PASTE_NOW(a, b)
@@ -87,7 +91,7 @@ DEVICE ACC activate_sigmoid(ACC x, ACC)
     return (x < 0 ? e : ACC(1)) / (1 + e);
 }
 DEVICE ACC activate_silu(ACC x, ACC slope) { return x * activate_sigmoid(x, slope); }
-DEVICE ACC activate_gelu(ACC x, ACC) { return x * ACC(0.5) * erfc(-x * ACC(0.70710678118654752)); }
+DEVICE ACC activate_gelu(ACC x, ACC) { return x * ACC(0.5) * (1 + erf(x * ACC(0.70710678118654752))); }
 
 // An output pixel: which sample, which plane, row and column.
 struct Pixel {

@@ -37,6 +37,10 @@ class Way(NamedTuple):
     def plan(self, problem: ConvProblem) -> Plan:
         return planning.make_plan(problem, self.algorithm, self.backend.package, tile=self.tile)
 
+    def takes(self, dtype: str) -> bool:
+        """Whether the tile fits the backend in a dtype."""
+        return self.tile in map(str, tiles(self.algorithm, self.backend, dtype))
+
     def problems(self, cases: Iterable[Case], **changes) -> list[ConvProblem]:
         """Those of the cases that the algorithm accepts."""
         problems = (case.problem(**changes) for case in cases)
@@ -57,7 +61,8 @@ def tiles(algorithm: str, backend: Backend, dtype: str = "float32") -> list:
     if backend is CPU:
         return [plan.tile for plan in tile_plans(algorithm, dtype=dtype)]
     module = f"fastconv.gpu.{algorithm}"
-    return list(import_module(module).TILES) if find_spec(module) else []
+    found = import_module(module).TILES if find_spec(module) else ()
+    return [tile for tile in found if dtype != "float64" or tile.is_for_double]
 
 
 @lru_cache(maxsize=8)
@@ -95,7 +100,8 @@ def on_backends(
             marks.append(pytest.mark.skip(reason=reason))
             params.append(pytest.param(*(None, "")[: 1 + dtypes], id=backend.name, marks=marks))
             continue
-        chosen = product(choose(backend), backend.dtypes) if dtypes else zip(choose(backend))
+        pairs = (pair for pair in product(choose(backend), backend.dtypes) if pair[0].takes(pair[1]))
+        chosen = pairs if dtypes else zip(choose(backend))
         params += [pytest.param(*one, id="-".join(map(str, one)), marks=marks) for one in chosen]
     return pytest.mark.parametrize(("way", "dtype")[: 1 + dtypes], params, indirect=["way"])
 

@@ -75,11 +75,6 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "KERNEL_DIR", folder)
 
 
-class Specimens:
-    """Stands for fastconv/gpu/<algorithm>.py: two tiles, one of which has bank conflicts."""
-
-    TILES = (32, 33)
-
-    @staticmethod
-    def kernels(dtype: str, order: str, tile: int) -> list[Kernel]:
-        return [specimen("COLUMNS", row=tile, dtype=dtype)]
+def kernels_of_specimens(dtype: str) -> list[Kernel]:
+    """As an algorithm's kernels: of two tiles, one of which has bank conflicts."""
+    return [specimen("COLUMNS", row=tile, dtype=dtype) for tile in (32, 33)]

@@ -36,7 +36,7 @@ from fastconv import reference
 from fastconv.algorithms import ErrorBound
 from fastconv.gpu import launch
 from fastconv.plan import possible_plans
-from fastconv.problem import make_problem
+from fastconv.problem import ITEMSIZE, make_problem
 from tests.emulator import EmulatorDriver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -561,7 +561,7 @@ class TestTable:
 class TestCompile:
     def test_every_algorithm_has_kernels_for_every_dtype(self):
         for name in work.algorithms():
-            kernels = work.kernels_of(name)
+            kernels = [kernel for dtype in ITEMSIZE for kernel in work.kernels_of(name, dtype)]
             assert len({kernel.name for kernel in kernels}) == len(kernels)
             assert {kernel.name.split("_")[1] for kernel in kernels} == {"f32", "f64", "f16", "bf16"}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu.work import algorithms, kernels_of
 from bench.kernels import instances, nvrtc, occupancy
 from bench.kernels.nvrtc import CompileError, Resources
 from bench.kernels.table import list_faults
@@ -12,10 +13,9 @@ from bench.session import CommandError
 from fastconv.gpu import source
 from tests.specimens import install, specimen
 
-# There are thousands of kernels. Here as many of a dtype are compiled as have every pair of settings, for one
-# architecture, and for the others as many as have every setting. `python -m bench kernels` compiles more.
+# There are thousands of kernels. Of those of float32 as many are compiled here as have every pair of
+# settings, for one architecture; else as many as have every setting. `python -m bench kernels` compiles more.
 PAIRS = 90
-ONCE = tuple(sm for sm in instances.ARCHITECTURES if sm != PAIRS)
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +41,15 @@ def assert_faultless(kernels, sm: int) -> None:
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])  # float16 is converted more easily
-@pytest.mark.parametrize("algorithm", instances.modules())
-def test_kernels_compile_without_spills(algorithm, dtype):
-    assert_faultless(instances.cover(instances.kernels_of(algorithm, dtype)), PAIRS)
+@pytest.mark.parametrize("algorithm", algorithms())
+def test_kernels_compile_without_spills(algorithm):
+    assert_faultless(instances.cover(kernels_of(algorithm, "float32")), PAIRS)
 
 
-@pytest.mark.parametrize("algorithm", instances.modules())
-@pytest.mark.parametrize("sm", ONCE)
+@pytest.mark.parametrize("algorithm", algorithms())
+@pytest.mark.parametrize("sm", instances.ARCHITECTURES)
 def test_kernels_compile_for_every_architecture_without_spills(sm, algorithm):
-    kernels = [kernel for dtype in instances.DTYPES for kernel in instances.kernels_of(algorithm, dtype)]
+    kernels = [kernel for dtype in instances.DTYPES for kernel in kernels_of(algorithm, dtype)]
     assert_faultless(instances.cover(kernels, together=1), sm)
 
 
@@ -59,7 +58,7 @@ def test_a_cover_leaves_out_no_setting(together):
     def groups(kernels):
         return {group for kernel in kernels for group in combinations(instances.settings(kernel), together)}
 
-    kernels = instances.kernels_of("im2col", "float32")
+    kernels = kernels_of("im2col", "float32")
     cover = instances.cover(kernels, together)
     assert len(cover) < len(kernels) / 2
     assert groups(cover) == groups(kernels)
@@ -67,7 +66,7 @@ def test_a_cover_leaves_out_no_setting(together):
 
 def test_every_cuda_source_is_compiled_here():
     sources = {path.stem for path in Path(source.KERNEL_DIR).glob("*.cu")}
-    assert sources == set(instances.modules())
+    assert sources == set(algorithms())
 
 
 def test_every_architecture_has_a_compiler():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from bench.__main__ import main
-from bench.kernels import banks, disassembly, instances, nvrtc, ptx
-from tests.specimens import Specimens, install, specimen
+from bench.gpu.work import kernels_of
+from bench.kernels import banks, disassembly, instances, nvrtc, ptx, run
+from tests.specimens import install, kernels_of_specimens, specimen
 
 # A loop inside a loop, each with multiply-adds, and one without: the shape of what nvdisasm prints.
 LISTING = """\
@@ -95,7 +96,7 @@ AIMS = [
 @pytest.mark.parametrize(("algorithm", "settings", "share"), AIMS)
 def test_main_loops_multiply_and_add(nvrtc_wheels, nvdisasm, algorithm, settings, share, sm):
     wanted = {"INDEX": "int", "ACTIVATION": "none", **settings}.items()
-    kernels = instances.kernels_of(algorithm, "float32")
+    kernels = kernels_of(algorithm, "float32")
     kernel = next(kernel for kernel in kernels if wanted <= dict(kernel.defines).items())
     (verdict,) = instances.judge([kernel], sm, look_inside=True)
     assert verdict.loop.share >= share
@@ -184,7 +185,8 @@ def test_addresses_that_cannot_be_known_are_refused(lines, message):
 
 
 def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(instances, "modules", lambda: {"specimen": Specimens})
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
     assert main(["kernels", "--architectures", "80,90", "--output", str(tmp_path)]) == 0
     page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
     assert "8 kernels of 8 that the algorithms can launch" in page
@@ -197,8 +199,8 @@ def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, cap
 
 
 def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch, tmp_path):
-    monkeypatch.setattr(instances, "modules", lambda: {"specimen": Specimens})
-    monkeypatch.setattr(Specimens, "kernels", lambda dtype, order, tile: [specimen("SPILL")])
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: [specimen("SPILL")])
     assert main(["kernels", "--architectures", "80", "--output", str(tmp_path)]) == 1
     assert "bytes are spilled" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
 

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from itertools import product
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ from bench.gpu.clock import Deadline
 from bench.gpu.work import algorithms, kernels_of
 from bench.rows import Row
 from fastconv.gpu.cupy_driver import OPTIONS
+from fastconv.problem import ITEMSIZE
 
 if TYPE_CHECKING:
     from fastconv.gpu.source import Kernel
@@ -35,7 +37,8 @@ class Compiled(NamedTuple):
 
 def run(deadline: Deadline) -> Iterator[Row]:
     """A `compiled` row per algorithm."""
-    found = [(name, kernel) for name in algorithms() for kernel in kernels_of(name)]
+    pairs = product(algorithms(), ITEMSIZE)
+    found = [(name, kernel) for name, dtype in pairs for kernel in kernels_of(name, dtype)]
     if not found:
         yield {"kind": "failure", "reason": "there is no kernel to compile"}
         return

@@ -12,7 +12,7 @@ from fastconv import arrays
 from fastconv.algorithms import TABLE
 from fastconv.gpu.source import Kernel
 from fastconv.plan import Plan, possible_plans
-from fastconv.problem import ITEMSIZE, ORDERS, ConvProblem, Epilogue, make_problem
+from fastconv.problem import ORDERS, ConvProblem, Epilogue, make_problem
 
 # Sizes that no tile divides, several tiles of each; one problem at least for each algorithm.
 SAMPLES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
@@ -29,16 +29,11 @@ def algorithms() -> list[str]:
     return [name for name in TABLE if find_spec(f"fastconv.gpu.{name}")]
 
 
-def kernels_of(algorithm: str) -> list[Kernel]:
-    """The distinct kernels that an algorithm can launch."""
+def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
+    """The distinct kernels that an algorithm can launch for arrays of a dtype."""
     module = import_module(f"fastconv.gpu.{algorithm}")
-    kernels = (
-        kernel
-        for dtype in ITEMSIZE
-        for order in ORDERS
-        for tile in module.TILES
-        for kernel in module.kernels(dtype, order, tile)
-    )
+    tiles = [tile for tile in module.TILES if dtype != "float64" or tile.is_for_double]
+    kernels = (kernel for order in ORDERS for tile in tiles for kernel in module.kernels(dtype, order, tile))
     return list(dict.fromkeys(kernels))
 
 

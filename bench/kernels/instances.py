@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from itertools import combinations
-from types import ModuleType
 from typing import NamedTuple
 
 from bench.kernels import banks, disassembly, nvrtc, occupancy, ptx
 from bench.kernels.disassembly import Loop
 from bench.kernels.nvrtc import CompileError, Resources
-from fastconv.algorithms import TABLE
 from fastconv.gpu.source import Kernel
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -41,24 +37,6 @@ class Verdict(NamedTuple):
         if self.resources is None:
             return [self.refusal]
         return occupancy.faults(self.resources, self.kernel.threads, self.sm)
-
-
-def modules() -> dict[str, ModuleType]:
-    """Return the GPU's module of every algorithm that has one."""
-    names = [name for name in TABLE if find_spec(f"fastconv.gpu.{name}")]
-    return {name: importlib.import_module(f"fastconv.gpu.{name}") for name in names}
-
-
-def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """Return every kernel that an algorithm can launch for arrays of a dtype, each once."""
-    module = modules()[algorithm]
-    found = {
-        kernel.name: kernel
-        for order in ORDERS
-        for tile in module.TILES
-        for kernel in module.kernels(dtype, order, tile)
-    }
-    return list(found.values())
 
 
 def cover(kernels: Sequence[Kernel], together: int = 2) -> list[Kernel]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import rows, show
+from bench.gpu.work import algorithms, kernels_of
 from bench.kernels import disassembly, instances, table
 from bench.versions import read_commit
 
@@ -20,7 +21,7 @@ def compile_kernels(architectures: Sequence[int], every: bool, folder: Path, arg
     every  all kernels, not only as many as have every pair of settings: that takes hours
     """
     console = show.make_console()
-    sets = [instances.kernels_of(name, dtype) for name in instances.modules() for dtype in instances.DTYPES]
+    sets = [kernels_of(name, dtype) for name in algorithms() for dtype in instances.DTYPES]
     known = sum(map(len, sets))
     kernels = [kernel for found in sets for kernel in (found if every else instances.cover(found))]
     inside = INSIDE if disassembly.find_nvdisasm() else ()

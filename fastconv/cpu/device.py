@@ -53,8 +53,8 @@ class Device:
         """Return the nominal FLOP/s of one core."""
         return CLOCK * FMA_PER_CYCLE * 2 * self.lanes(dtype)
 
-    def fits(self, tile: Any) -> bool:
-        """Say whether a tile's accumulators, one tap of B and one broadcast fit the registers."""
+    def fits(self, tile: Any, dtype: str) -> bool:
+        """Say whether a tile's sums, one tap of B and one broadcast fit the registers, in any dtype."""
         return tile.rows * tile.vectors + tile.vectors + 1 <= self.registers
 
     def tap_cycles(self, rows: int, vectors: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 class PatchTile(product.Tile):
     """A tile whose pixels are block_p rows of block_q."""
 
-    block_p: int
-    block_q: int
+    block_p: int = 0
+    block_q: int = 0
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_p}x{self.block_q}"
 
 
-TILES = tuple(PatchTile(m, p * q, p, q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8)))
+TILES = tuple(
+    PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))
+)
 
 # kRows and kPatch of kernels/direct.cu, in bytes; a row is of 64 output channels.
 ROW_BYTES = 16384
@@ -40,6 +43,7 @@ WINDOWS = ((3, 1), (3, 2), (5, 1), (7, 2))
 # Of the peak; the shares of multiply-adds in the main loops are 0.87 to 0.91 with windows, 0.68 without.
 WINDOW_EFFICIENCY = 0.75
 EFFICIENCY = 0.5
+RESIDENT = 5  # blocks of an SM, as their shared memory permits
 LOAD_CYCLES = 40  # to find an element of a patch, load and store it
 
 
@@ -61,8 +65,7 @@ def cost(problem: ConvProblem, tile: PatchTile, device: Device) -> float:
     efficiency = WINDOW_EFFICIENCY if any(_window(problem, stage)) else EFFICIENCY
     blocks = _blocks(problem, tile)
     per_sm = -(-blocks // device.processors)
-    warps = min(per_sm, 4) * tile.threads / 32
-    rate = device.peak(problem.dtype) / device.processors * efficiency * min(1.0, warps / product.FULL_WARPS)
+    rate = product.sm_rate(problem, device, min(per_sm, RESIDENT) * tile.threads) * efficiency
     arithmetic = per_sm * problem.gemm_k * 2 * tile.block_m * tile.block_n / rate
     stages = -(-problem.gemm_k // stage.terms)
     loads = stages * stage.channels * _area(problem, stage, tile) * LOAD_CYCLES / (128 * device.clock)
@@ -111,6 +114,7 @@ def _blocks(problem: ConvProblem, tile: PatchTile) -> int:
     return problem.N * problem.O * problem.groups * patches * -(-problem.gemm_m // tile.block_m)
 
 
+@lru_cache(maxsize=4096)
 def _stage(problem: ConvProblem) -> Stage:
     """Return the largest stage that fits with every tile: the order of terms must not depend on the tile."""
     item = product.accumulator(problem).itemsize

@@ -34,9 +34,9 @@ class Device:
         """Return the name that measurements are kept under."""
         return self.name
 
-    def fits(self, tile: Any) -> bool:
-        """Say whether a tile can run: every tile keeps to what the smallest supported GPU has."""
-        return True
+    def fits(self, tile: Any, dtype: str) -> bool:
+        """Say whether a tile can run: in float32 every tile keeps to what the smallest supported GPU has."""
+        return dtype != "float64" or tile.is_for_double
 
     def peak(self, dtype: str) -> float:
         """Return the FLOP/s of all multiply-adds without tensor cores."""

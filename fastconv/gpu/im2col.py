@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,13 +33,13 @@ class WindowTile(Tile):
 
 
 TILES = (
-    *(WindowTile(m, n) for m, n in ((128, 128), (64, 128), (128, 64), (64, 64), (32, 128), (32, 64))),
+    WindowTile(128, 128),
+    *(WindowTile(m, n, False) for m, n in ((64, 128), (128, 64), (64, 64), (32, 128), (32, 64))),
     *(WindowTile(m, n, is_gathered=True) for m, n in ((128, 128), (64, 64))),
 )
 
-# Of the peak; the shares of multiply-adds in the main loops are 0.83 and 0.90.
-EFFICIENCY = 0.75
-GATHERED_EFFICIENCY = 0.85
+EFFICIENCY = 0.9  # of what the main loop's share of multiply-adds permits
+GATHERED_SHARE = 0.9  # of multiply-adds in the main loop of gathered windows
 
 MOST_GATHERED = 256 << 20  # bytes; what is more is gathered and multiplied in several turns
 
@@ -47,11 +48,11 @@ def cost(problem: ConvProblem, tile: WindowTile, device: Device) -> float:
     """Return the estimated seconds."""
     division = _divide(problem, tile, device)
     if not tile.is_gathered:
-        return product.seconds(problem, tile, device, division, EFFICIENCY)
+        return product.seconds(problem, tile, device, division, EFFICIENCY * tile.share)
     turns = -(-problem.gemm_n // _columns(problem, tile))
     moved = problem.bytes + 2 * turns * _gathered_bytes(problem, tile)
     gather = turns * product.LAUNCH + moved / device.bandwidth
-    return gather + product.seconds(problem, tile, device, division, GATHERED_EFFICIENCY)
+    return gather + product.seconds(problem, tile, device, division, EFFICIENCY * GATHERED_SHARE)
 
 
 def workspace(problem: ConvProblem, tile: WindowTile, device: Device) -> int:
@@ -114,6 +115,7 @@ def _slices(problem: ConvProblem, tile: WindowTile) -> int:
     return -(-rows // SLICE)
 
 
+@lru_cache(maxsize=4096)
 def _divide(problem: ConvProblem, tile: WindowTile, device: Device) -> Division:
     slices = _slices(problem, tile)
     parts = 1 if tile.is_gathered else product.count_parts(problem, slices, device)

@@ -92,15 +92,30 @@ def check_available(op: str) -> None:
         raise ConvError(f"{op}: {reason}")
 
 
+class Fields(dict[str, float]):
+    """The fields of a struct by name; what becomes of them in memory is made once for each kernel."""
+
+    def __init__(self, fields: Mapping[str, float]) -> None:
+        super().__init__(fields)
+        self._structs: dict[str, Any] = {}
+
+    def struct(self, kernel: Kernel, dtype: np.dtype) -> Any:
+        """Return the struct that a kernel takes."""
+        found = self._structs.get(kernel.name)
+        if found is None:
+            found = np.array(tuple(self[name] for name in dtype.names or ()), dtype)[()]
+            self._structs[kernel.name] = found
+        return found
+
+
 def launch(kernel: Kernel, blocks: int, **arguments: Any) -> None:
     """Launch a kernel on `blocks` blocks; arguments by the names they have in its source.
 
-    Scalars are cast to the types declared there, a dict to a struct of its fields. Raises TypeError for an
+    Scalars are cast to the types declared there, Fields to a struct. Raises TypeError for an
     argument that the kernel does not have or lacks, ConvError for a grid beyond the hardware's limits.
     """
-    names = [parameter.name for parameter in kernel.parameters]
-    if set(names) != set(arguments):
-        raise TypeError(f"{kernel.name} takes {', '.join(names)}, got {', '.join(arguments)}")
+    if arguments.keys() != kernel.names.keys():
+        raise TypeError(f"{kernel.name} takes {', '.join(kernel.names)}, got {', '.join(arguments)}")
     if not 0 < blocks <= MAX_GRID_X or not 0 < kernel.threads <= MAX_THREADS:
         limits = f"1 to {MAX_GRID_X} blocks of 1 to {MAX_THREADS} threads"
         raise ConvError(f"{kernel.name} must be launched on {limits}, got {blocks} of {kernel.threads}")
@@ -111,9 +126,7 @@ def launch(kernel: Kernel, blocks: int, **arguments: Any) -> None:
 def _cast(kernel: Kernel, parameter: Parameter, value: Any) -> Argument:
     dtype = parameter.dtype
     if isinstance(dtype, np.dtype) and not parameter.is_array:
-        if isinstance(value, Mapping):
-            return np.array(tuple(value[name] for name in dtype.names or ()), dtype)[()]
-        return dtype.type(value)
+        return value.struct(kernel, dtype) if isinstance(value, Fields) else dtype.type(value)
     if value is not None and (found := _dtype_name(value.dtype)) != dtype:
         raise TypeError(f"{kernel.name}: {parameter.name} must be an array of {dtype}, got {found}")
     return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 SLICE = 8  # kBlockK of gemm.cuh
 THREADS = 256  # per block, of kernels that handle one element per thread
 LAUNCH = 3e-6  # seconds from the end of one kernel to the work of the next
-FULL_WARPS = 8  # on one SM; with fewer the multiply-adds do not fill the pipelines
+SCHEDULERS = 4  # of an SM: each issues the multiply-adds of one warp at a time
 REGISTERS = 128  # per thread, about: 64 sums and what is multiplied
 L2_SPEEDUP = 2.5  # of the level-2 cache over the memory, in bytes/s
 MOST_PARTS = 32
@@ -31,14 +32,26 @@ _FIRST_LONG = 2**31  # the least number that no int holds
 
 @dataclass(frozen=True)
 class Tile:
-    """What one thread block computes: block_m output channels of block_n pixels, 64 sums per thread."""
+    """What one thread block computes: block_m output channels of block_n pixels, 64 sums per thread.
+
+    is_for_double  whether 64 sums in float64, and what is loaded meanwhile, fit a thread's 255 registers
+    """
 
     block_m: int
     block_n: int
+    is_for_double: bool = True
 
     @property
     def threads(self) -> int:
         return self.block_m * self.block_n // 64
+
+    @property
+    def share(self) -> float:
+        """Multiply-adds among the instructions of the main loop, as they were counted for sm_90.
+
+        Of a slice 512 are multiply-adds and 81 are the same in every tile; 27 load four elements of b.
+        """
+        return 512 / (512 + 81 + 27 * SLICE * self.block_n / (4 * self.threads))
 
     @property
     def resident(self) -> int:
@@ -55,9 +68,9 @@ class Call:
     def __init__(self, algorithm: str, problem: ConvProblem, operands: Operands) -> None:
         o = operands
         self.algorithm, self.problem, self.operands = algorithm, problem, operands
-        arrays = {"x": o.x, "y": o.out, "r": o.residual, "bias": o.bias}
-        self.conv = _conv_fields(problem, arrays, o.epilogue.slope)
-        self.reach = _reach(problem, operands)
+        arrays = (("x", o.x), ("y", o.out), ("r", o.residual), ("bias", o.bias))
+        strides = tuple([(name, None if array is None else array.strides) for name, array in arrays])
+        self.conv, self.reach = _describe(problem, strides, o.epilogue.slope)
 
     @property
     def ends(self) -> dict[str, Any]:
@@ -87,11 +100,11 @@ def pack(algorithm: str, problem: ConvProblem, weight: np.ndarray, together: int
     if weight.ndim == 3:
         return weight
     packed = launch.driver().empty((problem.groups, rows, _pitch(problem)), accumulator(problem))
-    index = index_type(max(packed.size, _span(weight)))
-    kernel = stage_kernel(algorithm, "PACK", problem.dtype, {}, THREADS, index)
+    conv, reach = _describe(problem, (("w", weight.strides),), 0.0)
+    kernel = stage_kernel(algorithm, "PACK", problem.dtype, {}, THREADS, index_type(max(packed.size, reach)))
     launch.launch(
-        kernel, -(-packed.size // THREADS), weight=weight, packed=packed,
-        conv=_conv_fields(problem, {"w": weight}), together=together, rows=rows, pitch=packed.shape[2],
+        kernel, -(-packed.size // THREADS), weight=weight, packed=packed, conv=conv,
+        together=together, rows=rows, pitch=packed.shape[2],
     )  # fmt: skip
     return packed
 
@@ -119,12 +132,14 @@ def element_steps(array: np.ndarray) -> list[int]:
 
 
 _ARRAY_AXES = {"x": "ncdhw", "w": "kctrs", "y": "nkopq", "r": "nkopq", "bias": "k"}
+_Strides = tuple[int, ...] | None  # in bytes; of an array that is not given None
 
 
-def _conv_fields(
-    problem: ConvProblem, arrays: dict[str, np.ndarray | None], slope: float = 0.0
-) -> dict[str, int | float]:
-    """Return the fields of struct Conv in kernels/common.cuh, with the steps of some of its arrays."""
+@lru_cache(maxsize=4096)
+def _describe(
+    problem: ConvProblem, strides: tuple[tuple[str, _Strides], ...], slope: float
+) -> tuple[launch.Fields, int]:
+    """Return the fields of struct Conv in kernels/common.cuh, and a bound of all sizes and offsets in it."""
     p = problem
     fields: dict[str, int | float] = {
         "N": p.N, "C": p.C // p.groups, "D": p.D, "H": p.H, "W": p.W, "K": p.gemm_m,
@@ -132,28 +147,27 @@ def _conv_fields(
     }  # fmt: skip
     for name, values in (("stride", p.stride), ("dilation", p.dilation), ("padding", p.padding_before)):
         fields |= {f"{name}_{axis}": value for axis, value in zip("dhw", values)}
+    given = dict(strides)
     for name, axes in _ARRAY_AXES.items():
-        array = arrays.get(name)
-        steps = [0] * len(axes) if array is None else element_steps(array)
-        fields |= {f"{name}_{axis}": step for axis, step in zip(axes, steps)}
-    return fields
+        steps = given.get(name) or (0,) * len(axes)
+        fields |= {f"{name}_{axis}": step // p.itemsize for axis, step in zip(axes, steps)}
+    return launch.Fields(fields), _reach(p, given)
 
 
-def _reach(problem: ConvProblem, operands: Operands) -> int:
+def _reach(problem: ConvProblem, strides: dict[str, _Strides]) -> int:
     """Return a bound of all offsets and sizes, those of windows that lie in the padding included."""
-    padded = [
-        before + size + after for size, (before, after) in zip(problem.input_shape5[2:], problem.padding)
+    p = problem
+    padded = [before + size + after for size, (before, after) in zip(p.input_shape5[2:], p.padding)]
+    sizes = {
+        "x": (p.N, p.C + SLICE, *padded), "w": p.weight_shape5, "y": p.output_shape5, "r": p.output_shape5,
+        "bias": (p.K,),
+    }  # fmt: skip
+    spans = [
+        sum(size * abs(step) for size, step in zip(sizes[name], steps)) // p.itemsize
+        for name, steps in strides.items()
+        if steps is not None
     ]
-    steps = element_steps(operands.x)
-    found = [sum(size * abs(step) for size, step in zip((problem.N, problem.C + SLICE, *padded), steps))]
-    others = (operands.bias, operands.residual, operands.out)
-    found += [_span(array) for array in others if array is not None]
-    return max(*found, *padded, *problem.stride, *problem.dilation)
-
-
-def _span(array: np.ndarray) -> int:
-    """Return a bound of the offsets of an array's elements."""
-    return sum(size * abs(step) for size, step in zip(array.shape, element_steps(array)))
+    return max(*spans, *padded, *p.stride, *p.dilation)
 
 
 def _pitch(problem: ConvProblem) -> int:
@@ -231,16 +245,22 @@ def partial_bytes(problem: ConvProblem, division: Division) -> int:
 def seconds(problem: ConvProblem, tile: Tile, device: Device, division: Division, efficiency: float) -> float:
     """Return the estimated seconds of a product, that of the stage REDUCE included.
 
-    efficiency  part of the peak that the main loop reaches on a full device: about its share of multiply-adds
+    efficiency  part of the peak that the main loop reaches on a full device
     """
     per_sm = -(-division.blocks // device.processors)
-    warps = min(per_sm, tile.resident) * tile.threads / 32
-    rate = device.peak(problem.dtype) / device.processors * efficiency * min(1.0, warps / FULL_WARPS)
+    rate = sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * efficiency
     terms = SLICE * division.slices / (division.parts if division.is_split else 1)
     arithmetic = per_sm * terms * 2 * tile.block_m * tile.block_n / rate
     loaded = division.blocks * terms * (tile.block_m + tile.block_n) * accumulator(problem).itemsize
     moved = problem.bytes + (loaded + 2 * partial_bytes(problem, division)) / L2_SPEEDUP
     return max(arithmetic, moved / device.bandwidth) + LAUNCH * (1 + division.is_split)
+
+
+def sm_rate(problem: ConvProblem, device: Device, threads: int) -> float:
+    """Return the FLOP/s of an SM on which so many threads work: few warps do not hide their latencies."""
+    warps = threads / 32
+    busy = min(warps / SCHEDULERS, 1.0) * (1 - 0.3 * SCHEDULERS / max(warps, SCHEDULERS))
+    return device.peak(problem.dtype) / device.processors * busy
 
 
 def multiply(

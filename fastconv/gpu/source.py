@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,11 @@ class Kernel:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    @cached_property
+    def names(self) -> dict[str, None]:
+        """The parameters' names, in their order."""
+        return dict.fromkeys(parameter.name for parameter in self.parameters)
 
 
 @lru_cache(maxsize=1024)
