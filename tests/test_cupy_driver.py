@@ -134,7 +134,8 @@ def caller(stream=None, device=0, producers=()):
 
 def arguments():
     array = np.ones((4, 3), np.float32)[::-1]
-    return array, {"x": array, "bias": None, "count": 7, "scale": 0.5, "conv": {"N": 3, "slope": 0.25}}
+    conv = launch.Fields({"N": 3, "slope": 0.25})
+    return array, {"x": array, "bias": None, "count": 7, "scale": 0.5, "conv": conv}
 
 
 class TestLaunch:

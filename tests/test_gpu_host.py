@@ -34,6 +34,8 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 class Tile(str):
     """A tile that is its name."""
 
+    is_for_double = True
+
 
 class HostKernels:
     """In the place of a module of fastconv/gpu: computes by the reference, and writes down its operands."""

@@ -79,11 +79,14 @@ class TestParts:
         layer.judge(plan, split)
         assert split.tobytes() == inside.tobytes()
 
-    @every_form
-    def test_float64_is_always_split(self, way, layer, rng, launched):
+    @pytest.mark.emulator
+    @pytest.mark.parametrize("algorithm", ["im2col", "pointwise"])
+    def test_float64_is_always_split(self, algorithm, rng, launched):
         """Twice 64 sums in float64 are more than a thread's registers hold."""
-        problem = dataclasses.replace(layer.problem, dtype="float64")
-        make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
+        way = Way(algorithm, "128x128", EMULATOR)
+        problem = way.problems([DEEP, PIXELS], dtype="float64")[-1]
+        with EMULATOR.running():
+            make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
         assert_parts(way, launched, reduced=True)
 
     @every_order
