@@ -69,8 +69,9 @@ setup(
     zip_safe=False,  # Numba keeps its compiled functions in __pycache__ beside the sources
     install_requires=["numpy>=2.0", "numba>=0.61", "ml_dtypes>=0.5"],
     extras_require={
-        "cuda12": ["cupy-cuda12x>=13.6"],
-        "cuda13": ["cupy-cuda13x>=13.6"],
+        # [ctk] brings the compiler of kernels and its headers.
+        "cuda12": ["cupy-cuda12x[ctk]>=14"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14"],
         "torch": ["torch>=2.3"],  # the first one built for NumPy 2
         "bench": BENCH,
         # The tests cover bench/ too, and build a wheel (setuptools).

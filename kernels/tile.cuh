@@ -107,25 +107,29 @@ DEVICE void store_tile(const ACC (&sum)[8][8], const Columns& columns, const Pla
 #endif  // BLOCK_M
 
 #ifdef STAGE_PACK
+constexpr int kSide = 32;  // a block turns a square of weights: rows of it are read, columns written
+
 // Lay the weight out as the matrix a: packed[group][chunk, t, r, s, c of the chunk][k], zeros where there is nothing.
 //
 // A chunk is `together` channels; pitch is K rounded up to a multiple of 4.
 KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ packed, const Conv conv, int together, INDEX rows, INDEX pitch)
 {
-    const long long element = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (element >= static_cast<long long>(conv.groups) * rows * pitch) return;
-    const INDEX k = element % pitch;
-    INDEX row = element / pitch % rows;
-    const INDEX group = element / pitch / rows;
-    INDEX c = row % together;
-    row /= together;
-    const INDEX s = row % conv.S;
-    row /= conv.S;
-    const INDEX r = row % conv.R;
-    row /= conv.R;
-    const INDEX t = row % conv.T;
-    c += row / conv.T * together;
-    const INDEX from = (group * conv.K + k) * conv.w_k + c * conv.w_c + t * conv.w_t + r * conv.w_r + s * conv.w_s;
-    packed[element] = k < conv.K && c < conv.C ? widen(weight[from]) : ACC(0);
+    __shared__ ACC square[kSide][kSide + 1];  // + 1: a column lies in 32 banks
+    const INDEX across = divide_up<INDEX>(pitch, kSide), along = divide_up<INDEX>(rows, kSide);
+    const INDEX first_k = blockIdx.x % across * kSide, first = blockIdx.x / across % along * kSide;
+    const INDEX group = blockIdx.x / across / along, taps = conv.T * conv.R * conv.S;
+    const int lane = threadIdx.x % kSide;
+    for (int i = threadIdx.x / kSide; i < kSide; i += THREADS / kSide) {
+        const INDEX k = first_k + i, c = (first + lane) / taps, tap = (first + lane) % taps;
+        const INDEX s = tap % conv.S, r = tap / conv.S % conv.R, t = tap / conv.S / conv.R;
+        const INDEX at = (group * conv.K + k) * conv.w_k + c * conv.w_c + t * conv.w_t + r * conv.w_r + s * conv.w_s;
+        square[i][lane] = k < conv.K && c < conv.C ? widen(weight[at]) : ACC(0);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / kSide; i < kSide; i += THREADS / kSide) {
+        const INDEX k = first_k + lane, c = (first + i) / taps, tap = (first + i) % taps;
+        const INDEX row = (c / together * taps + tap) * together + c % together;
+        if (k < pitch && first + i < rows) packed[(group * rows + row) * pitch + k] = square[lane][i];
+    }
 }
 #endif

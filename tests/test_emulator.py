@@ -12,6 +12,8 @@ from fastconv.gpu.source import Kernel, Parameter
 from tests.compare import assert_exact, integers
 from tests.emulator import EmulatorDriver, EmulatorError, build
 
+pytestmark = pytest.mark.emulator
+
 ZIG = f"{sys.executable} -m ziglang c++"
 needs_zig = pytest.mark.skipif(find_spec("ziglang") is None, reason="ziglang is not installed")
 THREADS, BLOCKS = 64, 2

@@ -17,6 +17,8 @@ from tests import cuda_stand_in
 from tests.compare import assert_exact, integers
 from tests.emulator import EmulatorDriver
 
+pytestmark = pytest.mark.emulator
+
 tuning = importlib.import_module("fastconv.tune")  # fastconv.tune itself is the function
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}

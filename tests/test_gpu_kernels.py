@@ -10,6 +10,7 @@ from fastconv.problem import make_problem
 from tests.backends import EMULATOR, GPU
 from tests.cases import CASES, HEAVY, Case
 from tests.compare import integers, normals
+from tests.emulator import EmulatorDriver
 from tests.kernels import ORDERS, Way, forms, make_layer, on_backends
 
 every_form = on_backends(forms, backends=[EMULATOR, GPU])
@@ -54,6 +55,19 @@ def test_long_indices(way, order, rng, monkeypatch, launched):
         make_layer(rng, problem, integers).check(way.plan(problem))
     assert launched
     assert all("_long" in name for name in launched)
+
+
+@on_backends(forms, backends=[EMULATOR])
+def test_any_order_of_threads(way, rng):
+    """Between two barriers the threads of a block may run in any order: same bits."""
+    for problem in way.problems(
+        [case for case in CASES if case.name in ("padded_3x3", "pointwise", "stem_7x7")]
+    ):
+        layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+        expected = layer.run(plan)
+        for seed in (1, 2, 3):
+            with launch.use_driver(EmulatorDriver(seed)):
+                assert layer.run(plan).tobytes() == expected.tobytes()
 
 
 class TestParts:

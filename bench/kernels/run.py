@@ -18,7 +18,7 @@ INSIDE = (75, 90)  # whose main loops are shown: without and with copies that go
 def compile_kernels(architectures: Sequence[int], every: bool, folder: Path, arguments: Sequence[str]) -> int:
     """Compile kernels for the architectures; 1 if one of them spills or exceeds a limit.
 
-    every  all kernels, not only as many as have every pair of settings: that takes hours
+    every  all kernels, not only as many as have every pair of settings: that takes an hour
     """
     console = show.make_console()
     sets = [kernels_of(name, dtype) for name in algorithms() for dtype in instances.DTYPES]

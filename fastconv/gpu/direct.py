@@ -40,10 +40,10 @@ PATCH_BYTES = 24576
 # Filter widths and strides for which inputs of a row of taps stay in registers: FILTER_S and STRIDE_W.
 WINDOWS = ((3, 1), (3, 2), (5, 1), (7, 2))
 
-# Of the peak; the shares of multiply-adds in the main loops are 0.87 to 0.91 with windows, 0.68 without.
+# Of the peak; the main loops' shares of multiply-adds are 0.87 to 0.93 with windows, 0.67 to 0.74 without.
 WINDOW_EFFICIENCY = 0.75
 EFFICIENCY = 0.5
-RESIDENT = 5  # blocks of an SM, as their shared memory permits
+RESIDENT = 5  # blocks of an SM at most: their shared memory permits no more
 LOAD_CYCLES = 40  # to find an element of a patch, load and store it
 
 
@@ -65,7 +65,7 @@ def cost(problem: ConvProblem, tile: PatchTile, device: Device) -> float:
     efficiency = WINDOW_EFFICIENCY if any(_window(problem, stage)) else EFFICIENCY
     blocks = _blocks(problem, tile)
     per_sm = -(-blocks // device.processors)
-    rate = product.sm_rate(problem, device, min(per_sm, RESIDENT) * tile.threads) * efficiency
+    rate = product.sm_rate(problem, device, min(per_sm, RESIDENT, tile.resident) * tile.threads) * efficiency
     arithmetic = per_sm * problem.gemm_k * 2 * tile.block_m * tile.block_n / rate
     stages = -(-problem.gemm_k // stage.terms)
     loads = stages * stage.channels * _area(problem, stage, tile) * LOAD_CYCLES / (128 * device.clock)

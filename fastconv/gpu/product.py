@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 SLICE = 8  # kBlockK of gemm.cuh
+SQUARE = 32  # kSide of the stage PACK
 THREADS = 256  # per block, of kernels that handle one element per thread
 LAUNCH = 3e-6  # seconds from the end of one kernel to the work of the next
 SCHEDULERS = 4  # of an SM: each issues the multiply-adds of one warp at a time
@@ -102,8 +103,9 @@ def pack(algorithm: str, problem: ConvProblem, weight: np.ndarray, together: int
     packed = launch.driver().empty((problem.groups, rows, _pitch(problem)), accumulator(problem))
     conv, reach = _describe(problem, (("w", weight.strides),), 0.0)
     kernel = stage_kernel(algorithm, "PACK", problem.dtype, {}, THREADS, index_type(max(packed.size, reach)))
+    blocks = problem.groups * -(-rows // SQUARE) * -(-packed.shape[2] // SQUARE)
     launch.launch(
-        kernel, -(-packed.size // THREADS), weight=weight, packed=packed, conv=conv,
+        kernel, blocks, weight=weight, packed=packed, conv=conv,
         together=together, rows=rows, pitch=packed.shape[2],
     )  # fmt: skip
     return packed
