@@ -60,7 +60,8 @@ DEVICE void narrow(float sum, BFloat16& value)
     if ((bits & 0x7fffffffu) > 0x7f800000u) {
         value.bits = 0x7fff;  // NaN: rounding could turn its bits into those of inf
     } else {
-        value.bits = static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);  // to nearest, ties to even
+        const unsigned to_nearest_even = bits + 0x7fffu + (bits >> 16 & 1u);
+        value.bits = static_cast<unsigned short>(to_nearest_even >> 16);
     }
 }
 

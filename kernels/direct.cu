@@ -129,7 +129,8 @@ DEVICE void multiply_taps(ACC (&sum)[8][8], const ACC* line, INDEX apart, const 
 }
 
 KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STORAGE* __restrict__ bias,
-       const STORAGE* __restrict__ residual, STORAGE* __restrict__ y, const Conv conv, int channels, int taps_r, int taps_s)
+       const STORAGE* __restrict__ residual, STORAGE* __restrict__ y, const Conv conv, int channels, int taps_r,
+       int taps_s)
 {
     __shared__ SharedPatch shared;
     const PatchTile tile(conv);
@@ -166,7 +167,8 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
         for (int channel = 0; channel < present; ++channel) {
             for (int tap = 0; tap < taps_r; ++tap) {
                 const ACC* line = shared.patch + ((channel * rows.extent + tap * rows.tap_step) * pitch + first_at);
-                multiply_taps(sum, line, apart, &shared.rows[tap * taps_s * channels + channel], taps_s, channels, columns, place);
+                const auto* weights = &shared.rows[tap * taps_s * channels + channel];
+                multiply_taps(sum, line, apart, weights, taps_s, channels, columns, place);
             }
         }
     }

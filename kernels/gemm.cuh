@@ -169,7 +169,8 @@ DEVICE void step(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const
 
 // Sum over the slices from first to last, the last not included.
 template <class LoaderA, class LoaderB>
-DEVICE void multiply_tile(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const Place& place, int first, int last)
+DEVICE void multiply_tile(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const Place& place, int first,
+                          int last)
 {
     a.seek(first);
     b.seek(first);
@@ -239,6 +240,7 @@ KERNEL(const ACC* __restrict__ partial, const STORAGE* __restrict__ bias, const 
     }
     const Pixel pixel = find_pixel(column, conv);
     const Epilogue epilogue{conv, bias, residual, y};
-    y[offset_in_y(pixel, conv) + k * conv.y_k] = epilogue.finish(sum, k, offset_in_residual(pixel, conv) + k * conv.r_k);
+    const INDEX residual_at = offset_in_residual(pixel, conv) + k * conv.r_k;
+    y[offset_in_y(pixel, conv) + k * conv.y_k] = epilogue.finish(sum, k, residual_at);
 }
 #endif

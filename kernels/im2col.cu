@@ -103,7 +103,8 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ gathered, const AC
 #ifdef STAGE_GATHER
 // Lay out the windows of `columns` pixels, counted from pixel `first` on: gathered[group][c, t, r, s][pixel], with
 // rows of zeros up to a multiple of kBlockK per group. One thread per channel and pixel.
-KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ gathered, const Conv conv, INDEX first, INDEX columns, int slices)
+KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ gathered, const Conv conv, INDEX first, INDEX columns,
+       int slices)
 {
     const INDEX pitch = divide_up<INDEX>(columns, 4) * 4;
     const long long thread = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;

@@ -112,7 +112,8 @@ constexpr int kSide = 32;  // a block turns a square of weights: rows of it are 
 // Lay the weight out as the matrix a: packed[group][chunk, t, r, s, c of the chunk][k], zeros where there is nothing.
 //
 // A chunk is `together` channels; pitch is K rounded up to a multiple of 4.
-KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ packed, const Conv conv, int together, INDEX rows, INDEX pitch)
+KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ packed, const Conv conv, int together, INDEX rows,
+       INDEX pitch)
 {
     __shared__ ACC square[kSide][kSide + 1];  // + 1: a column lies in 32 banks
     const INDEX across = divide_up<INDEX>(pitch, kSide), along = divide_up<INDEX>(rows, kSide);

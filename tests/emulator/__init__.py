@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - makes np.dtype("bfloat16") known
 import numpy as np
 
 from fastconv.gpu.caller import Caller
