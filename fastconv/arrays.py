@@ -212,7 +212,9 @@ def _view_interface(op: str, argument: str, array: Any) -> np.ndarray:
     if view.size and not interface["data"][0]:
         found = "have memory, got a null pointer"
     elif not view.flags.aligned or not view.dtype.isnative:
-        found = f"be aligned and in the machine's byte order, got strides {view.strides}, {view.dtype.str}"
+        address = f"address % {view.itemsize} = {interface['data'][0] % view.itemsize}"
+        found = f"be aligned and in the machine's byte order, got {address}, "
+        found += f"strides {view.strides}, {view.dtype.str}"
     if found:
         raise ConvError(f"{op}: {argument} on a CUDA device must {found} ({argument} {view.shape})")
     return view

@@ -60,7 +60,7 @@ struct Columns {
     DEVICE void locate(int column, bool exists, const Pixel& pixel, const Conv& conv)
     {
         y_at[column] = exists ? offset_in_y(pixel, conv) : kNowhere;
-        residual_at[column] = offset_in_residual(pixel, conv);
+        residual_at[column] = exists ? offset_in_residual(pixel, conv) : kNowhere;
     }
 };
 

@@ -62,7 +62,7 @@ def tiles(algorithm: str, backend: Backend, dtype: str = "float32") -> list:
         return [plan.tile for plan in tile_plans(algorithm, dtype=dtype)]
     module = f"fastconv.gpu.{algorithm}"
     found = import_module(module).TILES if find_spec(module) else ()
-    return [tile for tile in found if dtype != "float64" or tile.is_for_double]
+    return [tile for tile in found if tile.takes(dtype)]
 
 
 @lru_cache(maxsize=8)

@@ -34,7 +34,8 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 class Tile(str):
     """A tile that is its name."""
 
-    is_for_double = True
+    def takes(self, dtype):
+        return True
 
 
 class HostKernels:
@@ -424,7 +425,10 @@ class TestErrors:
         ("changes", "text"),
         [
             ({"data": (0, False)}, "input on a CUDA device must have memory, got a null pointer"),
-            ({"typestr": ">f4"}, "must be aligned and in the machine's byte order, got strides .*, >f4"),
+            (
+                {"typestr": ">f4"},
+                "must be aligned and in the machine's byte order, got address % 4 = 0, strides .*, >f4",
+            ),
             ({"strides": (673, 168, 24, 4)}, r"must be aligned and .*, got strides \(673, 168, 24, 4\), <f4"),
         ],
     )

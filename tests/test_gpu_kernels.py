@@ -1,12 +1,13 @@
 """What only the GPU's kernels have: parts of sums, turns of gathering, long indices, stages of a patch."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from fastconv.gpu import direct, im2col, launch, product
-from fastconv.problem import make_problem
+from fastconv.problem import ConvError, make_problem
 from tests.backends import EMULATOR, GPU
 from tests.cases import CASES, HEAVY, Case
 from tests.compare import integers, normals
@@ -18,6 +19,23 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 DEEP = Case("deep", "conv2d", (3, 150, 12, 20), (37, 150, 3, 3), {"padding": 1})
 PIXELS = Case("pixels", "conv2d", (3, 650, 12, 20), (37, 650, 1, 1))
+
+
+def large_tiles(backend):
+    """The tiles that float64 has too."""
+    return [Way(algorithm, "128x128", backend) for algorithm in ("im2col", "pointwise")]
+
+
+def patches(backend):
+    return [Way("direct", str(tile), backend) for tile in direct.TILES]
+
+
+def tile_width(way):
+    return next(tile.block_q for tile in direct.TILES if str(tile) == way.tile)
+
+
+def gathered(backend):
+    return [Way("im2col", "64x64-gathered", backend)]
 
 
 @pytest.fixture
@@ -93,14 +111,11 @@ class TestParts:
         layer.judge(plan, split)
         assert split.tobytes() == inside.tobytes()
 
-    @pytest.mark.emulator
-    @pytest.mark.parametrize("algorithm", ["im2col", "pointwise"])
-    def test_float64_is_always_split(self, algorithm, rng, launched):
+    @on_backends(large_tiles, backends=[EMULATOR, GPU])
+    def test_float64_is_always_split(self, way, rng, launched):
         """Twice 64 sums in float64 are more than a thread's registers hold."""
-        way = Way(algorithm, "128x128", EMULATOR)
         problem = way.problems([DEEP, PIXELS], dtype="float64")[-1]
-        with EMULATOR.running():
-            make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
+        make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
         assert_parts(way, launched, reduced=True)
 
     @every_order
@@ -133,19 +148,17 @@ def test_parts_do_not_depend_on_the_batch():
 
 
 @every_order
-def test_gathering_in_turns(order, rng, monkeypatch, launched):
+@on_backends(gathered, backends=[EMULATOR, GPU])
+def test_gathering_in_turns(way, order, rng, monkeypatch, launched):
     """With room for few windows they are gathered and multiplied in several turns, to the same bits."""
-    way = Way("im2col", "64x64-gathered", EMULATOR)
     problem = DEEP.problem(order=order)
-    layer = make_layer(rng, problem, normals)
-    with EMULATOR.running():
-        plan = way.plan(problem)
-        whole = layer.run(plan)
-        assert sum("_gather_" in name for name in launched) == 1
-        launched.clear()
-        monkeypatch.setattr(im2col, "MOST_GATHERED", 1)
-        turns = layer.run(plan)
-        assert sum("_gather_" in name for name in launched) == 12
+    layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+    whole = layer.run(plan)
+    assert sum("_gather_" in name for name in launched) == 1
+    launched.clear()
+    monkeypatch.setattr(im2col, "MOST_GATHERED", 1)
+    turns = layer.run(plan)
+    assert sum("_gather_" in name for name in launched) == 12
     layer.judge(plan, whole)
     assert whole.tobytes() == turns.tobytes()
 
@@ -166,13 +179,18 @@ class TestStages:
         assert direct._stage(make_problem("conv2d", input_shape, weight_shape, **options)) == stage
 
     @pytest.mark.parametrize("options", [{"dilation": (40, 1)}, {"dilation": (12, 300)}, {"stride": (9, 40)}])
-    @pytest.mark.parametrize("tile", [str(tile) for tile in direct.TILES])
-    def test_right_results(self, tile, options, rng):
+    @on_backends(patches, backends=[EMULATOR, GPU])
+    def test_right_results(self, way, options, rng):
         """Rows of taps and single taps, of several chunks of channels."""
-        way = Way("direct", tile, EMULATOR)
         problem = make_problem("conv2d", (1, 70, 83, 650), (9, 70, 3, 3), **options, padding=2)
-        with EMULATOR.running():
-            make_layer(rng, problem, integers).check(way.plan(problem))
+        make_layer(rng, problem, integers).check(way.plan(problem))
+
+    @on_backends(patches, backends=[EMULATOR, GPU])
+    def test_pixels_behind_the_last(self, way, rng, launched):
+        """Where their inputs would lie 2**31 elements away, that number is in no int."""
+        problem = make_problem("conv1d", (1, 1, 10), (1, 1, 1), stride=2**25)
+        make_layer(rng, problem, integers).check(way.plan(problem))
+        assert ("_long" in launched[-1]) == (tile_width(way) == 128)
 
 
 class TestBeyondInt:
@@ -206,3 +224,113 @@ def far_apart(array):
     far = np.lib.stride_tricks.as_strided(memory, array.shape, strides)
     far[...] = array
     return far
+
+
+class TestWorkspace:
+    @every_form
+    def test_as_stated(self, way, monkeypatch):
+        """What a run allocates is what the plan says, whether it splits sums, gathers in turns or neither."""
+        for problem, most, processors in itertools.product(
+            way.problems([case for case in (*CASES, DEEP, PIXELS) if case not in HEAVY]),
+            (im2col.MOST_GATHERED, 1),
+            (1, 132),
+        ):
+            if problem.N == 0:
+                continue
+            monkeypatch.setattr(im2col, "MOST_GATHERED", most)
+            plan = with_processors(way.plan(problem), processors)
+            driver = Allocating()
+            with launch.use_driver(driver):
+                make_layer(np.random.default_rng(0), problem, integers).run(plan)
+            assert driver.allocated == plan.workspace(), plan
+
+
+class Allocating:
+    """A driver that allocates and adds up, and runs nothing."""
+
+    def __init__(self):
+        self.allocated = 0
+
+    def empty(self, shape, dtype):
+        array = np.empty(shape, dtype)
+        self.allocated += array.nbytes
+        return array
+
+    def launch(self, kernel, blocks, arguments):
+        pass
+
+
+class TestIndex:
+    @pytest.mark.parametrize(
+        ("largest", "kind"), [(0, "int"), (2**31 - 1, "int"), (2**31, "long long"), (2**40, "long long")]
+    )
+    def test_type(self, largest, kind):
+        assert product.index_type(largest) == kind
+
+    @pytest.mark.parametrize(
+        ("input_shape", "options", "strides", "least"),
+        [
+            ((2, 8, 9, 10), {}, (2**33, 400, 40, 4), 2**31),  # samples far apart
+            ((2, 8, 9, 10), {}, (-(2**33), 400, 40, 4), 2**31),  # and backwards
+            ((1, 8, 9, 10), {"padding": 2**20}, (2880, 360, 2**14, 4), 2**31),  # rows of the padding
+            ((2**31, 1, 1, 1), {}, (4, 4, 4, 4), 2**31),
+            ((1, 1, 9, 10), {"stride": 2**31}, (360, 360, 40, 4), 2**31),
+        ],
+    )
+    def test_reach(self, input_shape, options, strides, least):
+        problem = make_problem("conv2d", input_shape, (4, input_shape[1], 1, 1), **options)
+        n, c, h, w = strides
+        _, reach = product._describe(problem, (("x", (n, c, 0, h, w)),), 0.0)
+        assert reach >= least
+
+
+@every_form
+def test_nan_of_half_types(way, rng):
+    """The GPU's NaN has all bits set: rounded as a number it would become -0."""
+    for dtype in filter(way.takes, way.backend.dtypes):
+        problem = way.problems([PIXELS, DEEP], dtype=dtype)[0]
+        layer = make_layer(rng, problem, integers)
+        layer.residual.view(f"u{layer.residual.itemsize}").fill((1 << 8 * layer.residual.itemsize - 1) - 1)
+        assert np.isnan(layer.run(way.plan(problem)).astype(np.float64)).all()
+
+
+def test_forms_of_packed_weights_differ():
+    """The layer of a gathered product must not be handed the packed weight of an implicit one."""
+    with EMULATOR.running():
+        plans = [Way("im2col", tile, EMULATOR).plan(DEEP.problem()) for tile in ("64x64", "64x64-gathered")]
+    assert plans[0].weight_form != plans[1].weight_form
+
+
+class TestLaunch:
+    """What is wrong with a launch is said before anything runs."""
+
+    KERNEL = product.stage_kernel("im2col", "PACK", "float32", {}, 256, "int")
+
+    @pytest.fixture
+    def given(self):
+        array, conv = np.ones(4, np.float32), product._describe(DEEP.problem(), (), 0.0)[0]
+        return {"weight": array, "packed": array, "conv": conv, "together": 1, "rows": 8, "pitch": 4}
+
+    def test_unknown_and_missing_arguments(self, given):
+        names = "weight, packed, conv, together, rows, pitch"
+        for wrong in ({**given, "height": 3}, {"weight": None}):
+            with pytest.raises(TypeError, match=f"^{self.KERNEL.name} takes {names}, got weight"):
+                launch.launch(self.KERNEL, 1, **wrong)
+
+    def test_dtype_of_an_array(self, given):
+        given["packed"] = np.ones(4, np.float64)
+        with pytest.raises(TypeError, match="packed must be an array of float32, got float64"):
+            launch.launch(self.KERNEL, 1, **given)
+
+    @pytest.mark.parametrize("blocks", [0, 2**31])
+    def test_grid(self, given, blocks):
+        rule = "must be launched on 1 to 2147483647 blocks of 1 to 1024 threads"
+        with pytest.raises(ConvError, match=f"{rule}, got {blocks} of 256"):
+            launch.launch(self.KERNEL, blocks, **given)
+
+    def test_a_struct_for_each_kernel(self, given):
+        """Fields become other structs for a kernel with long indices."""
+        long = product.stage_kernel("im2col", "PACK", "float32", {}, 256, "long long")
+        structs = [given["conv"].struct(kernel, kernel.parameters[2].dtype) for kernel in (self.KERNEL, long)]
+        assert structs[0].dtype != structs[1].dtype
+        assert structs[0]["W"] == structs[1]["W"] == 20

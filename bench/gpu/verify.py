@@ -6,9 +6,11 @@ a larger batch follow. Else it is the NumPy reference, the smallest layers first
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from bench.cases import Case, all_networks, collect
@@ -27,7 +29,9 @@ FILES = [
     "tests/test_algorithms.py",
     "tests/test_gpu_kernels.py",
 ]  # those of tests/ that need no more than pytest
-TESTS = ["-m", "pytest", *FILES, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+# Most of their time goes into compiling kernels, which processes do side by side.
+PROCESSES = ["--numprocesses", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else []
+TESTS = ["-m", "pytest", *FILES, "-m", "gpu", "-q", "-p", "no:cacheprovider", *PROCESSES]
 COPIES = 30  # of input and output, in bytes of float32, that a judge in float64 needs at most
 TAIL = 30  # lines of a failed pytest run that are kept
 
@@ -67,7 +71,7 @@ def run(deadline: Deadline) -> Iterator[Row]:
 
 
 def run_tests(deadline: Deadline, arguments: list[str] = TESTS) -> Row:
-    """Run pytest in a process of its own; no test at all is a failure too."""
+    """Run pytest in a process of its own; no test at all is a failure, and so are tests that were stopped."""
     row = {"kind": "tests", "command": "python " + " ".join(arguments)}
     command = [sys.executable, *arguments]
     try:
@@ -76,7 +80,7 @@ def run_tests(deadline: Deadline, arguments: list[str] = TESTS) -> Row:
         )
     except subprocess.TimeoutExpired:
         reason = f"the tests did not end within {deadline.seconds:.0f} s and were stopped"
-        return {**row, "kind": "left_out", "reason": reason}
+        return {**row, "status": None, "summary": "stopped", "passed": False, "reason": reason}
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
     passed = done.returncode == 0
     return {

@@ -30,9 +30,9 @@ def algorithms() -> list[str]:
 
 
 def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """The distinct kernels that an algorithm can launch for arrays of a dtype."""
+    """The distinct kernels that stand for all that an algorithm launches for arrays of a dtype."""
     module = import_module(f"fastconv.gpu.{algorithm}")
-    tiles = [tile for tile in module.TILES if dtype != "float64" or tile.is_for_double]
+    tiles = [tile for tile in module.TILES if tile.takes(dtype)]
     kernels = (kernel for order in ORDERS for tile in tiles for kernel in module.kernels(dtype, order, tile))
     return list(dict.fromkeys(kernels))
 

@@ -1,4 +1,4 @@
-"""The algorithms enter, a verdict on every kernel that they can launch leaves."""
+"""Kernels enter, a verdict on each of them leaves."""
 
 from __future__ import annotations
 

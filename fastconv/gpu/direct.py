@@ -89,8 +89,10 @@ def run(problem: ConvProblem, tile: PatchTile, device: Device, operands: Operand
     call = Call("direct", problem, operands)
     stage, blocks = _stage(problem), _blocks(problem, tile)
     defines = {**_defines(tile, _window(problem, stage)), **call.output}
+    behind = max(tile.block_p * problem.stride[1], tile.block_q * problem.stride[2])  # the last pixels
+    largest = max(packed.size, blocks, call.reach + behind)
     call.launch(
-        "CONVOLVE", blocks, tile.threads, defines, max(packed.size, blocks), x=operands.x, packed=packed,
+        "CONVOLVE", blocks, tile.threads, defines, largest, x=operands.x, packed=packed,
         channels=stage.channels, taps_r=stage.taps_r, taps_s=stage.taps_s, **call.ends,
     )  # fmt: skip
 

@@ -35,8 +35,8 @@ class Device:
         return self.name
 
     def fits(self, tile: Any, dtype: str) -> bool:
-        """Say whether a tile can run: in float32 every tile keeps to what the smallest supported GPU has."""
-        return dtype != "float64" or tile.is_for_double
+        """Say whether a tile can run; every kernel keeps to what the smallest supported GPU has."""
+        return bool(tile.takes(dtype))
 
     def peak(self, dtype: str) -> float:
         """Return the FLOP/s of all multiply-adds without tensor cores."""

@@ -34,7 +34,10 @@ class WindowTile(Tile):
 
 TILES = (
     WindowTile(128, 128),
-    *(WindowTile(m, n, False) for m, n in ((64, 128), (128, 64), (64, 64), (32, 128), (32, 64))),
+    *(
+        WindowTile(m, n, is_for_double=False)
+        for m, n in ((64, 128), (128, 64), (64, 64), (32, 128), (32, 64))
+    ),
     *(WindowTile(m, n, is_gathered=True) for m, n in ((128, 128), (64, 64))),
 )
 
@@ -87,7 +90,8 @@ def kernels(dtype: str, order: str, tile: WindowTile) -> list[Kernel]:
     """Return the kernels of a tile, as product.kernels does."""
     if tile.is_gathered:
         gather = product.stage_kernel("im2col", "GATHER", dtype, {}, THREADS, "int")
-        return [gather, *product.kernels("im2col", dtype, order, tile, [{"GATHERED": 1, "LOADS": "CHECKED"}])]
+        plain = product.defines_of(tile, False) | {"GATHERED": 1, "LOADS": "CHECKED"}
+        return [gather, *product.variants("im2col", "MULTIPLY", dtype, order, tile, [plain])]
     loads = ("CHECKED", "VECTOR" if order == "NHWC" else "WHOLE")
     return product.kernels("im2col", dtype, order, tile, [{"GATHERED": 0, "LOADS": name} for name in loads])
 

@@ -42,6 +42,10 @@ class Tile:
     block_n: int
     is_for_double: bool = True
 
+    def takes(self, dtype: str) -> bool:
+        """Say whether there are kernels of this tile for a dtype."""
+        return dtype != "float64" or self.is_for_double
+
     @property
     def threads(self) -> int:
         return self.block_m * self.block_n // 64
@@ -153,7 +157,7 @@ def _describe(
     for name, axes in _ARRAY_AXES.items():
         steps = given.get(name) or (0,) * len(axes)
         fields |= {f"{name}_{axis}": step // p.itemsize for axis, step in zip(axes, steps)}
-    return launch.Fields(fields), _reach(p, given)
+    return launch.Fields(fields), max(_reach(p, given), *(abs(int(value)) for value in fields.values()))
 
 
 def _reach(problem: ConvProblem, strides: dict[str, _Strides]) -> int:
@@ -169,7 +173,7 @@ def _reach(problem: ConvProblem, strides: dict[str, _Strides]) -> int:
         for name, steps in strides.items()
         if steps is not None
     ]
-    return max(*spans, *padded, *p.stride, *p.dilation)
+    return max(*spans, *padded)
 
 
 def _pitch(problem: ConvProblem) -> int:
@@ -280,7 +284,7 @@ def multiply(
         partial = launch.driver().empty(shape, accumulator(call.problem))
         largest = max(largest, partial.size)
     is_inside = division.parts > 1 and not division.is_split
-    defines = {**_defines(tile, is_inside), **defines, **call.output}
+    defines = {**defines_of(tile, is_inside), **defines, **call.output}
     call.launch(
         "MULTIPLY", division.blocks, tile.threads, defines, largest, packed=packed, partial=partial,
         columns=columns, slices=division.slices, parts=division.parts, **call.ends, **loaded,
@@ -303,9 +307,9 @@ def kernels(
     algorithm: str, dtype: str, order: str, tile: Tile, loaders: list[dict[str, Any]]
 ) -> list[Kernel]:
     """Return the kernels of a tile, as `variants` does: all loaders, the last one also with parts inside."""
-    found = [_defines(tile, False) | loader for loader in loaders]
+    found = [defines_of(tile, False) | loader for loader in loaders]
     if dtype != "float64":
-        found.append(_defines(tile, True) | loaders[-1])
+        found.append(defines_of(tile, True) | loaders[-1])
     return [
         stage_kernel(algorithm, "PACK", dtype, {}, THREADS, "int"),
         *variants(algorithm, "MULTIPLY", dtype, order, tile, found),
@@ -327,5 +331,5 @@ def variants(
     ]
 
 
-def _defines(tile: Tile, is_inside: bool) -> dict[str, Any]:
+def defines_of(tile: Tile, is_inside: bool) -> dict[str, Any]:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTS_INSIDE": int(is_inside)}
