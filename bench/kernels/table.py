@@ -13,7 +13,7 @@ INTRODUCTION = """\
 
 The kernels as NVRTC compiles them; nothing here was run. Written by `{command}` at commit {commit}.
 
-{shown} kernels of {known} that the algorithms can launch: for each dtype, every pair of settings occurs in
+{shown} kernels of {known} that the algorithms list: for each dtype, every pair of settings occurs in
 one of them. {compilers}.
 
 {faults}

@@ -60,8 +60,9 @@ class Tile:
 
     @property
     def resident(self) -> int:
-        """Blocks that one SM holds at a time, as its 65,536 registers permit."""
-        return max(65536 // (REGISTERS * self.threads), 1)
+        """Blocks that one SM holds at a time, as its 65,536 registers permit: they go by four warps."""
+        warps = -(-self.threads // 128) * 4
+        return max(65536 // (REGISTERS * 32 * warps), 1)
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}"
