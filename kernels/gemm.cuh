@@ -129,6 +129,24 @@ struct Channels {
     }
 };
 
+// What loaders of b have in common that bring four channels of a pixel at a time.
+struct ChannelLoader {
+    const STORAGE* x;  // of the group
+    const Conv& conv;
+    Channels loaded[kFours];
+
+    DEVICE ChannelLoader(const STORAGE* x, const Tile& tile, const Conv& conv)
+        : x(x + tile.group * conv.C * conv.x_c), conv(conv) {}
+
+    DEVICE void place(ACC (*b)[BLOCK_N]) const
+    {
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) loaded[i].place(b, row_of(i), column_of(i));
+    }
+    DEVICE static int row_of(int i) { return (threadIdx.x + i * THREADS) / BLOCK_N * 4; }
+    DEVICE static int column_of(int i) { return (threadIdx.x + i * THREADS) % BLOCK_N; }
+};
+
 // Note once for all rows where the columns of the tile lie; the first of all columns is pixel `first`.
 DEVICE void locate_columns(Columns& table, INDEX first, INDEX first_column, INDEX columns, const Conv& conv)
 {

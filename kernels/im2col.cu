@@ -14,15 +14,12 @@
 
 #ifdef STAGE_MULTIPLY
 // Loads the windows that are the columns of a tile straight from the input.
-struct WindowLoader {
-    const STORAGE* x;  // of the group
-    const Conv& conv;
+struct WindowLoader : ChannelLoader {
     INDEX base[kFours], d[kFours], h[kFours], w[kFours];  // each column's sample, and where its window begins
     INDEX c, t, r, s;                                     // the next slice's first channel and tap
-    Channels loaded[kFours];
 
     DEVICE WindowLoader(const STORAGE* x, const Tile& tile, INDEX columns, const Conv& conv)
-        : x(x + tile.group * conv.C * conv.x_c), conv(conv)
+        : ChannelLoader(x, tile, conv)
     {
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
@@ -64,13 +61,6 @@ struct WindowLoader {
         t = 0;
         c += kBlockK;
     }
-    DEVICE void place(ACC (*b)[BLOCK_N]) const
-    {
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) loaded[i].place(b, row_of(i), column_of(i));
-    }
-    DEVICE static int row_of(int i) { return (threadIdx.x + i * THREADS) / BLOCK_N * 4; }
-    DEVICE static int column_of(int i) { return (threadIdx.x + i * THREADS) % BLOCK_N; }
 };
 
 // One tile of the product. Gathered, `columns` of `gathered` count from pixel `first` on; else all pixels are meant.

@@ -57,15 +57,12 @@ struct PixelLoader {
 };
 #else
 // Loads four channels of one pixel.
-struct PixelLoader {
-    const STORAGE* x;  // of the group
-    const Conv& conv;
+struct PixelLoader : ChannelLoader {
     INDEX at[kFours];
     INDEX c;  // first channel of the next slice
-    Channels loaded[kFours];
 
     DEVICE PixelLoader(const STORAGE* x, const Tile& tile, INDEX columns, const Conv& conv)
-        : x(x + tile.group * conv.C * conv.x_c), conv(conv)
+        : ChannelLoader(x, tile, conv)
     {
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
@@ -84,13 +81,6 @@ struct PixelLoader {
         }
         c += kBlockK;
     }
-    DEVICE void place(ACC (*b)[BLOCK_N]) const
-    {
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) loaded[i].place(b, row_of(i), column_of(i));
-    }
-    DEVICE static int row_of(int i) { return (threadIdx.x + i * THREADS) / BLOCK_N * 4; }
-    DEVICE static int column_of(int i) { return (threadIdx.x + i * THREADS) % BLOCK_N; }
 };
 #endif
 

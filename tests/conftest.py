@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def way(request):
+    """The way of a parametrized test, whose backend runs meanwhile."""
+    with request.param.backend.running():
+        yield request.param
+
+
+@pytest.fixture
 def rng(request):
     """A generator seeded by the name of the test: the same numbers in every run, others in every case."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))

@@ -55,13 +55,6 @@ def mixed_case(algorithm, **changes):
     return Way(algorithm, "").problems(cases, **changes)[0]
 
 
-@pytest.fixture
-def way(request):
-    """The way of a parametrized test, whose backend runs meanwhile."""
-    with request.param.backend.running():
-        yield request.param
-
-
 def tile_sizes(way, dtype):
     """The output channels and the pixels of a tile."""
     tile = tile_of(way, dtype)

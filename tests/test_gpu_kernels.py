@@ -39,13 +39,6 @@ def gathered(backend):
 
 
 @pytest.fixture
-def way(request):
-    """The way of a parametrized test, whose backend runs meanwhile."""
-    with request.param.backend.running():
-        yield request.param
-
-
-@pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that a test launches."""
     names = []

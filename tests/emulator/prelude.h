@@ -48,16 +48,11 @@ double fmin(double, double) noexcept;
 double fmax(double, double) noexcept;
 }
 
-extern "C" {
-float erfcf(float) noexcept;
-double erfc(double) noexcept;
-}
 // CUDA overloads these for float.
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float exp(float x) { return expf(x); }
 inline float tanh(float x) { return tanhf(x); }
 inline float erf(float x) { return erff(x); }
-inline float erfc(float x) { return erfcf(x); }
 
 struct EmulatedIndex {
     unsigned x, y, z;
