@@ -214,9 +214,8 @@ class Call(NamedTuple):
     def filters(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Weight of rank 5 and bias, as a plan takes them."""
         compute, bias = self.frame.compute, self.given.get("bias")
-        if bias is not None and not (bias.flags.c_contiguous and arrays.is_computable(bias, compute)):
-            bias = self.kind.copy(bias, compute)
-        return arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert], bias
+        weight = arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert]
+        return weight, None if bias is None else arrays.to_computable(bias, compute)
 
 
 def bind(

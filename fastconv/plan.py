@@ -63,7 +63,7 @@ class Plan:
 
         x (N, C, D, H, W), weight (K, C // groups, T, R, S) or prepared, bias (K,), residual and out
         (N, K, O, P, Q): native, aligned, with any strides of whole elements; on the CPU of the problem's
-        compute_dtype, on a GPU of its dtype and in the device's memory, bias contiguous.
+        compute_dtype, on a GPU of its dtype and in the device's memory.
         """
         operands = Operands(x, weight, bias, residual, epilogue, out)
         if self.problem.N:
@@ -277,6 +277,7 @@ class Explanation:
     def __str__(self) -> str:
         p = self.plan.problem
         place = "one core" if self.plan.backend == "cpu" else "this GPU"
+        width = max(len(str(found.tile)) for _, found in self.others if isinstance(found, Plan))
         return "\n".join([
             f"{p.op} {p}",
             f"  input {p.input_shape}, weight {p.weight_shape}, output {p.output_shape}",
@@ -286,16 +287,16 @@ class Explanation:
             f"  on {self.plan.device.name}: {self.plan.algorithm.name}, {self.reason}",
             f"  times are estimates for {place}; errors are bounds per element, in eps * conv(|x|, |w|)",
             "",
-            *(self._line(name, found) for name, found in self.others),
+            *(self._line(name, found, width) for name, found in self.others),
         ])  # fmt: skip
 
-    def _line(self, name: str, found: Plan | str) -> str:
+    def _line(self, name: str, found: Plan | str, width: int) -> str:
         if isinstance(found, str):
             return f"    {name:<10} refused: {found}"
         mark = "->" if found.algorithm is self.plan.algorithm else "  "
         rate = found.problem.flops / found.cost() / 1e9 if found.problem.N else 0.0
         return (
-            f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  tile {found.tile!s:<8} "
+            f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  tile {found.tile!s:<{width}} "
             f"workspace {_count(found.workspace(), 'B'):<9} error <= {found.error_bound().factor:.0f} eps"
         )
 

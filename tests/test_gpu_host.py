@@ -65,7 +65,6 @@ class HostKernels:
         activation = epilogue.activation
         if activation == "leaky_relu":
             activation = (activation, epilogue.slope)
-        assert operands.bias is None or operands.bias.flags.c_contiguous
         operands.out[...] = reference.conv3d(
             *(operands.x, operands.weight, operands.bias, problem.stride, problem.padding, problem.dilation),
             groups=problem.groups, residual=operands.residual, activation=activation,
@@ -191,12 +190,11 @@ class TestCall:
             assert_exact(kind.host(y), getattr(reference, op)(x, w, padding=1), "float32")
 
     def test_strided_bias(self, kind, rng, driver):
-        """Kernels read a bias in one piece: a few elements are copied, on the device."""
         x, w, _ = small(rng)
         bias = integers(rng, (12,))[::2]
         y = fastconv.conv2d(kind.make(x), kind.make(w), kind.make(bias))
         assert_exact(kind.host(y), reference.conv2d(x, w, bias), "float32")
-        assert [address(array) for array in driver.copied] == [address(bias)]
+        assert driver.copied == []
 
     def test_empty_batch(self, kind, rng, kernels):
         x, w, _ = small(rng)
