@@ -296,8 +296,9 @@ class Explanation:
         mark = "->" if found.algorithm is self.plan.algorithm else "  "
         rate = found.problem.flops / found.cost() / 1e9 if found.problem.N else 0.0
         return (
-            f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  tile {found.tile!s:<{width}} "
-            f"workspace {_count(found.workspace(), 'B'):<9} error <= {found.error_bound().factor:.0f} eps"
+            f" {mark} {name:<10} {found.cost() * 1e3:10.3f} ms {rate:7.0f} GFLOP/s  "
+            f"tile {found.tile!s:<{width}} workspace {_count(found.workspace(), 'B'):<9} "
+            f"error <= {found.error_bound().factor:.0f} eps"
         )
 
 

@@ -134,7 +134,7 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
 {
     __shared__ SharedPatch shared;
     const PatchTile tile(conv);
-    const Place place;
+    const Place place = place_of_thread();
     const Axis rows(BLOCK_P, taps_r, conv.stride_h, conv.dilation_h);
     const Axis columns(BLOCK_Q, taps_s, conv.stride_w, conv.dilation_w);
     const INDEX pitch = divide_up<INDEX>(columns.extent, 4) * 4, row_pitch = divide_up<INDEX>(conv.K, 4) * 4;

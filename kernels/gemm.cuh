@@ -51,17 +51,16 @@ struct Tile {
     int part;
     INDEX group, first_row, first_column;
 
-    DEVICE Tile(const Conv& conv, INDEX columns)
+    DEVICE Tile(INDEX rows, INDEX columns, INDEX groups)
     {
-        const INDEX rows = divide_up<INDEX>(conv.K, BLOCK_M);
+        const INDEX blocks_m = divide_up<INDEX>(rows, BLOCK_M), blocks_n = divide_up<INDEX>(columns, BLOCK_N);
         INDEX block = blockIdx.x;
-        first_row = block % rows * BLOCK_M;
-        block /= rows;
-        const INDEX strips = divide_up<INDEX>(columns, BLOCK_N);
-        first_column = block % strips * BLOCK_N;
-        block /= strips;
-        group = block % conv.groups;
-        part = static_cast<int>(block / conv.groups);
+        first_row = block % blocks_m * BLOCK_M;
+        block /= blocks_m;
+        first_column = block % blocks_n * BLOCK_N;
+        block /= blocks_n;
+        group = block % groups;
+        part = static_cast<int>(block / groups);
     }
 };
 
@@ -105,6 +104,7 @@ struct RowLoader {
     DEVICE static int column_of(int i) { return (threadIdx.x + i * THREADS) % kPerRow * kChunk; }
 };
 
+#ifdef LOADS
 // Four channels of one pixel, which a thread holds until they are put into shared memory.
 struct Channels {
     Four four;
@@ -146,6 +146,7 @@ struct ChannelLoader {
     DEVICE static int row_of(int i) { return (threadIdx.x + i * THREADS) / BLOCK_N * 4; }
     DEVICE static int column_of(int i) { return (threadIdx.x + i * THREADS) % BLOCK_N; }
 };
+#endif
 
 // Note once for all rows where the columns of the tile lie; the first of all columns is pixel `first`.
 DEVICE void locate_columns(Columns& table, INDEX first, INDEX first_column, INDEX columns, const Conv& conv)
@@ -221,6 +222,7 @@ DEVICE void multiply_parts(ACC (&total)[8][8], Shared& shared, LoaderA& a, Loade
 #endif
 }
 
+#ifdef ACTIVATION
 // Write the sums of one part, for the stage REDUCE.
 DEVICE void store_part(const ACC (&sum)[8][8], const Place& place, const Tile& tile, INDEX columns, const Conv& conv,
                        ACC* partial)
@@ -239,7 +241,7 @@ DEVICE void store_part(const ACC (&sum)[8][8], const Place& place, const Tile& t
         }
     }
 }
-
+#endif  // ACTIVATION
 #endif  // BLOCK_M
 
 #ifdef STAGE_REDUCE

@@ -69,8 +69,8 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ gathered, const AC
        ACC* __restrict__ partial, const Conv conv, INDEX first, INDEX columns, int slices, int parts)
 {
     __shared__ Shared shared;
-    const Tile tile(conv, columns);
-    const Place place;
+    const Tile tile(conv.K, columns, conv.groups);
+    const Place place = place_of_thread();
     const INDEX pitch = divide_up<INDEX>(conv.K, 4) * 4, rows = static_cast<INDEX>(slices) * kBlockK;
     locate_columns(shared.columns, first, tile.first_column, columns, conv);
     RowLoader<BLOCK_M> a(packed + tile.group * rows * pitch, pitch, tile.first_row);

@@ -89,8 +89,8 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
        INDEX columns, int slices, int parts)
 {
     __shared__ Shared shared;
-    const Tile tile(conv, columns);
-    const Place place;
+    const Tile tile(conv.K, columns, conv.groups);
+    const Place place = place_of_thread();
     const INDEX pitch = divide_up<INDEX>(conv.K, 4) * 4;
     locate_columns(shared.columns, 0, tile.first_column, columns, conv);
     RowLoader<BLOCK_M> a(packed + tile.group * slices * kBlockK * pitch, pitch, tile.first_row);

@@ -9,13 +9,6 @@
 
 #include "common.cuh"
 
-#ifdef BLOCK_M
-
-constexpr int kWarpsM = BLOCK_M / 32;
-constexpr int kWarpsN = BLOCK_N / 64;
-static_assert(BLOCK_M % 32 == 0 && BLOCK_N % 64 == 0, "a warp computes 32 x 64");
-static_assert(THREADS == 32 * kWarpsM * kWarpsN, "every warp has its part of the tile");
-
 struct alignas(16) AccFour {
     ACC value[4];
 };
@@ -38,19 +31,31 @@ DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns
     }
 }
 
-// Where a thread's sums lie in the tile.
+// Where a thread's sums lie in a tile, of which its warp's part begins at a row and a column.
 struct Place {
     int row, column;  // of sum[0][0]
 
-    DEVICE Place()
+    DEVICE Place(int warp_row, int warp_column)
     {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        row = warp / kWarpsN * 32 + lane / 8 * 4;
-        column = warp % kWarpsN * 64 + lane % 8 * 4;
+        const int lane = threadIdx.x % 32;
+        row = warp_row + lane / 8 * 4;
+        column = warp_column + lane % 8 * 4;
     }
     DEVICE int row_of(int i) const { return row + i % 4 + i / 4 * 16; }
     DEVICE int column_of(int j) const { return column + j % 4 + j / 4 * 32; }
 };
+
+#ifdef BLOCK_M
+constexpr int kWarpsM = BLOCK_M / 32;
+constexpr int kWarpsN = BLOCK_N / 64;
+static_assert(BLOCK_M % 32 == 0 && BLOCK_N % 64 == 0, "a warp computes 32 x 64");
+static_assert(THREADS == 32 * kWarpsM * kWarpsN, "every warp has its part of the tile");
+
+DEVICE Place place_of_thread()
+{
+    const int warp = threadIdx.x / 32;
+    return Place(warp / kWarpsN * 32, warp % kWarpsN * 64);
+}
 
 // Where the pixels lie that the columns of a tile stand for.
 struct Columns {
@@ -64,6 +69,7 @@ struct Columns {
     }
 };
 
+#ifdef ACTIVATION
 // The four sums that a thread stores together: neighbours in the output, if its memory has the order ORDER.
 struct Quad {
     int i[4], j[4];
@@ -103,7 +109,7 @@ DEVICE void store_tile(const ACC (&sum)[8][8], const Columns& columns, const Pla
         store_four(epilogue.y, at, four, stored);
     }
 }
-
+#endif  // ACTIVATION
 #endif  // BLOCK_M
 
 #ifdef STAGE_PACK

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastconv.gpu import direct, im2col, launch, product
+from fastconv.gpu import direct, im2col, launch, product, winograd
 from fastconv.problem import ConvError, make_problem
 from tests.backends import EMULATOR, GPU
 from tests.cases import CASES, HEAVY, Case
@@ -18,6 +18,7 @@ every_form = on_backends(forms, backends=[EMULATOR, GPU])
 every_order = pytest.mark.parametrize("order", ORDERS)
 
 DEEP = Case("deep", "conv2d", (3, 150, 12, 20), (37, 150, 3, 3), {"padding": 1})
+TILED = Case("tiled", "conv2d", (3, 5, 41, 43), (7, 5, 3, 3), {"padding": 1})
 PIXELS = Case("pixels", "conv2d", (3, 650, 12, 20), (37, 650, 1, 1))
 
 
@@ -38,6 +39,17 @@ def gathered(backend):
     return [Way("im2col", "64x64-gathered", backend)]
 
 
+def with_parts(backend):
+    """The forms whose long sums are cut."""
+    found = (way for way in forms(backend) if way.algorithm in ("im2col", "pointwise"))
+    return [way for way in found if way not in gathered(backend)]
+
+
+def transforming(backend):
+    """The forms of Winograd that go through memory, tiles by turns."""
+    return [way for way in forms(backend) if way.algorithm == "winograd" and "fused" not in way.tile]
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that a test launches."""
@@ -52,9 +64,15 @@ def launched(monkeypatch):
     return names
 
 
-def with_processors(plan, count):
-    """The same plan for a GPU with more or fewer processors."""
-    return dataclasses.replace(plan, device=dataclasses.replace(plan.device, processors=count))
+def with_device(plan, **changes):
+    """The same plan for another GPU, such as one with more processors or a smaller cache."""
+    return dataclasses.replace(plan, device=dataclasses.replace(plan.device, **changes))
+
+
+def tiles_of(plan):
+    """The tiles that a Winograd plan transforms."""
+    problem, m = plan.problem, plan.tile.m
+    return problem.N * -(-problem.P // m) * -(-problem.Q // m)
 
 
 @every_order
@@ -93,14 +111,14 @@ class TestParts:
     def seven_parts(self, monkeypatch):
         monkeypatch.setattr(product, "count_parts", lambda problem, slices, device: 7)
 
-    @every_form
+    @on_backends(with_parts, backends=[EMULATOR, GPU])
     def test_same_bits_in_one_block_and_in_many(self, way, layer, launched):
         plan = way.plan(layer.problem)
-        split = layer.run(with_processors(plan, 1000))
-        assert_parts(way, launched, reduced=True)
+        split = layer.run(with_device(plan, processors=1000))
+        assert_parts(launched, reduced=True)
         launched.clear()
-        inside = layer.run(with_processors(plan, 1))
-        assert_parts(way, launched, reduced=False)
+        inside = layer.run(with_device(plan, processors=1))
+        assert_parts(launched, reduced=False)
         layer.judge(plan, split)
         assert split.tobytes() == inside.tobytes()
 
@@ -108,25 +126,24 @@ class TestParts:
     def test_float64_is_always_split(self, way, rng, launched):
         """Twice 64 sums in float64 are more than a thread's registers hold."""
         problem = way.problems([DEEP, PIXELS], dtype="float64")[-1]
-        make_layer(rng, problem, normals).check(with_processors(way.plan(problem), 1))
-        assert_parts(way, launched, reduced=True)
+        make_layer(rng, problem, normals).check(with_device(way.plan(problem), processors=1))
+        assert_parts(launched, reduced=True)
 
     @every_order
-    @every_form
+    @on_backends(with_parts, backends=[EMULATOR, GPU])
     def test_every_end_of_a_sum(self, way, order, rng):
         """Bias, residual, activation and memory order when the stage REDUCE finishes the sums."""
         for problem in way.problems([DEEP, PIXELS], order=order):
-            layer, plan = make_layer(rng, problem, integers), with_processors(way.plan(problem), 1000)
+            layer, plan = make_layer(rng, problem, integers), with_device(way.plan(problem), processors=1000)
             layer.check(plan)
             layer.with_array(bias=None, residual=None, activation="gelu").run(plan)
             layer.with_array(residual=layer.residual[:, :, ::-1]).check(plan)
 
 
-def assert_parts(way, launched, reduced):
-    """Parts, where there are any, were added by the stage REDUCE or inside of the product's blocks."""
-    has_parts = way.algorithm != "direct" and "gathered" not in way.tile
-    assert any("_reduce_" in name for name in launched) == (has_parts and reduced)
-    assert any("_parts_inside1_" in name for name in launched) == (has_parts and not reduced)
+def assert_parts(launched, reduced):
+    """Parts were added by the stage REDUCE, or inside of the product's blocks."""
+    assert any("_reduce_" in name for name in launched) == reduced
+    assert any("_parts_inside1_" in name for name in launched) != reduced
 
 
 def test_parts_do_not_depend_on_the_batch():
@@ -152,6 +169,22 @@ def test_gathering_in_turns(way, order, rng, monkeypatch, launched):
     monkeypatch.setattr(im2col, "MOST_GATHERED", 1)
     turns = layer.run(plan)
     assert sum("_gather_" in name for name in launched) == 12
+    layer.judge(plan, whole)
+    assert whole.tobytes() == turns.tobytes()
+
+
+@every_order
+@on_backends(transforming, backends=[EMULATOR, GPU])
+def test_transforming_in_turns(way, order, rng, monkeypatch, launched):
+    """With room for few tiles they go through the stages in several turns, to the same bits."""
+    problem = TILED.problem(order=order)
+    layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+    whole = layer.run(plan)
+    assert sum("_input_" in name for name in launched) == 1
+    launched.clear()
+    monkeypatch.setattr(winograd, "MOST_TRANSFORMED", 1)
+    turns = layer.run(with_device(plan, l2=1))
+    assert sum("_input_" in name for name in launched) == -(-tiles_of(plan) // 64) > 1
     layer.judge(plan, whole)
     assert whole.tobytes() == turns.tobytes()
 
@@ -222,16 +255,17 @@ def far_apart(array):
 class TestWorkspace:
     @every_form
     def test_as_stated(self, way, monkeypatch):
-        """What a run allocates is what the plan says, whether it splits sums, gathers in turns or neither."""
-        for problem, most, processors in itertools.product(
-            way.problems([case for case in (*CASES, DEEP, PIXELS) if case not in HEAVY]),
-            (im2col.MOST_GATHERED, 1),
+        """What a run allocates is what the plan says, whether it splits sums, works in turns or neither."""
+        for problem, room, processors in itertools.product(
+            way.problems([case for case in (*CASES, DEEP, PIXELS, TILED) if case not in HEAVY]),
+            (1 << 26, 1),
             (1, 132),
         ):
             if problem.N == 0:
                 continue
-            monkeypatch.setattr(im2col, "MOST_GATHERED", most)
-            plan = with_processors(way.plan(problem), processors)
+            monkeypatch.setattr(im2col, "MOST_GATHERED", room)
+            monkeypatch.setattr(winograd, "MOST_TRANSFORMED", room)
+            plan = with_device(way.plan(problem), processors=processors, l2=room)
             driver = Allocating()
             with launch.use_driver(driver):
                 make_layer(np.random.default_rng(0), problem, integers).run(plan)
@@ -273,7 +307,7 @@ class TestIndex:
     def test_reach(self, input_shape, options, strides, least):
         problem = make_problem("conv2d", input_shape, (4, input_shape[1], 1, 1), **options)
         n, c, h, w = strides
-        _, reach = product._describe(problem, (("x", (n, c, 0, h, w)),), 0.0)
+        _, reach = product.describe(problem, (("x", (n, c, 0, h, w)),), 0.0)
         assert reach >= least
 
 
@@ -301,7 +335,7 @@ class TestLaunch:
 
     @pytest.fixture
     def given(self):
-        array, conv = np.ones(4, np.float32), product._describe(DEEP.problem(), (), 0.0)[0]
+        array, conv = np.ones(4, np.float32), product.describe(DEEP.problem(), (), 0.0)[0]
         return {"weight": array, "packed": array, "conv": conv, "together": 1, "rows": 8, "pitch": 4}
 
     def test_unknown_and_missing_arguments(self, given):

@@ -76,7 +76,7 @@ class Call:
         self.algorithm, self.problem, self.operands = algorithm, problem, operands
         arrays = (("x", o.x), ("y", o.out), ("r", o.residual), ("bias", o.bias))
         strides = tuple([(name, None if array is None else array.strides) for name, array in arrays])
-        self.conv, self.reach = _describe(problem, strides, o.epilogue.slope)
+        self.conv, self.reach = describe(problem, strides, o.epilogue.slope)
 
     @property
     def ends(self) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def pack(algorithm: str, problem: ConvProblem, weight: np.ndarray, together: int
     """
     if weight.ndim == 3:
         return weight
-    packed = launch.driver().empty((problem.groups, rows, _pitch(problem)), accumulator(problem))
-    conv, reach = _describe(problem, (("w", weight.strides),), 0.0)
+    packed = launch.driver().empty((problem.groups, rows, pitch(problem)), accumulator(problem))
+    conv, reach = describe(problem, (("w", weight.strides),), 0.0)
     kernel = stage_kernel(algorithm, "PACK", problem.dtype, {}, THREADS, index_type(max(packed.size, reach)))
     blocks = problem.groups * -(-rows // SQUARE) * -(-packed.shape[2] // SQUARE)
     launch.launch(
@@ -143,7 +143,7 @@ _Strides = tuple[int, ...] | None  # in bytes; of an array that is not given Non
 
 
 @lru_cache(maxsize=4096)
-def _describe(
+def describe(
     problem: ConvProblem, strides: tuple[tuple[str, _Strides], ...], slope: float
 ) -> tuple[launch.Fields, int]:
     """Return the fields of struct Conv in kernels/common.cuh, and a bound of all sizes and offsets in it."""
@@ -177,7 +177,7 @@ def _reach(problem: ConvProblem, strides: dict[str, _Strides]) -> int:
     return max(*spans, *padded)
 
 
-def _pitch(problem: ConvProblem) -> int:
+def pitch(problem: ConvProblem) -> int:
     """Return the elements of a row of the packed weight: the output channels of a group, in fours."""
     return -(-problem.gemm_m // 4) * 4
 
@@ -190,7 +190,7 @@ def packed_rows(problem: ConvProblem, together: int) -> int:
 
 def packed_bytes(problem: ConvProblem, rows: int) -> int:
     """Return the bytes of a packed weight."""
-    return problem.groups * rows * _pitch(problem) * accumulator(problem).itemsize
+    return problem.groups * rows * pitch(problem) * accumulator(problem).itemsize
 
 
 def find_loads(problem: ConvProblem, x: np.ndarray) -> str:

@@ -26,6 +26,9 @@ _TYPES = {
     "float16": ("f16", "Half", "float"),
     "bfloat16": ("bf16", "BFloat16", "float"),
 }
+# defines that a kernel's name need not say, because they follow from others
+_UNNAMED = ("THREADS", "WINOGRAD_AT", "WINOGRAD_G", "WINOGRAD_BT")
+
 _SCALARS = {"int": np.int32, "long long": np.int64, "float": np.float32, "double": np.float64}
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
@@ -70,7 +73,7 @@ def make_kernel(algorithm: str, stage: str, dtype: str, defines: tuple[tuple[str
     """
     word, storage, accumulator = _TYPES[dtype]
     named = dict(defines)
-    suffix = "_".join(_describe(key, value) for key, value in defines if key != "THREADS")
+    suffix = "_".join(_describe(key, value) for key, value in defines if key not in _UNNAMED)
     name = f"fastconv_{word}_{algorithm}_{stage.lower()}__{suffix}"
     fixed = {"STORAGE": storage, "ACC": accumulator, f"STAGE_{stage}": 1, "KERNEL_NAME": name}
     head = "".join(f"#define {key} {value}\n" for key, value in {**fixed, **named}.items())

@@ -1,0 +1,215 @@
+"""Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastconv.gpu import launch, product
+from fastconv.gpu.product import SLICE, THREADS, Call, Tile
+from fastconv.winograd_math import Matrix, matrices
+
+if TYPE_CHECKING:
+    from fastconv.gpu.hardware import Device
+    from fastconv.gpu.source import Kernel
+    from fastconv.problem import ConvProblem, Operands
+
+
+@dataclass(frozen=True)
+class WinogradTile(Tile):
+    """F(m x m, 3 x 3); a block computes block_m output channels of block_n tiles.
+
+    is_fused  whether transforms and products are one kernel, without workspace
+    """
+
+    m: int = 4
+    is_fused: bool = False
+
+    @property
+    def bits(self) -> tuple[int, bool]:
+        """What decides the bits of a result."""
+        return self.m, self.is_fused
+
+    @property
+    def places(self) -> int:
+        """The products of a tile and a channel."""
+        return (self.m + 2) ** 2
+
+    def __str__(self) -> str:
+        return f"f{self.m}_fused" if self.is_fused else f"f{self.m}_{super().__str__()}"
+
+
+TILES = (
+    WinogradTile(128, 128),
+    WinogradTile(64, 64),
+    WinogradTile(64, 64, m=2),
+    WinogradTile(64, 32, is_for_double=False, m=2, is_fused=True),
+)
+
+FUSED_THREADS = 256  # each warp sums two of sixteen places
+FUSED_EFFICIENCY = 0.65  # of the peak: 0.73 of the main loop are multiply-adds, and one block fits an SM
+EFFICIENCY = 0.82  # of the peak; 0.89 to 0.91 of the main loops are multiply-adds
+MOST_TRANSFORMED = 32 << 20  # bytes of V and products in one turn, where half the level-2 cache is less
+
+
+def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
+    """Return the estimated seconds."""
+    tiles = _turn_tiles(problem, tile, device)
+    turns = math.ceil(_tiles(problem, tile) / tiles)
+    per_sm = -(-_blocks(problem, tile, tiles) // device.processors)
+    work = turns * per_sm * _rows(problem) * 2 * tile.block_m * tile.block_n  # FLOP of an SM
+    if tile.is_fused:
+        rate = product.sm_rate(problem, device, FUSED_THREADS) * FUSED_EFFICIENCY
+        return max(tile.places * work / rate, problem.bytes / device.bandwidth) + product.LAUNCH
+    rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * EFFICIENCY
+    filters = _filter_bytes(problem, tile) / device.bandwidth
+    transformed = 2 * turns * tiles * _tile_bytes(problem, tile) / product.L2_SPEEDUP
+    transforms = (problem.bytes + transformed) / device.bandwidth
+    return max(work / rate, filters) + transforms + 3 * turns * product.LAUNCH
+
+
+def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
+    """Return the bytes of the transformed weight, and of one turn's transformed inputs and products."""
+    tiles = 0 if tile.is_fused else _turn_tiles(problem, tile, device)
+    return _filter_bytes(problem, tile) + tiles * _tile_bytes(problem, tile)
+
+
+def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
+    """Return the transformed weight U, (places, groups * rows, pitch); itself if that was done before."""
+    if weight.ndim == 3:
+        return weight
+    rows, pitch = _rows(problem), product.pitch(problem)
+    U = launch.driver().empty((tile.places, problem.groups * rows, pitch), product.accumulator(problem))
+    conv, reach = product.describe(problem, (("w", weight.strides),), 0.0)
+    index = product.index_type(max(U.size, reach))
+    kernel = product.stage_kernel("winograd", "FILTER", problem.dtype, _constants(tile.m), THREADS, index)
+    blocks = -(-problem.groups * rows * pitch // THREADS)
+    launch.launch(kernel, blocks, weight=weight, U=U, conv=conv, rows=rows, pitch=pitch)
+    return U
+
+
+def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
+    """Convolve; the weight is prepared or as given."""
+    U = prepare(problem, tile, device, operands.weight)
+    call = Call("winograd", problem, operands)
+    if tile.is_fused:
+        _run_fused(call, tile, U)
+        return
+    tiles, most = _tiles(problem, tile), _turn_tiles(problem, tile, device)
+    empty, dtype = launch.driver().empty, product.accumulator(problem)
+    V = empty((tile.places, problem.groups * _rows(problem), most), dtype)
+    products = empty((tile.places, problem.K, most), dtype)
+    for first in range(0, tiles, most):
+        _run_turn(call, tile, U, V, products, first, min(most, tiles - first))
+
+
+def _run_fused(call: Call, tile: WinogradTile, U: np.ndarray) -> None:
+    blocks = _blocks(call.problem, tile, _tiles(call.problem, tile))
+    defines = {**_constants(tile.m), **_fused_defines(tile), **call.output}
+    call.launch(
+        "FUSED", blocks, FUSED_THREADS, defines, U.size,
+        x=call.operands.x, U=U, rows=_rows(call.problem), **call.ends,
+    )  # fmt: skip
+
+
+def _run_turn(
+    call: Call, tile: WinogradTile, U: np.ndarray, V: np.ndarray, products: np.ndarray, first: int, tiles: int
+) -> None:
+    """Transform inputs, multiply, and transform back, for `tiles` tiles from the first one on."""
+    problem, constants = call.problem, _constants(tile.m)
+    pitch, slices = -(-tiles // 4) * 4, _rows(problem) // SLICE
+    largest = max(U.size, V.size, products.size)
+    each = -(-tiles // 32) * 32  # threads of a channel
+    call.launch(
+        "INPUT", -(-each * problem.C // THREADS), THREADS, {**constants, "ORDER": problem.order}, largest,
+        x=call.operands.x, V=V, conv=call.conv, first=first, tiles=tiles, slices=slices,
+    )  # fmt: skip
+    call.launch(
+        "MULTIPLY", _blocks(problem, tile, pitch), tile.threads, {**constants, **_product_defines(tile)},
+        largest, U=U, V=V, products=products, conv=call.conv, pitch=pitch, slices=slices,
+    )  # fmt: skip
+    call.launch(
+        "OUTPUT", -(-each * problem.K // THREADS), THREADS, {**constants, **call.output}, largest,
+        products=products, first=first, tiles=tiles, **call.ends,
+    )  # fmt: skip
+
+
+def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
+    """Return the kernels of a tile, as product.kernels does."""
+    constants = _constants(tile.m)
+
+    def of(stage: str, defines: dict[str, Any], threads: int, index: str = "int") -> Kernel:
+        return product.stage_kernel("winograd", stage, dtype, constants | defines, threads, index)
+
+    end = {"ORDER": order, "ACTIVATION": "none"}
+    ends = (end, "int"), (end | {"ACTIVATION": "gelu"}, "int"), (end, "long long")
+    filters = of("FILTER", {}, THREADS)
+    if tile.is_fused:
+        fused = _fused_defines(tile)
+        return [filters, *(of("FUSED", fused | more, FUSED_THREADS, index) for more, index in ends)]
+    return [
+        filters,
+        *(of("INPUT", {"ORDER": order}, THREADS, index) for index in ("int", "long long")),
+        *(of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")),
+        *(of("OUTPUT", more, THREADS, index) for more, index in ends),
+    ]
+
+
+@lru_cache(maxsize=2)
+def _constants(m: int) -> dict[str, Any]:
+    """Return the defines that tell the kernels m and its matrices."""
+    of_m = matrices(m)
+    texts = {name: _initializer(matrix) for name, matrix in zip(("AT", "G", "BT"), of_m, strict=True)}
+    return {"WINOGRAD_M": m, **{f"WINOGRAD_{name}": text for name, text in texts.items()}}
+
+
+def _initializer(matrix: Matrix) -> str:
+    """Return a matrix as C++ initializes it: halves as 1 / 2., so that the compiler rounds them."""
+    rows = (", ".join(f"{x.numerator} / {x.denominator}." for x in row) for row in matrix)
+    return f"{{{', '.join(f'{{{row}}}' for row in rows)}}}"
+
+
+def _product_defines(tile: WinogradTile) -> dict[str, Any]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+
+
+def _fused_defines(tile: WinogradTile) -> dict[str, Any]:
+    return {"BLOCK_TILES": tile.block_n, "BLOCK_CHANNELS": tile.block_m}
+
+
+def _tiles(problem: ConvProblem, tile: WinogradTile) -> int:
+    return problem.N * -(-problem.P // tile.m) * -(-problem.Q // tile.m)
+
+
+def _rows(problem: ConvProblem) -> int:
+    """Return the rows of a group's U and V: its channels in slices."""
+    return product.packed_rows(problem, SLICE) // (problem.R * problem.S)
+
+
+def _blocks(problem: ConvProblem, tile: WinogradTile, tiles: int) -> int:
+    """Return the blocks that multiply so many tiles."""
+    blocks = problem.groups * -(-problem.gemm_m // tile.block_m) * -(-tiles // tile.block_n)
+    return blocks if tile.is_fused else tile.places * blocks
+
+
+def _filter_bytes(problem: ConvProblem, tile: WinogradTile) -> int:
+    return tile.places * product.packed_bytes(problem, _rows(problem))
+
+
+def _turn_tiles(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
+    """Return how many tiles go through all stages in one turn, so that they stay in the level-2 cache."""
+    strips = -(-_tiles(problem, tile) // tile.block_n)
+    if not tile.is_fused:
+        room = max(device.l2 // 2, MOST_TRANSFORMED)
+        strips = min(strips, max(room // _tile_bytes(problem, tile) // tile.block_n, 1))
+    return strips * tile.block_n
+
+
+def _tile_bytes(problem: ConvProblem, tile: WinogradTile) -> int:
+    """Return the bytes of a tile's transformed inputs and products."""
+    channels = problem.groups * _rows(problem) + problem.K
+    return tile.places * channels * product.accumulator(problem).itemsize
