@@ -7,7 +7,7 @@
 //   tile: BLOCK_M output channels of BLOCK_P rows of BLOCK_Q pixels; a thread's share of it as in tile.cuh.
 //   A stage is `channels` channels times `taps_r` x `taps_s` taps, as much as fits: all taps, a row of them, or one.
 //
-// Set by fastconv/gpu/direct.py: BLOCK_M (32, 64), BLOCK_P, BLOCK_Q, and FILTER_S with STRIDE_W: filter width and
+// Set by fastconv/gpu/direct.py: BLOCK_M (8, 32, 64), BLOCK_P, BLOCK_Q, and FILTER_S with STRIDE_W: filter width and
 // stride if the inputs of four neighbouring pixels are kept in registers for a whole row of taps; FILTER_S 0: any.
 
 #define BLOCK_N (BLOCK_P * BLOCK_Q)
@@ -114,8 +114,8 @@ DEVICE void multiply_taps(ACC (&sum)[8][8], const ACC* line, INDEX apart, const 
     for (int s = 0; s < taps; ++s) {
 #endif
         ACC weights[8], pixels[8];
-        read_four(&weights[0], &rows[s * apart_rows][place.row]);
-        read_four(&weights[4], &rows[s * apart_rows][place.row + 16]);
+        read_four(&weights[0], &rows[s * apart_rows][place.row_of(0)]);
+        read_four(&weights[4], &rows[s * apart_rows][place.row_of(4)]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #if FILTER_S
@@ -141,7 +141,7 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
     const auto pixel_at = [&](int column) {
         return column / BLOCK_Q * rows.pixel_step * pitch + column % BLOCK_Q * columns.pixel_step;
     };
-    const INDEX first_at = pixel_at(place.column), apart = pixel_at(place.column + 32) - first_at;
+    const INDEX first_at = pixel_at(place.column_of(0)), apart = pixel_at(place.column_of(4)) - first_at;
     const INDEX chunks = divide_up<INDEX>(conv.C, channels);
     packed += tile.group * chunks * channels * conv.T * conv.R * conv.S * row_pitch;
     tile.locate(shared.columns, conv);

@@ -165,8 +165,8 @@ DEVICE void multiply_slice(ACC (&sum)[8][8], const ACC (*a)[BLOCK_M], const ACC 
         ACC rows[8], columns[8];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            read_four(&rows[half * 4], &a[k][place.row + half * 16]);
-            read_four(&columns[half * 4], &b[k][place.column + half * 32]);
+            read_four(&rows[half * 4], &a[k][place.row_of(half * 4)]);
+            read_four(&columns[half * 4], &b[k][place.column_of(half * 4)]);
         }
         multiply(sum, rows, columns);
     }

@@ -4,8 +4,9 @@
 //
 //   lane: rows 4 * (lane / 8) + {0..3, 16..19}, columns 4 * (lane % 8) + {0..3, 32..35}
 //   so the 8 lanes that shared memory serves together read one 16-byte word of a, and 128 bytes in a row of b.
+//   With BLOCK_M 8, for groups of few channels, a warp computes 8 x 256: rows 0..7, columns 4 * lane + {0..3, 128..131}.
 //
-// Set by the host: BLOCK_M (32, 64, 128), BLOCK_N (64, 128).
+// Set by the host: BLOCK_M (8, 32, 64, 128), BLOCK_N (a multiple of what a warp computes).
 
 #include "common.cuh"
 
@@ -31,6 +32,14 @@ DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns
     }
 }
 
+#if defined(BLOCK_M) && BLOCK_M == 8
+constexpr int kLanesM = 1;
+#else
+constexpr int kLanesM = 4;
+#endif
+constexpr int kLanesN = 32 / kLanesM;
+constexpr int kWarpM = 8 * kLanesM, kWarpN = 8 * kLanesN;  // what a warp computes
+
 // Where a thread's sums lie in a tile, of which its warp's part begins at a row and a column.
 struct Place {
     int row, column;  // of sum[0][0]
@@ -38,23 +47,22 @@ struct Place {
     DEVICE Place(int warp_row, int warp_column)
     {
         const int lane = threadIdx.x % 32;
-        row = warp_row + lane / 8 * 4;
-        column = warp_column + lane % 8 * 4;
+        row = warp_row + lane / kLanesN * 4;
+        column = warp_column + lane % kLanesN * 4;
     }
-    DEVICE int row_of(int i) const { return row + i % 4 + i / 4 * 16; }
-    DEVICE int column_of(int j) const { return column + j % 4 + j / 4 * 32; }
+    DEVICE int row_of(int i) const { return row + i % 4 + i / 4 * (kWarpM / 2); }
+    DEVICE int column_of(int j) const { return column + j % 4 + j / 4 * (kWarpN / 2); }
 };
 
 #ifdef BLOCK_M
-constexpr int kWarpsM = BLOCK_M / 32;
-constexpr int kWarpsN = BLOCK_N / 64;
-static_assert(BLOCK_M % 32 == 0 && BLOCK_N % 64 == 0, "a warp computes 32 x 64");
-static_assert(THREADS == 32 * kWarpsM * kWarpsN, "every warp has its part of the tile");
+constexpr int kWarpsN = BLOCK_N / kWarpN;
+static_assert(BLOCK_M % kWarpM == 0 && BLOCK_N % kWarpN == 0, "a tile is made of what warps compute");
+static_assert(THREADS == 32 * (BLOCK_M / kWarpM) * kWarpsN, "every warp has its part of the tile");
 
 DEVICE Place place_of_thread()
 {
     const int warp = threadIdx.x / 32;
-    return Place(warp / kWarpsN * 32, warp % kWarpsN * 64);
+    return Place(warp / kWarpsN * kWarpM, warp % kWarpsN * kWarpN);
 }
 
 // Where the pixels lie that the columns of a tile stand for.

@@ -333,8 +333,8 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ U, const STORAGE* 
             ACC inputs[8], filters[8];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                read_four(&inputs[half * 4], &shared.V[now][e][i / 2][place.row + half * 16]);
-                read_four(&filters[half * 4], &shared.U[now][e][i / 2][place.column + half * 32]);
+                read_four(&inputs[half * 4], &shared.V[now][e][i / 2][place.row_of(half * 4)]);
+                read_four(&filters[half * 4], &shared.U[now][e][i / 2][place.column_of(half * 4)]);
             }
             multiply(sum[i % 2], inputs, filters);
         }

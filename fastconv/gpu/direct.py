@@ -29,8 +29,9 @@ class PatchTile(product.Tile):
         return f"{self.block_m}x{self.block_p}x{self.block_q}"
 
 
-TILES = tuple(
-    PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))
+TILES = (
+    PatchTile(8, 512, block_p=16, block_q=32),  # for groups of few channels
+    *(PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))),
 )
 
 # kRows and kPatch of kernels/direct.cu, in bytes; a row is of 64 output channels.
