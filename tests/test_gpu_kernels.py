@@ -46,8 +46,12 @@ def with_parts(backend):
 
 
 def transforming(backend):
-    """The forms of Winograd that go through memory, tiles by turns."""
-    return [way for way in forms(backend) if way.algorithm == "winograd" and "fused" not in way.tile]
+    """Winograd by way of memory, tiles by turns."""
+    return [Way("winograd", tile, backend) for tile in ("f4_64x64", "f2_64x64")]
+
+
+def fused_or_not(backend):
+    return [Way("winograd", "f2_64x64", backend)]
 
 
 @pytest.fixture
@@ -173,20 +177,38 @@ def test_gathering_in_turns(way, order, rng, monkeypatch, launched):
     assert whole.tobytes() == turns.tobytes()
 
 
-@every_order
-@on_backends(transforming, backends=[EMULATOR, GPU])
-def test_transforming_in_turns(way, order, rng, monkeypatch, launched):
-    """With room for few tiles they go through the stages in several turns, to the same bits."""
-    problem = TILED.problem(order=order)
-    layer, plan = make_layer(rng, problem, normals), way.plan(problem)
-    whole = layer.run(plan)
-    assert sum("_input_" in name for name in launched) == 1
-    launched.clear()
-    monkeypatch.setattr(winograd, "MOST_TRANSFORMED", 1)
-    turns = layer.run(with_device(plan, l2=1))
-    assert sum("_input_" in name for name in launched) == -(-tiles_of(plan) // 64) > 1
-    layer.judge(plan, whole)
-    assert whole.tobytes() == turns.tobytes()
+class TestWinograd:
+    @every_order
+    @on_backends(transforming, backends=[EMULATOR, GPU])
+    def test_transforming_in_turns(self, way, order, rng, monkeypatch, launched):
+        """With room for few tiles they go through the stages in several turns, to the same bits."""
+        problem = TILED.problem(order=order)
+        layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+        whole = layer.run(plan)
+        assert sum("_input_" in name for name in launched) == 1
+        launched.clear()
+        monkeypatch.setattr(winograd, "MOST_TRANSFORMED", 1)
+        turns = layer.run(with_device(plan, l2=1))
+        assert sum("_input_" in name for name in launched) == -(-tiles_of(plan) // 64) > 1
+        layer.judge(plan, whole)
+        assert whole.tobytes() == turns.tobytes()
+
+    @every_order
+    @on_backends(fused_or_not, backends=[EMULATOR, GPU])
+    def test_fused_or_not_the_bits_are_the_same(self, way, order, rng):
+        layer = make_layer(rng, DEEP.problem(order=order), normals)
+        fused = layer.run(Way("winograd", "f2_fused", way.backend).plan(layer.problem))
+        assert layer.run(way.plan(layer.problem)).tobytes() == fused.tobytes()
+
+    @on_backends(transforming, backends=[EMULATOR])
+    def test_indices_count_what_is_transformed(self, way, rng, monkeypatch, launched):
+        """V is larger than the input: its offsets can need 64 bits where those of the input do not."""
+        problem = TILED.problem()
+        plan = way.plan(problem)
+        most = np.prod(problem.input_shape) * 2  # less than the elements of V
+        monkeypatch.setattr(product, "_FIRST_LONG", int(most))
+        make_layer(rng, problem, integers).check(plan)
+        assert ["_long" in name for name in launched] == [False, True, True, True]
 
 
 class TestStages:

@@ -30,9 +30,9 @@ class WinogradTile(Tile):
     is_fused: bool = False
 
     @property
-    def bits(self) -> tuple[int, bool]:
-        """What decides the bits of a result."""
-        return self.m, self.is_fused
+    def bits(self) -> int:
+        """What decides the bits of a result; F(2x2) has the same fused or not: its transforms only add."""
+        return self.m
 
     @property
     def places(self) -> int:
