@@ -48,7 +48,7 @@ class Plan:
     @property
     def weight_form(self) -> tuple[Any, ...]:
         """What the form of a prepared weight depends on."""
-        return self.algorithm.name, self.tile, self.problem.order, self.device
+        return self.algorithm.name, getattr(self.tile, "packing", self.tile), self.problem.order, self.device
 
     def run(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastconv.gpu import direct, im2col, launch, product, winograd
+from fastconv.plan import possible_plans
 from fastconv.problem import ConvError, make_problem
 from tests.backends import EMULATOR, GPU
 from tests.cases import CASES, HEAVY, Case
@@ -25,6 +26,11 @@ PIXELS = Case("pixels", "conv2d", (3, 650, 12, 20), (37, 650, 1, 1))
 def large_tiles(backend):
     """The tiles that float64 has too."""
     return [Way(algorithm, "128x128", backend) for algorithm in ("im2col", "pointwise")]
+
+
+def any_tile(backend):
+    """One way for each algorithm."""
+    return list({way.algorithm: way for way in forms(backend)}.values())
 
 
 def patches(backend):
@@ -343,11 +349,16 @@ def test_nan_of_half_types(way, rng):
         assert np.isnan(layer.run(way.plan(problem)).astype(np.float64)).all()
 
 
-def test_forms_of_packed_weights_differ():
-    """The layer of a gathered product must not be handed the packed weight of an implicit one."""
-    with EMULATOR.running():
-        plans = [Way("im2col", tile, EMULATOR).plan(DEEP.problem()) for tile in ("64x64", "64x64-gathered")]
-    assert plans[0].weight_form != plans[1].weight_form
+@on_backends(any_tile, backends=[EMULATOR, GPU])
+def test_a_packed_weight_fits_every_tile_of_its_form(way, rng):
+    """A layer packs once for all tiles that its inputs lead to, again for those that want another form."""
+    layer = make_layer(rng, way.problems([DEEP, PIXELS, *CASES])[0], integers)
+    packed = {}
+    for plan in possible_plans(layer.problem, way.algorithm, way.backend.package):
+        if plan.weight_form not in packed:
+            packed[plan.weight_form] = layer.prepare(plan)
+        layer.judge(plan, layer.run(plan, packed[plan.weight_form]))
+    assert len(packed) == {"im2col": 2, "winograd": 2}.get(way.algorithm, 1)
 
 
 class TestLaunch:

@@ -47,6 +47,11 @@ class Tile:
         return dtype != "float64" or self.is_for_double
 
     @property
+    def packing(self) -> Any:
+        """What of the tile decides how a weight is packed: nothing, so that it is done once for all."""
+        return None
+
+    @property
     def threads(self) -> int:
         return self.block_m * self.block_n // 64
 

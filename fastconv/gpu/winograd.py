@@ -35,6 +35,11 @@ class WinogradTile(Tile):
         return self.m
 
     @property
+    def packing(self) -> int:
+        """What of the tile decides how a weight is transformed."""
+        return self.m
+
+    @property
     def places(self) -> int:
         """The products of a tile and a channel."""
         return (self.m + 2) ** 2
