@@ -16,18 +16,6 @@ constexpr int kWarpsN = BLOCK_N / 64;
 static_assert(BLOCK_M % 32 == 0 && BLOCK_N % 64 == 0, "a warp computes 32 x 64");
 static_assert(THREADS == 32 * kWarpsM * kWarpsN, "every warp has its part of the tile");
 
-struct alignas(16) AccFour {
-    ACC value[4];
-};
-
-// Read four neighbours from an aligned address of shared memory.
-DEVICE void read_four(ACC* to, const ACC* from)
-{
-    const AccFour four = *reinterpret_cast<const AccFour*>(from);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = four.value[e];
-}
-
 // Add the products of one k.
 DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns)[8])
 {
