@@ -89,6 +89,8 @@ AIMS = [
     ("pointwise", {"BLOCK_M": 128, "BLOCK_N": 128, "LOADS": "VECTOR", "PARTS_INSIDE": 0}, 0.85),
     ("direct", {"BLOCK_M": 64, "FILTER_S": 3, "STRIDE_W": 1}, 0.85),
     ("direct", {"BLOCK_M": 64, "FILTER_S": 7, "STRIDE_W": 2}, 0.9),
+    ("depthwise", {"BLOCK_Q": 128, "SLIDING": 1}, 0.85),
+    ("depthwise", {"BLOCK_C": 32, "SLIDING": 1}, 0.85),
 ]
 
 

@@ -114,6 +114,7 @@ PATCH_LOAD = 25  # to find an element of a patch or filter, load and store it
 PIXEL_LOAD = 10  # to load a pixel of four channels or one
 STORE = 8  # to finish and store a sum
 SECTOR = 32  # bytes that global memory brings at least
+NOT_HIDDEN = 0.25  # of the shorter of computing and moving: a block does one after the other
 LANES = 128  # threads that an SM issues an instruction for, per cycle
 MOST_RESIDENT = 8  # blocks of an SM, of 128 threads: as their registers permit
 
@@ -153,6 +154,8 @@ def kernels(dtype: str, order: str, tile: PlaneTile | ChannelTile) -> list[Kerne
     itemsize = 8 if dtype == "float64" else 4
     if isinstance(tile, PlaneTile):
         small = [_plane_defines(tile, filter) for filter in KNOWN if _fits(tile, filter, itemsize)]
+        if order == "NHWC":
+            small = small[-1:]  # tiles of channels are for most small filters
         large = [_large_defines(tile, *kind) for kind in ((SHARED[0], False), (SHARED[-1], True))]
         return [
             *product.variants("depthwise", "PLANES", dtype, order, tile, small),
@@ -322,7 +325,8 @@ def _seconds(problem: ConvProblem, tile: product.Tile, device: Device, blocks: i
     rate = product.sm_rate(problem, device, threads) * work.efficiency
     arithmetic = work.outputs * problem.gemm_k * 2 / rate + work.instructions / (LANES * device.clock)
     passed = blocks * (work.loaded + work.outputs) * problem.itemsize / product.L2_SPEEDUP
-    return max(per_sm * arithmetic, max(problem.bytes, passed) / device.bandwidth) + product.LAUNCH
+    parts = per_sm * arithmetic, max(problem.bytes, passed) / device.bandwidth
+    return max(parts) + min(parts) * NOT_HIDDEN + product.LAUNCH
 
 
 def _plane_seconds(problem: ConvProblem, tile: PlaneTile, device: Device) -> float:
