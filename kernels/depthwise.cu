@@ -4,14 +4,14 @@
 //                  weight of these planes  --> registers, or --> shared ---------+
 //
 //   CHANNELS       x: rows of pixels, LANES channels of each --> registers ---+--> COLUMNS x LANES sums per thread,
-//                  weight of these channels --> shared --> registers ---------+    ROWS times
+//                  weight of these channels --> shared --> registers ---------+    for ROWS rows in turn
 //
 // PLANES and CHANNELS are compiled for one filter, which lies in registers. LARGE takes any: shared memory holds all
 // rows of the filters, some rows, or one tap at a time. Sums are added in the order t, r, s everywhere.
 //
-// Set by fastconv/gpu/depthwise.py: for planes BLOCK_C, BLOCK_P, BLOCK_Q, the block's output channels, rows and columns,
-// and ROWS; for channels ROWS, COLUMNS and LANES (1, 4); for LARGE its bytes SHARED, and SLIDING: 1 if neighbouring
-// columns and taps are neighbours in the input; for the others FILTER_R, FILTER_S, STRIDE_H, STRIDE_W, DILATION_H,
+// Set by fastconv/gpu/depthwise.py: for planes BLOCK_C, BLOCK_P, BLOCK_Q, a block's output channels, rows and columns,
+// and ROWS (1, 4); for channels ROWS, COLUMNS and LANES (1, 4); for LARGE its bytes SHARED, and SLIDING: 1 if taps and
+// columns that are neighbours are so in the input; for the others FILTER_R, FILTER_S, STRIDE_H, STRIDE_W, DILATION_H,
 // DILATION_W. In struct Conv `groups` is the number of input channels, K the multiplier.
 
 #define RESIDENT 1  // left to itself, ptxas spills some registers so that a block more is resident
@@ -198,11 +198,11 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
 #ifdef STAGE_LARGE
 // How filters lie in shared memory, taps_r x taps_s taps of each plane: [plane][s / 4][r][s % 4].
 struct Filters {
-    int taps_r, taps_s;
+    int taps_s;
     int step, apart;  // from four taps to the next of a row; from plane to plane, an odd number of fours
 
     DEVICE Filters(int taps_r, int taps_s)
-        : taps_r(taps_r), taps_s(taps_s), step(4 * taps_r), apart(4 * (taps_r * ((taps_s + 3) / 4) | 1))
+        : taps_s(taps_s), step(4 * taps_r), apart(4 * (taps_r * ((taps_s + 3) / 4) | 1))
     {
     }
     DEVICE int at(int r, int s) const { return s / 4 * step + 4 * r + s % 4; }
@@ -339,8 +339,8 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
                 load_patch(shared, patch, x, tile, t, r, s, conv);
                 load_filters(weights, filters, count, weight, tile, t, r, s, conv);
                 __syncthreads();
-                if (!is_busy) continue;
-                multiply_stage(sum, shared + place.in(patch), weights + place.plane * filters.apart, count, patch, filters);
+                const ACC* own = weights + place.plane * filters.apart;
+                if (is_busy) multiply_stage(sum, shared + place.in(patch), own, count, patch, filters);
             }
         }
     }

@@ -220,7 +220,7 @@ class TestDepthwise:
     )
     SMALL = (
         Case("causal", "conv1d", (1, 8, 531), (8, 1, 4), {"groups": 8, "padding": [(3, 0)]}),
-        Case("one_pixel_maps", "conv2d", (3, 70, 1, 1), (70, 1, 3, 3), {"groups": 70, "padding": 1}),
+        Case("one_pixel", "conv2d", (1, 70, 1, 1), (70, 1, 3, 3), {"groups": 70, "padding": 1}),
         Case("tiny_maps", "conv2d", (2, 300, 3, 5), (300, 1, 3, 3), {"groups": 300, "padding": 1}),
         Case("strips", "conv2d", (1, 5, 35, 67), (10, 1, 3, 3), {"groups": 5, "padding": [(0, 2), (2, 1)]}),
         Case("stride_2", "conv2d", (1, 4, 37, 41), (4, 1, 3, 3), {"groups": 4, "stride": 2, "padding": 1}),
