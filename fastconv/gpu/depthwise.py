@@ -50,7 +50,7 @@ class ChannelTile(product.Tile):
 
     @property
     def threads(self) -> int:
-        return 64
+        return 128
 
     def __str__(self) -> str:
         return f"channels{self.block_p}x{self.block_q}"
@@ -92,10 +92,8 @@ PLANE_TILES = tuple(
     PlaneTile(c, p * q, block_p=p, block_q=q, rows=4)
     for c, p, q in ((1, 16, 128), (1, 32, 64), (2, 32, 32), (8, 16, 16), (32, 8, 8))
 ) + tuple(PlaneTile(c, p * q, block_p=p, block_q=q, rows=1) for c, p, q in ((8, 8, 8), (1, 1, 512)))
-TILES = (
-    *PLANE_TILES,
-    *(ChannelTile(4, p * q, block_p=p, block_q=q) for p, q in ((4, 4), (4, 2), (1, 4))),
-)
+CHANNEL_TILES = tuple(ChannelTile(4, p * q, block_p=p, block_q=q) for p, q in ((4, 4), (4, 2), (1, 4)))
+TILES = (*PLANE_TILES, *CHANNEL_TILES)
 
 MOST_TAPS = 49  # of a filter in registers: 7 x 7
 MOST_WINDOW = 32  # inputs that 4 x 4 outputs may see along either axis if the filter lies in registers
@@ -116,7 +114,7 @@ STORE = 8  # to finish and store a sum
 SECTOR = 32  # bytes that global memory brings at least
 NOT_HIDDEN = 0.25  # of the shorter of computing and moving: a block does one after the other
 LANES = 128  # threads that an SM issues an instruction for, per cycle
-MOST_RESIDENT = 8  # blocks of an SM, of 128 threads: as their registers permit
+MOST_RESIDENT = 6  # blocks of an SM: as their registers permit
 
 
 def cost(problem: ConvProblem, tile: PlaneTile | ChannelTile, device: Device) -> float:
@@ -163,7 +161,7 @@ def kernels(dtype: str, order: str, tile: PlaneTile | ChannelTile) -> list[Kerne
         ]
     if order == "NCHW":
         return []
-    found = [_channel_defines(tile, filter, 1) for filter in KNOWN]
+    found = [_channel_defines(tile, filter, 1) for filter in KNOWN if _fits_channels(filter, itemsize)]
     if dtype != "float64":
         found += [_channel_defines(tile, f, 4) for f in KNOWN if f.taps <= MOST_TAPS_OF_FOUR]
     return product.variants("depthwise", "CHANNELS", dtype, order, tile, found)
@@ -176,7 +174,7 @@ def _run_planes(call: Call, tile: PlaneTile) -> None:
         return
     stage = _stage(call.problem, tile)
     shared = next(size for size in SHARED if stage.size * itemsize <= size)
-    defines = _large_defines(tile, shared, _slides(call.problem, stage))
+    defines = _large_defines(tile, shared, _slides(call.problem))
     blocks = _plane_blocks(call.problem, tile)
     _launch(call, "LARGE", tile, defines, blocks, taps_r=stage.taps_r, taps_s=stage.taps_s)
 
@@ -248,10 +246,16 @@ def _fits(tile: PlaneTile, filter: Filter, itemsize: int) -> bool:
 
 
 def _reads_pixels(problem: ConvProblem) -> bool:
-    """Say whether threads read pixels where they lie: those for a row of outputs must fit registers too."""
-    filter = _filter(problem)
+    """Say whether threads read pixels where they lie."""
+    itemsize = product.accumulator(problem).itemsize
+    return problem.order == "NHWC" and _fits_channels(_filter(problem), itemsize)
+
+
+def _fits_channels(filter: Filter, itemsize: int) -> bool:
+    """Say whether pixels for a row of outputs fit registers, and the filters of a block shared memory."""
     pixels = filter.FILTER_R * filter.window(1, 4)[1]
-    return problem.order == "NHWC" and _is_small(filter) and pixels <= MOST_PIXELS
+    shared = filter.taps * (CHANNEL_TILES[0].threads + 4) * itemsize  # kSpan of kernels/depthwise.cu
+    return _is_small(filter) and pixels <= MOST_PIXELS and shared <= SHARED[-1]
 
 
 def _most_lanes(problem: ConvProblem) -> int:
@@ -260,9 +264,9 @@ def _most_lanes(problem: ConvProblem) -> int:
     return 4 if is_even and problem.R * problem.S <= MOST_TAPS_OF_FOUR else 1
 
 
-def _slides(problem: ConvProblem, stage: Stage) -> bool:
-    """Say whether neighbouring columns, and neighbouring taps of whole rows, are neighbours in the input."""
-    return stage.taps_s == problem.S and problem.stride[2] == problem.dilation[2] == 1
+def _slides(problem: ConvProblem) -> bool:
+    """Say whether neighbouring columns and neighbouring taps are neighbours in the input."""
+    return problem.stride[2] == problem.dilation[2] == 1
 
 
 @lru_cache(maxsize=4096)
@@ -336,7 +340,7 @@ def _plane_seconds(problem: ConvProblem, tile: PlaneTile, device: Device) -> flo
     else:
         stage = _stage(problem, tile)
         size, stages = stage.size, -(-problem.R // stage.taps_r) * -(-problem.S // stage.taps_s)
-        efficiency = SLIDING_EFFICIENCY if _slides(problem, stage) else PLAIN_EFFICIENCY
+        efficiency = SLIDING_EFFICIENCY if _slides(problem) else PLAIN_EFFICIENCY
     loads = problem.T * stages * size
     # Of channels that lie together, as many come as a sector holds, whether the block needs them or not.
     spread = 1.0 if problem.order == "NCHW" else max(SECTOR / (tile.block_m * problem.itemsize), 1.0)
