@@ -97,7 +97,7 @@ TILES = (*PLANE_TILES, *CHANNEL_TILES)
 
 MOST_TAPS = 49  # of a filter in registers: 7 x 7
 MOST_WINDOW = 32  # inputs that 4 x 4 outputs may see along either axis if the filter lies in registers
-MOST_PIXELS = 96  # that four neighbouring outputs may see: 91 if a filter of 7 x 7 has stride 2
+MOST_PIXELS = 80  # that four neighbouring outputs may see: 70 if the filter is of 7 x 7, with stride 1
 MOST_TAPS_OF_FOUR = 9  # of the filters of four channels in registers
 SHARED = (16384, 32768, 49152)  # bytes that LARGE is compiled with
 
