@@ -10,7 +10,6 @@
 
 #include "common.cuh"
 
-
 // Add the products of one k.
 DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns)[8])
 {
