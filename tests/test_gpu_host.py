@@ -501,7 +501,7 @@ class TestMissing:
     def test_cupy(self, rng, monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", None)
         assert re.match(r"conv2d: CUDA arrays need CuPy, which cannot be imported: .*cupy", self.message(rng))
-        assert 'pip install "fastconv[cuda13]"' in self.message(rng)
+        assert 'pip install "cupy-cuda13x[ctk]", or "cupy-cuda12x[ctk]" for' in self.message(rng)
 
     @pytest.mark.parametrize(
         ("error", "text"),
