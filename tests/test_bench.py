@@ -364,6 +364,16 @@ def test_a_child_that_fails_is_heard(quick):
         child.ask("load", TINY, "fft", False)
 
 
+def test_micro_benchmarks_need_no_torch():
+    code = """
+import sys, pytest
+sys.modules["torch"] = None  # importing it raises ImportError
+sys.exit(pytest.main(["bench", "--collect-only", "--quiet", "-p", "no:cacheprovider"]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "test_layer[" in done.stdout
+
+
 def test_help_names_every_run():
     command = [sys.executable, "-m", "bench", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
