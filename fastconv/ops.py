@@ -241,6 +241,8 @@ def bind(
 def find_op(caller: str, weight: Any) -> str:
     """Name the operation that a weight of this rank belongs to."""
     rank = getattr(weight, "ndim", None)
+    if rank is None and hasattr(weight, "__cuda_array_interface__"):  # which asks for no ndim
+        rank = len(weight.__cuda_array_interface__["shape"])
     for op, ndim in OPERATIONS.items():
         if rank == ndim + 2:
             return op

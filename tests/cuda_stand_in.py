@@ -41,7 +41,7 @@ class ForeignArray:
     """An array of a library that nobody knows, written on a stream of its own."""
 
     def __init__(self, host: np.ndarray, stream: int | None = FOREIGN_STREAM, **changes: Any) -> None:
-        self.host, self.ndim, self.dtype = host, host.ndim, host.dtype
+        self.host, self.dtype = host, host.dtype
         self.__cuda_array_interface__ = {**interface_of(host, stream), **changes}
 
 
