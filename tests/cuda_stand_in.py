@@ -128,7 +128,7 @@ class StandInDriver:
 
 
 class CupyKind:
-    name, stream, result = "CuPy", None, CupyArray
+    name, noun, stream, result = "CuPy", "CuPy array", None, CupyArray
 
     def make(self, host):
         return CupyArray(host)
@@ -138,7 +138,7 @@ class CupyKind:
 
 
 class ForeignKind(CupyKind):
-    name = "CUDA"
+    name, noun = "CUDA", "CUDA array"
 
     def make(self, host):
         return ForeignArray(host)
@@ -147,7 +147,7 @@ class ForeignKind(CupyKind):
 class TorchKind:
     """A tensor in the host's memory that says it is on a CUDA device; allocations are written down."""
 
-    name, stream = "torch CUDA", TORCH_STREAM
+    name, noun, stream = "torch CUDA", "torch CUDA tensor", TORCH_STREAM
 
     def __init__(self, allocated, monkeypatch):
         torch = self.torch = pytest.importorskip("torch", reason="torch is not installed")

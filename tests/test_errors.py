@@ -450,23 +450,23 @@ class TestTorch:
         self.refuse(
             tensors,
             TypeError,
-            "weight must be a torch array like input, got a NumPy array",
+            "weight must be a torch tensor like input, got a NumPy array",
             weight=ones(6, 4, 3, 3),
         )
         self.refuse(
-            tensors, TypeError, "bias must be a torch array like input, got a NumPy array", bias=ones(6)
+            tensors, TypeError, "bias must be a torch tensor like input, got a NumPy array", bias=ones(6)
         )
         self.refuse(
-            tensors, TypeError, "out must be a torch array like input, got a NumPy array", out=ones(*OUT)
+            tensors, TypeError, "out must be a torch tensor like input, got a NumPy array", out=ones(*OUT)
         )
         self.refuse(
-            tensors, TypeError, "must be a NumPy array like input, got a torch array", input=ones(2, 4, 7, 7)
+            tensors, TypeError, "must be a NumPy array like input, got a torch tensor", input=ones(2, 4, 7, 7)
         )
         self.refuse(tensors, TypeError, "got a CUDA array", bias=FakeCudaArray())
 
     def test_layer_of_the_other_kind(self, tensors):
         with pytest.raises(
-            TypeError, match="input must be a torch array of dtype float32 like weight, got a NumPy array"
+            TypeError, match="input must be a torch tensor of dtype float32 like weight, got a NumPy array"
         ):
             fastconv.Conv2d(tensors["weight"])(ones(2, 4, 7, 7))
 
@@ -488,10 +488,12 @@ class TestTorch:
         )
 
     def test_other_devices_and_forms(self, tensors, torch):
-        self.refuse(tensors, TypeError, "tensor on meta", weight=torch.ones(6, 4, 3, 3, device="meta"))
-        self.refuse(
-            tensors, TypeError, "torch.sparse_coo tensor on cpu", weight=torch.ones(6, 4, 3, 3).to_sparse()
-        )
+        weight = torch.ones(6, 4, 3, 3)
+        rule = "weight must be a dense tensor on the CPU or a CUDA device"
+        text = f"{rule}, got a dense tensor on meta"
+        self.refuse(tensors, TypeError, text, weight=weight.to("meta"))
+        text = f"{rule}, got a torch.sparse_coo tensor on cpu"
+        self.refuse(tensors, TypeError, text, weight=weight.to_sparse())
 
     def test_negated_out(self, tensors, torch):
         """Its memory holds the opposite of its values: what is written there is read with other signs."""
