@@ -416,11 +416,13 @@ def _make_problem(
             **dict(zip(_NUMBERS, numbers)),
         )
     except (ConvError, TypeError) as error:
+        # A problem names the order of memory as if every image had two axes: the caller knows other names.
+        message = str(error).replace(f"order {order!r}", f"order {LAYOUTS[op][ORDERS.index(order)]!r}")
         notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
         notes += ["for an input without a batch N = 1 is listed"] * is_single
         taken_for_channels = not is_last and len(weight_shape) > 1 and input_shape[-1:] == weight_shape[1:2]
         notes += [f"if the channels are last, say layout={LAYOUTS[op][1]!r}"] * taken_for_channels
-        raise type(error)("; ".join([str(error), *notes])) from None
+        raise type(error)("; ".join([message, *notes])) from None
 
 
 def _to_channels_first(shape: Shape, is_single: bool, is_last: bool) -> Shape:

@@ -323,6 +323,16 @@ class TestMessages:
                 "stride -1, order 'NHWC'); for layout NHWC shapes are listed channels first",
             ),
             (
+                lambda: fastconv.conv1d(ones(2, 7, 4), ones(6, 4, 3), stride=-1, layout="NLC"),
+                "conv1d: stride must be at least 1, got -1 (input (2, 4, 7), weight (6, 4, 3), "
+                "stride -1, order 'NLC'); for layout NLC shapes are listed channels first",
+            ),
+            (
+                lambda: fastconv.conv3d(ones(1, 7, 7, 7, 4), ones(6, 4, 3, 3, 3), stride=0, layout="NDHWC"),
+                "conv3d: stride must be at least 1, got 0 (input (1, 4, 7, 7, 7), weight (6, 4, 3, 3, 3), "
+                "stride 0, order 'NDHWC'); for layout NDHWC shapes are listed channels first",
+            ),
+            (
                 lambda: fastconv.conv2d(ones(2, 4, 7, 7), ones(6, 4, 3, 3), dilation=2, algo="winograd"),
                 "conv2d: algo='winograd' cannot run "
                 "n2c4h7w7_k6r3s3_st1x1_pad0x0_dil2x2_g1_float32: needs stride 1 and dilation 1",
