@@ -134,12 +134,7 @@ def check_algorithm(op: str, algo: str) -> None:
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
 ) -> Plan:
-    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
-    largest = max(problem.bytes, *problem.stride, *problem.dilation, problem.C * math.prod(padded))
-    if largest >= LARGEST:
-        raise ConvError(
-            f"{op}: bytes, stride, dilation, padded elements must be below 2**60, got {largest} ({problem})"
-        )
+    _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
     if settings.algo:
@@ -151,6 +146,19 @@ def _make_plan(
         if settings.algo == plan.algorithm.name:
             return plan
     return _remembered_plan(problem, plans[0]) or min(plans, key=Plan.cost)
+
+
+def _check_sizes(problem: ConvProblem, op: str) -> None:
+    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
+    sizes = {
+        "stride": max(problem.stride),
+        "dilation": max(problem.dilation),
+        "elements of the padded input": problem.C * math.prod(padded),
+        "bytes of input, weight and output": problem.bytes,
+    }
+    for name, size in sizes.items():
+        if size >= LARGEST:
+            raise ConvError(f"{op}: {name} must be below 2**60, got {size} ({problem})")
 
 
 def forget_plans() -> None:
