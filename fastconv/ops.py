@@ -463,6 +463,9 @@ class _Conv:
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
         shapes = (self._weight_shape, _shape(bias))
         frame = _stand_in_frame(op, *shapes, self._dtype, self._options, self._kind.backend)
+        if algo != "auto":
+            shown = frame.problem.key.partition("_")[2]  # behind the sizes of the input, which is to come
+            planning.check_accepted(frame.problem, op, algo, self._kind.backend, shown)
         # Copies: a weight the caller changes later would otherwise be half in what was prepared before.
         with self._kind.serve(given.values()):
             self._weight5 = self._kind.copy(given["weight"][frame.weight_insert], frame.compute)

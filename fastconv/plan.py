@@ -177,9 +177,7 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
 
 def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    reason = why_refused(problem, algo, backend)
-    if reason is not None:
-        raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
+    check_accepted(problem, op, algo, backend, str(problem))
     if tile is not None:
         plans = {str(plan.tile): plan for plan in possible_plans(problem, algo, backend)}
         _check_name(op, f"tile of {algo}", tile, tuple(plans))
@@ -210,6 +208,13 @@ def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | 
     if reason is None and not _is_written(backend, algo):
         return "has no CUDA kernel yet"
     return reason
+
+
+def check_accepted(problem: ConvProblem, op: str, algo: str, backend: str, shown: str) -> None:
+    """Raise ConvError if an algorithm cannot run a problem, which the error quotes as `shown`."""
+    reason = why_refused(problem, algo, backend)
+    if reason is not None:
+        raise ConvError(f"{op}: algo={algo!r} cannot run {shown}: {reason}")
 
 
 def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:

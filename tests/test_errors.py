@@ -389,7 +389,7 @@ class TestExplain:
 CALLED_WITH = frozenset({"input", "out", "residual"})
 SEEN_LATER = frozenset({
     "channels not divisible", "weight of all channels", "no channels", "no rows", "kernel too large",
-    "dilated kernel too large", "kernel of absurd extent", "algorithm that refuses", "CUDA weight",
+    "dilated kernel too large", "kernel of absurd extent", "CUDA weight",
     "mixed weight", "CUDA arrays", "layout None",
 })  # fmt: skip
 
@@ -412,6 +412,33 @@ class TestLayers:
         assert (
             str(caught.value) == "conv3d: stride must be at least 1, got 0 (weight (2, 1, 3, 3, 3), stride 0)"
         )
+
+    @pytest.mark.parametrize(
+        ("op", "shape", "options", "text"),
+        [
+            (
+                "conv2d", (6, 4, 3, 3), {"algo": "winograd", "stride": 2},
+                "'winograd' cannot run k6r3s3_st2x2_pad0x0_dil1x1_g1_float32: needs stride 1 and dilation 1",
+            ),
+            (
+                "conv2d", (6, 4, 1, 1), {"algo": "pointwise", "padding": 1},
+                "'pointwise' cannot run k6r1s1_st1x1_pad1x1_dil1x1_g1_float32: needs padding 0",
+            ),
+            (
+                "conv1d", (6, 2, 3), {"algo": "depthwise", "groups": 2},
+                "'depthwise' cannot run k6s3_st1_pad0_dil1_g2_float32: needs groups = C = 4",
+            ),
+        ],
+    )  # fmt: skip
+    def test_algorithm_that_refuses_every_input(self, op, shape, options, text):
+        with pytest.raises(ConvError) as caught:
+            getattr(fastconv, op.capitalize())(ones(*shape), **options)
+        assert str(caught.value) == f"{op}: algo={text}"
+
+    def test_algorithm_that_accepts_every_input(self):
+        fastconv.Conv2d(ones(6, 4, 1, 1), algo="pointwise", stride=2, padding="same")
+        fastconv.Conv2d(ones(6, 4, 3, 3), algo="winograd", padding="same")
+        fastconv.Conv3d(ones(6, 1, 3, 3, 3), algo="depthwise", groups=3)
 
     @pytest.mark.parametrize(
         ("input", "error"),
