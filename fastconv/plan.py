@@ -138,7 +138,7 @@ def _make_plan(
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
     if settings.algo:
-        _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
+        _check_name(op, "FASTCONV_ALGO", settings.algo, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
         raise _out_of_workspace(problem, backend, tuple(TABLE))
@@ -272,7 +272,8 @@ def workspace_limit() -> int | None:
         return None
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
     if match is None:
-        raise ConvError(f"FASTCONV_WORKSPACE must be bytes, with K, M or G, such as 64M, got {text!r}")
+        rule = "must be a whole number of bytes, or of kilo-, mega- or gigabytes with K, M or G, such as 64M"
+        raise ConvError(f"FASTCONV_WORKSPACE {rule}, got {text!r}")
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -335,11 +336,12 @@ def _why(chosen: Plan, algo: str) -> str:
     """Say who chose a plan."""
     if algo != "auto":
         return "because algo names it"
-    if _settings(chosen.backend).algo == chosen.algorithm.name:
+    wish = _settings(chosen.backend).algo
+    if wish == chosen.algorithm.name:
         return "because FASTCONV_ALGO names it"
-    if _remembered_plan(chosen.problem, chosen) == chosen:
-        return "measured fastest by tune"
-    return "of the lowest estimate"
+    is_measured = _remembered_plan(chosen.problem, chosen) == chosen
+    reason = "measured fastest by tune" if is_measured else "of the lowest estimate"
+    return f"{reason}; FASTCONV_ALGO={wish} cannot run it" if wish in TABLE else reason
 
 
 def _unread(problem: ConvProblem) -> str:
