@@ -35,6 +35,9 @@ def run_layers(options: Namespace, arguments: Sequence[str]) -> int:
     if unknown := [name for name in algorithms if name not in TABLE]:
         raise CommandError(f"--algorithms must be of {', '.join(TABLE)}, got {', '.join(unknown)}")
     cases, impossible = _collect(options)
+    if all(TABLE[name].refuses(case.problem) for case in cases for name in algorithms):
+        where = f"any layer of {', '.join(options.networks)}"
+        raise CommandError(f"nothing was measured: {' or '.join(algorithms)} cannot run {where}")
     session = Session("layers", options.output, arguments, cases[0].problem.compute_dtype)
     session.add(impossible)
     session.run(cases, Settings(algorithms, options.prepared, options.seconds))
