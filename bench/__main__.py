@@ -154,6 +154,7 @@ def _add_kernels(commands: Commands) -> None:
     )
     _add_output(parser)
     parser.add_argument("--architectures", type=_names, default="all", metavar="SM,...", help="or 75,90")
+    parser.add_argument("--dtypes", type=_names, default="all", metavar="NAME,...", help="or float32")
     parser.add_argument("--all", action="store_true", help="all kernels, not one for each pair of settings")
 
 
