@@ -134,16 +134,11 @@ def check_algorithm(op: str, algo: str) -> None:
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
 ) -> Plan:
-    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
-    largest = max(problem.bytes, *problem.stride, *problem.dilation, problem.C * math.prod(padded))
-    if largest >= LARGEST:
-        raise ConvError(
-            f"{op}: bytes, stride, dilation, padded elements must be below 2**60, got {largest} ({problem})"
-        )
+    _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
     if settings.algo:
-        _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
+        _check_name(op, "FASTCONV_ALGO", settings.algo, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
         raise _out_of_workspace(problem, backend, tuple(TABLE))
@@ -151,6 +146,19 @@ def _make_plan(
         if settings.algo == plan.algorithm.name:
             return plan
     return _remembered_plan(problem, plans[0]) or min(plans, key=Plan.cost)
+
+
+def _check_sizes(problem: ConvProblem, op: str) -> None:
+    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
+    sizes = {
+        "stride": max(problem.stride),
+        "dilation": max(problem.dilation),
+        "elements of the padded input": problem.C * math.prod(padded),
+        "bytes of input, weight and output": problem.bytes,
+    }
+    for name, size in sizes.items():
+        if size >= LARGEST:
+            raise ConvError(f"{op}: {name} must be below 2**60, got {size} ({problem})")
 
 
 def forget_plans() -> None:
@@ -169,9 +177,7 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
 
 def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    reason = why_refused(problem, algo, backend)
-    if reason is not None:
-        raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
+    check_accepted(problem, op, algo, backend, str(problem))
     if tile is not None:
         plans = {str(plan.tile): plan for plan in possible_plans(problem, algo, backend)}
         _check_name(op, f"tile of {algo}", tile, tuple(plans))
@@ -202,6 +208,13 @@ def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | 
     if reason is None and not _is_written(backend, algo):
         return "has no CUDA kernel yet"
     return reason
+
+
+def check_accepted(problem: ConvProblem, op: str, algo: str, backend: str, shown: str) -> None:
+    """Raise ConvError if an algorithm cannot run a problem, which the error quotes as `shown`."""
+    reason = why_refused(problem, algo, backend)
+    if reason is not None:
+        raise ConvError(f"{op}: algo={algo!r} cannot run {shown}: {reason}")
 
 
 def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
@@ -259,7 +272,8 @@ def workspace_limit() -> int | None:
         return None
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
     if match is None:
-        raise ConvError(f"FASTCONV_WORKSPACE must be bytes, with K, M or G, such as 64M, got {text!r}")
+        rule = "must be a whole number of bytes, or of kilo-, mega- or gigabytes with K, M or G, such as 64M"
+        raise ConvError(f"FASTCONV_WORKSPACE {rule}, got {text!r}")
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -322,11 +336,12 @@ def _why(chosen: Plan, algo: str) -> str:
     """Say who chose a plan."""
     if algo != "auto":
         return "because algo names it"
-    if _settings(chosen.backend).algo == chosen.algorithm.name:
+    wish = _settings(chosen.backend).algo
+    if wish == chosen.algorithm.name:
         return "because FASTCONV_ALGO names it"
-    if _remembered_plan(chosen.problem, chosen) == chosen:
-        return "measured fastest by tune"
-    return "of the lowest estimate"
+    is_measured = _remembered_plan(chosen.problem, chosen) == chosen
+    reason = "measured fastest by tune" if is_measured else "of the lowest estimate"
+    return f"{reason}; FASTCONV_ALGO={wish} cannot run it" if wish in TABLE else reason
 
 
 def _unread(problem: ConvProblem) -> str:

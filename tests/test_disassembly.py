@@ -203,7 +203,17 @@ def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, cap
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| fastconv_")]
     assert [row[1:3] for row in rows[:8]] == 4 * [["1024", "4096"], ["1024", "4224"]]
     assert [row[-1] for row in rows[8:]] == 4 * ["32 |", "1 |"]  # the conflicts of the tiles
-    assert page in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("8 kernels, each for sm_80, sm_90: about a second a kernel")
+    assert page in shown
+
+
+def test_kernels_of_one_dtype(specimens, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
+    command = ["kernels", "--architectures", "80", "--dtypes", "float32", "--output", str(tmp_path)]
+    assert main(command) == 0
+    assert "2 kernels of 2 that the algorithms list" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
 
 
 def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch, tmp_path):
@@ -216,3 +226,5 @@ def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch,
 def test_an_unknown_architecture_lists_the_known_ones(capsys):
     assert main(["kernels", "--architectures", "90,91"]) == 2
     assert "--architectures must be of 70, 75, 80, 86, 89, 90, 100, 120, got 91" in capsys.readouterr().err
+    assert main(["kernels", "--dtypes", "half"]) == 2
+    assert "--dtypes must be of float32, float64, float16, bfloat16, got half" in capsys.readouterr().err

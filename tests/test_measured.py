@@ -249,8 +249,9 @@ def test_a_pipe_in_its_place_does_not_block(path):
 def test_a_directory_that_cannot_be_is_a_warning(tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / name))
-    with pytest.warns(UserWarning, match="are ignored: .*Not a directory"):
+    with pytest.warns(UserWarning, match="are ignored: .*Not a directory") as caught:
         assert measured.lookup(PROBLEM, DEVICE) is None
+    assert [warning.filename for warning in caught] == [__file__]  # the caller's, not measured.py
     with pytest.warns(UserWarning, match="are ignored|is not kept") as caught:
         assert measured.store(PROBLEM, DEVICE, RECORD) is None
     assert "is not kept" in str(caught[-1].message)
