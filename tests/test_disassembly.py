@@ -92,6 +92,8 @@ AIMS = [
     ("direct", {"BLOCK_M": 64, "FILTER_S": 7, "STRIDE_W": 2}, 0.9),
     ("winograd", {"BLOCK_M": 128, "BLOCK_N": 128}, 0.9),
     ("winograd", {"BLOCK_TILES": 32}, 0.7),
+    ("depthwise", {"BLOCK_Q": 128, "SLIDING": 1}, 0.85),
+    ("depthwise", {"BLOCK_C": 32, "SLIDING": 1}, 0.85),
 ]
 
 
