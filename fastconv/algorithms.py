@@ -118,7 +118,7 @@ TABLE: dict[str, Algorithm] = {
             "Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308",
             _winograd_refuses,
             exact=_is_like_direct,
-            # measured: 2.6 for F(2 x 2, 3 x 3), 11.2 for F(4 x 4, 3 x 3)
+            # measured: 2.6 for F(2 x 2, 3 x 3); 11.2 for F(4 x 4, 3 x 3), 17.9 for F(4, 5) of one channel
             error_factor=lambda problem, tile: DIRECT_ERROR if _is_like_direct(problem, tile) else 32.0,
             reach=lambda problem, tile: tile.m + max(problem.R, problem.S) - 2,
         ),
