@@ -46,7 +46,7 @@ class _Stamp(NamedTuple):
     modified: int
 
 
-def lookup(problem: ConvProblem, device: str) -> Record | None:
+def lookup(problem: ConvProblem, device: str, backend: str = "cpu") -> Record | None:
     """Return what was measured fastest for the problem on the device, or None; never raises.
 
     `device` is the name under which it was stored. Nothing is returned that cannot run the problem.
@@ -54,7 +54,7 @@ def lookup(problem: ConvProblem, device: str) -> Record | None:
     for path in _files(device):
         record = _read(path, device).get(problem.key)
         if record is not None:
-            reason = TABLE[record["algorithm"]].refuses(problem)
+            reason = TABLE[record["algorithm"]].refuses(problem, backend)
             if reason is None:
                 return record.copy()
             _ignore(path, f"{record['algorithm']!r} cannot run {problem.key}: {reason}")

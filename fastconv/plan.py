@@ -168,7 +168,7 @@ def forget_plans() -> None:
 
 def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
     """Return the plan that was measured fastest on this device, if it is possible here and now."""
-    record = measured.lookup(problem, any_plan.device.label())
+    record = measured.lookup(problem, any_plan.device.label(), any_plan.backend)
     if record is None:
         return None
     plans = fitting_plans(problem, record["algorithm"], any_plan.backend)
@@ -204,7 +204,7 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
 
 def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | None:
     """Return why an algorithm cannot run a problem on a backend, in words, or None."""
-    reason = TABLE[algo].refuses(problem)
+    reason = TABLE[algo].refuses(problem, backend)
     if reason is None and not _is_written(backend, algo):
         return "has no CUDA kernel yet"
     return reason
@@ -225,7 +225,8 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
     module = importlib.import_module(f"fastconv.{backend}.{algo}")
     tiles = (tile for tile in module.TILES if device.fits(tile, problem.compute_dtype))
     plans = (Plan(problem, backend, row, tile, device, module) for tile in tiles)
-    return [p for p in plans if problem.precision != "highest" or row.error_factor(p.tile) <= DIRECT_ERROR]
+    is_any = problem.precision != "highest"
+    return [plan for plan in plans if is_any or row.error_factor(problem, plan.tile) <= DIRECT_ERROR]
 
 
 @lru_cache(maxsize=64)

@@ -129,6 +129,11 @@ class TestOrder:
         assert make_plan(result.problem).cost() == min(plan.cost() for plan in plans_of(result.problem))
 
 
+def inexact_plan():
+    """A plan of Winograd F(4 x 4, 3 x 3)."""
+    return next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.problem, p.tile))
+
+
 class TestPrecision:
     HIGHEST = make_problem("conv2d", (1, 64, 56, 56), (64, 64, 3, 3), padding=1, precision="highest")
 
@@ -140,12 +145,12 @@ class TestPrecision:
         assert possible_plans(self.HIGHEST, "winograd"), "F(2) is as exact as a direct sum"
 
     def test_a_measurement_does_not_lower_it(self):
-        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        large = inexact_plan()
         remember(self.HIGHEST, "winograd", large.tile)
         assert chosen(self.HIGHEST) != ("winograd", str(large.tile))
 
     def test_nor_does_a_tile_by_name(self):
-        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        large = inexact_plan()
         with pytest.raises(ConvError, match=f"tile of winograd must be one of .*, got '{large.tile}'"):
             make_plan(self.HIGHEST, "winograd", tile=str(large.tile))
 
