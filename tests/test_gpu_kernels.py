@@ -196,15 +196,9 @@ class TestWinograd:
     def test_filters(self):
         """Other than the CPU's it takes 3 or 5 taps in a row."""
         reason = "needs a 3 x 3 kernel, or 3 or 5 taps in a row, over one plane"
-        for taps, found in (
-            ((1, 3), None),
-            ((5, 1), None),
-            ((3, 5), reason),
-            ((1, 7), reason),
-            ((1, 1), reason),
-        ):
+        for taps in ((1, 3), (5, 1), (3, 5), (1, 7), (1, 1)):
             problem = make_problem("conv2d", (1, 2, 9, 9), (2, 2, *taps))
-            assert why_refused(problem, "winograd", "gpu") == found
+            assert why_refused(problem, "winograd", "gpu") == (None if taps in ((1, 3), (5, 1)) else reason)
             assert why_refused(problem, "winograd") == "needs a 3 x 3 kernel over one plane"
 
     @on_backends(transforming, backends=[EMULATOR, GPU])
