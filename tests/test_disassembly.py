@@ -208,6 +208,23 @@ def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, cap
     assert page in shown
 
 
+def test_a_run_that_is_stopped_keeps_the_architectures_it_has_done(specimens, monkeypatch, tmp_path):
+    def stop_at_90(kernels, sm, look_inside):
+        if sm == 90:
+            raise KeyboardInterrupt
+        return judge(kernels, sm, look_inside)
+
+    judge = instances.judge
+    monkeypatch.setattr(instances, "judge", stop_at_90)
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
+    with pytest.raises(KeyboardInterrupt):
+        main(["kernels", "--architectures", "80,90", "--output", str(tmp_path)])
+    page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    assert "| sm_80 |" in page
+    assert "sm_90" not in page
+
+
 def test_kernels_of_one_dtype(specimens, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
     monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))

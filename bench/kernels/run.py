@@ -34,6 +34,8 @@ def compile_kernels(
         "about a second a kernel and architecture, on one core",
         markup=False,
     )
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    commit, dirty = read_commit()
     verdicts: list[instances.Verdict] = []
     with show.make_progress(console) as progress:
         task = progress.add_task("", total=len(kernels) * len(architectures))
@@ -42,10 +44,10 @@ def compile_kernels(
             for verdict in instances.judge(kernels, sm, look_inside=sm in inside):
                 verdicts.append(verdict)
                 progress.advance(task)
-    command = shlex.join(["python", "-m", "bench", *arguments])
-    commit, dirty = read_commit()
-    page = table.render(verdicts, known, command, commit + " with uncommitted changes" * dirty)
-    rows.replace(folder / PAGE, page)
+            page = table.render(verdicts, known, command, commit + " with uncommitted changes" * dirty)
+            rows.replace(
+                folder / PAGE, page
+            )  # after each, so that a run that is stopped has not been in vain
     console.print(page, markup=False, soft_wrap=True)
     console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
     return 1 if table.list_faults(verdicts) else 0
