@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, check, compare, layers, machine, report, rows, show, summary, timing, workload
+from bench import cases, check, compare, layers, machine, report, rows, show, side, summary, timing, workload
 from bench.__main__ import main
+from fastconv import reference
 from fastconv.algorithms import TABLE, ErrorBound
 from fastconv.problem import make_problem
 
@@ -353,6 +354,15 @@ def test_compare_without_its_baseline_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert main(["compare"]) == 2
     assert "pip install torch" in capsys.readouterr().err
+
+
+def test_torch_computes_a_causal_convolution():
+    pytest.importorskip("torch", reason="the baseline of the comparison")
+    problem = make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6)
+    x, w = workload.make_arrays(problem)
+    (call,) = side.torch_calls(problem, x, w, "auto", prepared=False, threads=1).values()
+    expected = reference.conv1d(x, w, padding=((3, 0),), groups=6)
+    np.testing.assert_allclose(call().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_child_that_fails_is_heard(quick):

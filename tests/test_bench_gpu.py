@@ -639,6 +639,8 @@ class TestVerify:
         TINY,
         make_problem("conv2d", (2, 6, 8, 9), (4, 3, 3, 2), stride=2, padding=(2, 1), groups=2, dilation=2),
         make_problem("conv1d", (2, 3, 17), (5, 3, 3), padding=1),
+        make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6),
+        make_problem("conv2d", (1, 2, 9, 8), (3, 2, 4, 3), padding=((3, 1), (2, 2)), stride=(2, 1)),
         make_problem("conv3d", (1, 2, 5, 6, 7), (3, 2, 3, 3, 3), padding=1),
     ], ids=str)  # fmt: skip
     def test_torch_judges_as_the_reference_does(self, problem, reach):
@@ -908,3 +910,22 @@ class TestLayers:
                 np.testing.assert_allclose(call().numpy(), expected, rtol=1e-4, atol=1e-4)
             elif columns["call"] == "relu_(conv + bias)":
                 np.testing.assert_allclose(call().numpy(), np.maximum(expected + 1, 0), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_cudnn_computes_a_causal_convolution_in_the_dtype_of_the_case(self, dtype):
+        torch_side = pytest.importorskip("bench.gpu.torch_side", reason="torch is not installed")
+        problem = make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6, dtype=dtype)
+        x, weight = workload.make_arrays(problem)
+        bias = np.ones(problem.K, dtype)
+        expected = reference.conv1d(x, weight, padding=((3, 0),), groups=6)
+        found = list(torch_side.cudnn_calls(problem, x, weight, bias, tf32=False))
+        assert [columns["call"] for columns, _ in found] == ["conv", "relu_(conv + bias)"]
+        for columns, call in found:
+            y = call().numpy()
+            assert y.dtype == dtype
+            wanted = np.maximum(expected + 1, 0) if columns["fused"] else expected
+            np.testing.assert_allclose(y, wanted, rtol=1e-2, atol=2e-3 if dtype == "float16" else 1e-4)
+
+    def test_torch_does_not_pad_more_behind(self):
+        with pytest.raises(ValueError, match="torch pads no more behind than before"):
+            workload.as_torch(make_problem("conv1d", (2, 6, 17), (6, 6, 4), padding=((0, 3),)))
