@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +37,13 @@ from bench.gpu.compile import Compiled
 from fastconv import reference
 from fastconv.algorithms import ErrorBound
 from fastconv.gpu import launch
-from fastconv.plan import possible_plans
+from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ITEMSIZE, make_problem
 from tests.emulator import EmulatorDriver
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = make_problem("conv2d", (1, 4, 9, 9), (6, 4, 3, 3), padding=1)
+TINY_IN = {order: replace(TINY, order=order) for order in ("NCHW", "NHWC")}
 CASE = cases.Case(TINY, "4->6 3x3 @9x9", (("net", "conv1", 2),))
 MACHINE = {"kind": "machine", "gpu": "NVIDIA H100", "driver": "580", "commit": "abc"}
 
@@ -634,6 +637,16 @@ class TestVerify:
         (row,) = verify.check_cases([CASE], verify.NumpyJudge, Deadline(60))
         assert (row["kind"], row["layer"], row["batch"]) == ("left_out", "conv1", 1)
 
+    def test_what_is_timed_at_the_larger_batch_is_verified_too(self, monkeypatch):
+        pytest.importorskip("torch", reason="torch is not installed")
+        seen = []
+        monkeypatch.setattr(verify, "run_tests", lambda deadline: TESTS_PASSED)
+        monkeypatch.setattr(device, "has_torch", lambda: True)
+        monkeypatch.setattr(verify, "check_cases", lambda found, judge, deadline: seen.extend(found) or [])
+        list(verify.run(Deadline(9)))
+        large = {(case.network, case.problem.N) for case in seen if case.problem.N > 1}
+        assert large == {(name, 32) for name in (*layers.SUITE, *layers.GROUPED)}
+
     @pytest.mark.parametrize("reach", [0, 3])
     @pytest.mark.parametrize("problem", [
         TINY,
@@ -782,22 +795,60 @@ class TestSanitize:
 
 class TestLayers:
     def test_the_networks_of_the_targets_come_first_and_nothing_is_forgotten(self):
-        first, tf32, others, last = layers.passes(has_torch=True)
-        assert first.cases is tf32.cases
+        first, grouped, half, *tf32, others, last = layers.passes(has_torch=True)
+        assert [each.cases for each in tf32] == [first.cases, grouped.cases]
         assert others.cases is last.cases
-        assert list(first.sides) == ["fastconv", "cudnn"]
-        assert list(tf32.sides) == ["cudnn"]
+        for each in (first, grouped, half, others):
+            assert list(each.sides) == ["fastconv", "cudnn"]
+        assert [list(each.sides) for each in (*tf32, last)] == [["cudnn"]] * 3
         timed = {(use[0], case.problem.N) for case in first.cases for use in case.uses}
         assert {(name, batch) for name in layers.SUITE for batch in layers.BATCHES} <= timed
         counts = [count for case in first.cases for name, _, count in case.uses if name == "resnet50"]
         assert sum(counts) == 2 * 53
         every, _ = cases.collect(cases.all_networks())
-        small = [case for case in [*first.cases, *others.cases] if case.problem.N == 1]
+        small = [case for case in [*first.cases, *grouped.cases, *others.cases] if case.problem.N == 1]
         assert {case.problem for case in small} == {case.problem for case in every}
         assert len(small) == len(every)
 
+    def test_layers_with_groups_are_timed_at_both_batches(self):
+        _, grouped, half, *_ = layers.passes(has_torch=True)
+        depthwise = {"convnext_t": 18, "replknet_31b": 29, "mamba": 1}
+        for each, dtype, networks in (
+            (grouped, "float32", {**depthwise, "resnext50_32x4d": 16}),
+            (half, "float16", {**depthwise, "mobilenet_v1": 13}),
+        ):
+            assert self.counts(each, dtype) == {
+                (name, n): networks[name] for name in networks for n in (1, 32)
+            }
+        assert all(case.problem.groups == case.problem.C for case in half.cases)
+        large = [case for case in grouped.cases if case.problem.N == 32]
+        assert [case for case in layers.large_cases() if case.network in layers.GROUPED] == large
+
+    @staticmethod
+    def counts(each, dtype):
+        """How many layers of each network and batch a pass stands for."""
+        assert {case.problem.dtype for case in each.cases} == {dtype}
+        found = Counter()
+        for case in each.cases:
+            for name, _, count in case.uses:
+                found[name, case.problem.N] += count
+        return found
+
     def test_without_torch_fastconv_is_timed_alone(self):
-        assert [list(each.sides) for each in layers.passes(has_torch=False)] == [["fastconv"], ["fastconv"]]
+        sides = [list(each.sides) for each in layers.passes(has_torch=False)]
+        assert sides == [["fastconv"]] * 4
+
+    def test_the_copy_is_timed_as_a_layer_is_and_kept(self, clock, monkeypatch):
+        gpu = FakeGpu(clock)
+        monkeypatch.setattr(device, "make_copy", lambda size: lambda: gpu.enqueue(size / 1e12))
+        monkeypatch.setattr(device, "has_torch", lambda: False)
+        monkeypatch.setattr(device, "CudaEvents", lambda: gpu)
+        monkeypatch.setattr(layers, "measure", partial(stopwatch.measure, clock=clock))
+        monkeypatch.setattr(layers, "passes", lambda has_torch: [])
+        _, copy = layers.run(Deadline(9, clock))
+        assert copy == {"kind": "copy", "bytes": 1 << 28, "median": 2.684e-4, "gbs": 2000}
+        assert gpu.flushed > 5
+        assert "copy of 256 MiB: 2000 GB/s" in table.summary_lines([copy])
 
     @pytest.fixture
     def timed(self, emulated, monkeypatch, clock):
@@ -821,7 +872,8 @@ class TestLayers:
     def test_a_row_holds_the_times_of_both_sides(self, timed, clock):
         each = self.one_pass(fastconv=[lambda: 1e-3], cudnn=[lambda: 2e-3, lambda: 3e-3])
         (row,) = layers.run_pass(each, None, Deadline(9, clock))
-        assert (row["batch"], row["C"], row["key"]) == (1, 4, TINY.key)
+        assert (row["batch"], row["C"], row["K"], row["key"]) == (1, 4, 6, TINY.key)
+        assert (row["kernel"], row["groups"], row["dtype"]) == ([3, 3], 1, "float32")
         assert [entry["median"] for entry in row["fastconv"]] == [1e-3]
         assert [entry["min"] for entry in row["cudnn"]] == [2e-3, 3e-3]
 
@@ -882,6 +934,11 @@ class TestLayers:
             accepting = [name for name in work.algorithms() if possible_plans(TINY, name, "gpu")]
             assert [entry["algorithm"] for entry in prepared] == accepting
             assert sum(entry["auto"] for entry in prepared) == 1
+            for entry in entries:
+                plan = make_plan(TINY_IN[order], entry["algorithm"], "gpu")
+                assert entry["estimate"] == pytest.approx(plan.cost(), rel=1e-3)
+            (chosen,) = (entry["estimate"] for entry in prepared if entry["auto"])
+            assert chosen == min(entry["estimate"] for entry in prepared)
             assert [entry["call"] for entry in entries[len(prepared) :]] == [
                 "plain",
                 "prepared + bias + relu",

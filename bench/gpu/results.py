@@ -12,10 +12,11 @@ tests       pytest: its exit status and its last line
 checked     a layer and an algorithm: the worst error of all tiles and orders, in units of its bound
 repeated    an algorithm, a tile, a problem: how many of the runs differed from the first
 sanitized   a tool of compute-sanitizer: its exit status and summary
+copy        a copy within the GPU's memory: bytes, median in seconds, gbs (read and written)
 layer       a layer at a batch size; "uses": [network, layer, how often]; per entry of the two lists:
-            "fastconv"  order, algorithm, tile, auto (whether the table chooses it), call, fused, median and
-                        min in seconds, samples, gflops, gbs; ratio and ratio_tf32: the least median of
-                        cuDNN's calls in either order, equally fused, over this one, TF32 off and on
+            "fastconv"  order, algorithm, tile, auto (whether the table chooses it), call, fused, estimate,
+                        median and min in seconds, samples, gflops, gbs; ratio and ratio_tf32: the least
+                        median of cuDNN's calls in either order, equally fused, over this one, TF32 off and on
             "cudnn"     order, tf32, call, fused, median, min, samples
 left_out    what was not done, and why
 failure     what went wrong

@@ -98,7 +98,7 @@ def _number(ratio: float) -> str:
 def summary_lines(rows: Sequence[Row]) -> list[str]:
     """What a part found: what passed in a few lines, then every failure, then what was left out."""
     return [*_compiled(rows), *_tests(rows), *_checked(rows), *_repeated(rows), *_sanitized(rows),
-            *_failures(rows), *_left_out(rows)]  # fmt: skip
+            *_copied(rows), *_failures(rows), *_left_out(rows)]  # fmt: skip
 
 
 def _compiled(rows: Sequence[Row]) -> list[str]:
@@ -137,6 +137,10 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
 
 def _sanitized(rows: Sequence[Row]) -> list[str]:
     return [f"{row['tool']}: {row['plans']} plans, {row['summary']}" for row in of_kind(rows, "sanitized")]
+
+
+def _copied(rows: Sequence[Row]) -> list[str]:
+    return [f"copy of {row['bytes'] >> 20} MiB: {row['gbs']:.0f} GB/s" for row in of_kind(rows, "copy")]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
