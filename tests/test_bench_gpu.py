@@ -100,13 +100,17 @@ def theirs(**changes):
     return {**entry, **changes}
 
 
+COPY = {"kind": "copy", "bytes": 1 << 28, "median": 1e-3, "gbs": 2.0}
+
+
 def layer(**changes):
     row = {
         "kind": "layer", "network": "resnet50", "layer": "conv1", "uses": [["resnet50", "conv1", 1]],
-        "label": "3->64 7x7", "key": "n1", "C": 64, "batch": 1, "flops": 10**9, "bytes": 10**6,
-        "fastconv": [ours()], "cudnn": [theirs()],
+        "label": "3->64 7x7", "key": "n1", "C": 64, "K": 64, "kernel": [3, 3], "groups": 1,
+        "dtype": "float32", "batch": 1, "flops": 10**9, "bytes": 10**6, "fastconv": [ours()],
+        "cudnn": [theirs()],
     }  # fmt: skip
-    return results.with_ratios({**row, **changes})
+    return results.with_ratios({**row, **changes}, COPY)
 
 
 class TestCommandLine:
@@ -185,7 +189,7 @@ class TestWholeRun:
         assert bench["machine"]["driver"] == "580"
         assert bench["command"] == f"python -m bench gpu --output {tmp_path}"
         assert bench["rows"][0]["fastconv"][0]["ratio"] == 2
-        assert len(bench["targets"]) == 10
+        assert len(bench["targets"]) == 2 * len(targets.TARGETS) == 22
         shown = capsys.readouterr().out
         assert "pytest: 9 passed" in shown
         assert "verify: passed" in shown
@@ -433,7 +437,9 @@ class TestResults:
         second = {**layer(), "fastconv": [], "cudnn": [theirs(tf32=True, median=5e-4)]}
         other = layer(key="n32")
         left_out = {"kind": "left_out", "reason": "late"}
-        joined, alone, last = results.merge([first, left_out, other, second])
+        joined, alone, copy, last = results.merge([first, {**COPY, "gbs": 0.5}, left_out, other, second])
+        assert joined["fastconv"][0]["copy_share"] == 2
+        assert copy["kind"] == "copy"
         assert [entry["tf32"] for entry in joined["cudnn"]] == [False, True]
         assert joined["fastconv"][0]["ratio_tf32"] == 0.5
         assert "ratio_tf32" not in alone["fastconv"][0]
@@ -507,7 +513,54 @@ class TestTargets:
 
     def test_means_of_networks(self):
         means = targets.find_means(self.layers(), ["vgg16", "zfnet"])
-        assert [(mean.what, mean.layers) for mean in means] == [("vgg16 batch 1", 6), ("vgg16 batch 32", 1)]
+        assert [(mean.what, mean.layers) for mean in means] == [
+            ("vgg16 batch 1 float32", 6),
+            ("vgg16 batch 32 float32", 1),
+        ]
+
+    def test_winograd_counts_whether_it_is_chosen_or_not(self):
+        entries = [ours(), ours(algorithm="winograd", auto=False, median=4e-3)]
+        vgg = {"uses": [["vgg16", "a", 2]], "fastconv": entries}
+        rows = [
+            layer(key="a", **vgg),
+            layer(key="b", C=3, **vgg),
+            layer(key="c", kernel=[5, 5], **vgg),
+            layer(key="d", dtype="float16", **vgg),
+            layer(key="e", uses=[["resnet50", "b", 1]], fastconv=entries),
+            layer(key="f", uses=[["vgg16", "b", 1]], fastconv=[ours()]),
+            layer(key="g", batch=32, **{**vgg, "fastconv": [ours(algorithm="winograd", auto=False)]}),
+        ]
+        small, large = (self.find(rows, f"winograd, vgg16, C >= 64, batch {batch}") for batch in (1, 32))
+        assert (small.mean.layers, small.mean.ratio, small.least) == (2, pytest.approx(0.5), 1.0)
+        assert (large.mean.layers, large.mean.ratio, large.least) == (2, pytest.approx(2), 1.3)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_depthwise_counts_on_depthwise_layers_of_its_dtype(self, dtype):
+        other = "float16" if dtype == "float32" else "float32"
+        entries = [ours(), ours(algorithm="depthwise", auto=False, median=5e-4)]
+        each = {"groups": 64, "fastconv": entries, "dtype": dtype}
+        rows = [
+            layer(key="a", **each, uses=[["mobilenet_v1", "a", 1]]),
+            layer(key="b", **each, uses=[["convnext_t", "a", 3]], kernel=[7, 7], batch=32),
+            layer(key="c", **each, uses=[["replknet_31b", "a", 2]], kernel=[31, 31]),
+            layer(key="d", **each, uses=[["mamba", "a", 9]]),
+            layer(key="e", **{**each, "groups": 32}, uses=[["convnext_t", "a", 9]]),
+            layer(key="f", **{**each, "dtype": other}, uses=[["convnext_t", "a", 9]]),
+            layer(key="g", **{**each, "groups": 1}, C=1, uses=[["convnext_t", "a", 9]]),
+        ]
+        target = self.find(rows, f"depthwise, {dtype}")
+        assert (target.mean.layers, target.mean.ratio, target.least) == (6, pytest.approx(4), 3.0)
+
+    @pytest.mark.parametrize(("network", "kernel"), [("mobilenet_v1", [3, 3]), ("mamba", [4])])
+    def test_depthwise_layers_against_a_copy(self, network, kernel):
+        """1 MB in 0.5 ms are 2 GB/s, as the copy has; without cuDNN too."""
+        entries = [ours(), ours(algorithm="depthwise", auto=False, median=1e-3)]
+        each = {"groups": 64, "fastconv": entries, "kernel": kernel, "cudnn": [], "uses": [[network, "a", 2]]}
+        rows = [layer(key="a", batch=32, **each), layer(key="b", **each)]
+        rows.append(layer(key="c", batch=32, **{**each, "groups": 1}))
+        target = self.find(rows, f"GB/s over a copy's, {network}, batch 32")
+        assert (target.mean.layers, target.mean.ratio, target.least) == (2, pytest.approx(0.5), 0.8)
+        assert target.verdict == "MISSED"
 
 
 class TestTable:
@@ -522,12 +575,20 @@ class TestTable:
             ours(call="plain", median=4e-3),
             ours(order="NHWC", median=5e-4),
         ]
-        row = layer(fastconv=entries, cudnn=[theirs(), theirs(tf32=True, median=1e-3, order="NHWC")])
+        cudnn = [theirs(), theirs(tf32=True, median=1e-3, order="NHWC")]
+        row = layer(label="7x7", fastconv=entries, cudnn=cudnn)
         assert [" ".join(line.split()) for line in table.layer_table([row]).splitlines()] == [
-            "layer tile batch order direct im2col us GFLOP/s GB/s cuDNN us in plain fused TF32",
-            "resnet50 conv1 3->64 7x7 direct a 1 NCHW 2.00* 1.00 1000.0 1000 1 2000.0 NCHW 0.50 - 1.00",
-            "resnet50 conv1 3->64 7x7 direct a 1 NHWC 4.00* - 500.0 2000 2 2000.0 NCHW - - 2.00",
+            "layer tile batch dtype order direct im2col us GFLOP/s GB/s cuDNN us in plain fused TF32",
+            "resnet50 conv1 7x7 direct a 1 float32 NCHW 2.00* 1.00 1000.0 1000 1 2000.0 NCHW 0.50 - 1.00",
+            "resnet50 conv1 7x7 direct a 1 float32 NHWC 4.00* - 500.0 2000 2 2000.0 NCHW - - 2.00",
         ]
+
+    def test_dtypes_stand_apart(self):
+        found = [layer(key="a", dtype="float16", batch=1), layer(key="b", batch=32)]
+        lines = [line.split() for line in table.layer_table(found).splitlines()[1:]]
+        assert [line[6:8] for line in lines] == [["32", "float32"], ["1", "float16"]]
+        means = targets.find_means(found, ["resnet50"])
+        assert [mean.what for mean in means] == ["resnet50 batch 32 float32", "resnet50 batch 1 float16"]
 
     def test_a_layer_without_cudnn(self):
         line = table.layer_table([layer(cudnn=[])]).splitlines()[1]

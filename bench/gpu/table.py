@@ -10,14 +10,15 @@ from bench.gpu.results import best_cudnn
 from bench.gpu.targets import Mean, Target, find_auto
 from bench.rows import Row, layer_name, networks_of, of_kind
 from fastconv.algorithms import TABLE
-from fastconv.problem import ORDERS
+from fastconv.problem import ITEMSIZE, ORDERS
 
 LEGEND = """\
 Ratios are cuDNN's median time over fastconv's, more than 1 means that fastconv is faster: against the faster
 of cuDNN's two memory orders ("in") with TF32 off. Below an algorithm's name stands its ratio, with a star if
 the table chooses it; tile, us, GFLOP/s and GB/s are that one's, with its weight prepared. plain: auto, the
 weight prepared in every call. fused: auto with bias and ReLU, against the faster of cuDNN's two ways. TF32:
-against cuDNN with TF32 on. Medians of CUDA events, with a cold L2."""
+against cuDNN with TF32 on. Medians of CUDA events, with a cold L2. The means of a network are over those of
+its layers that were timed."""
 
 _SHOWN = 12  # failures and reasons of a kind that are printed in full
 
@@ -43,10 +44,15 @@ def layer_table(layers: Sequence[Row]) -> str:
     """One line per layer, batch and order of fastconv's arrays; a shared layer under its first network."""
     present = {entry["algorithm"] for layer in layers for entry in layer["fastconv"]}
     names = [name for name in TABLE if name in present]
-    header = ["layer", "tile", "batch", "order", *names, "us", "GFLOP/s", "GB/s", "cuDNN us", "in"]
+    header = ["layer", "tile", "batch", "dtype", "order", *names, "us", "GFLOP/s", "GB/s", "cuDNN us", "in"]
     lines = []
     networks = networks_of(layers)
-    for layer in sorted(layers, key=lambda row: (networks.index(row["network"]), int(row["batch"]))):
+    dtypes = list(ITEMSIZE)
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return networks.index(row["network"]), dtypes.index(row["dtype"]), int(row["batch"])
+
+    for layer in sorted(layers, key=place):
         name = f"{layer['network']} {layer_name(layer, layer['network'])}"
         lines += [_cells(layer, name, order, names) for order in ORDERS if find_auto(layer, order)]
     return format_table([*header, "plain", "fused", "TF32"], lines, left=2)
@@ -62,7 +68,7 @@ def _cells(layer: Row, name: str, order: str, names: Sequence[str]) -> list[str]
     cudnn = best_cudnn(layer, tf32=False, fused=False)
     ratios = [_ratio(prepared.get(each)) + "*" * (each == auto["algorithm"]) for each in names]
     return [
-        name, f"{auto['algorithm']} {auto['tile']}", str(layer["batch"]), order, *ratios,
+        name, f"{auto['algorithm']} {auto['tile']}", str(layer["batch"]), layer["dtype"], order, *ratios,
         f"{auto['median'] * 1e6:.1f}", f"{auto['gflops']:.0f}", f"{auto['gbs']:.0f}",
         f"{cudnn['median'] * 1e6:.1f}" if cudnn else "-", cudnn["order"] if cudnn else "-",
         _ratio(find_auto(layer, order, "plain")),
