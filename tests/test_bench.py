@@ -377,7 +377,7 @@ def test_a_child_that_fails_is_heard(quick):
 def test_help_names_every_run():
     command = [sys.executable, "-m", "bench", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in ("main", "layers", "photo", "networks", "compare", "report"):
+    for name in ("main", "layers", "photo", "networks", "compare", "report", "kernels", "gpu", "fit"):
         assert re.search(rf"^    {name}\b", shown, re.MULTILINE)
 
 

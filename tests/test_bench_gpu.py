@@ -1,6 +1,7 @@
 """The run on a GPU, without one: what it plans, what it makes of rows, and that no wrong result passes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,11 @@ from bench.__main__ import GPU_PARTS, main
 from bench.check import Oracle
 from bench.gpu import (
     child,
+    choice,
     command,
     compile,
     device,
+    fit,
     layers,
     repeat,
     results,
@@ -87,7 +91,7 @@ def emulated(monkeypatch):
 def ours(**changes):
     entry = {
         "order": "NCHW", "algorithm": "direct", "tile": "a", "auto": True, "call": "prepared",
-        "fused": False, "median": 1e-3, "min": 1e-3, "samples": 9,
+        "fused": False, "estimate": 1e-3, "median": 1e-3, "min": 1e-3, "samples": 9,
     }  # fmt: skip
     return {**entry, **changes}
 
@@ -563,6 +567,139 @@ class TestTargets:
         assert target.verdict == "MISSED"
 
 
+def entries_of(**entries):
+    """A layer's entries in one order: algorithm=(estimate, median); the lowest estimate is auto's."""
+    least = min(entries, key=entries.get)
+    return [
+        ours(algorithm=name, estimate=estimate, median=median, auto=name == least)
+        for name, (estimate, median) in entries.items()
+    ]
+
+
+class TestChoice:
+    def test_the_mean_and_the_worst_of_each_batch_and_dtype(self):
+        right = entries_of(direct=(1, 2), im2col=(2, 3))
+        wrong = entries_of(direct=(1, 4), im2col=(2, 1))
+        rows = [
+            layer(key="a", fastconv=right, uses=[["resnet50", "a", 9]]),
+            layer(key="b", fastconv=wrong, layer="conv2"),
+            layer(key="c", fastconv=right, dtype="float16"),
+            layer(key="d", fastconv=right, batch=32),
+        ]
+        first, large, half = choice.find_distances(rows)
+        assert (first.batch, first.dtype, first.choices) == (1, "float32", 2)
+        assert (first.mean, first.worst) == (pytest.approx(2), 4)
+        assert first.where == "resnet50 conv2 NCHW: direct, not im2col"
+        assert (large.batch, large.dtype, large.mean, large.worst, large.where) == (32, "float32", 1, 1, "")
+        assert (half.batch, half.dtype) == (1, "float16")
+        shown = table.distance_table("auto", [first, large]).splitlines()
+        assert shown[1].split()[-5:] == ["2", "2.000", "<=", "1.05", "4.00"]
+        assert "conv2 NCHW: direct, not im2col" in shown[1]
+
+    def test_orders_are_choices_of_their_own_and_other_calls_do_not_count(self):
+        entries = [*entries_of(direct=(1, 2), im2col=(2, 3)), ours(call="plain", median=1e-9)]
+        other = [{**entry, "order": "NHWC"} for entry in entries_of(direct=(1, 6), im2col=(2, 3))]
+        (found,) = choice.find_distances([layer(fastconv=[*entries, *other])])
+        assert (found.choices, found.worst) == (2, 2)
+        assert "NHWC" in found.where
+
+    def test_a_layer_that_was_cut_short_does_not_count(self):
+        assert choice.find_distances([layer(fastconv=[ours(auto=False)]), layer(fastconv=[])]) == []
+
+    def test_the_report_says_it(self):
+        entry = command.finish_part("bench", [layer(fastconv=entries_of(direct=(1, 4), im2col=(2, 1)))], 1.0)
+        (line,) = [line for line in command.report_part("bench", entry, "H100") if "worst at" in line]
+        assert "auto over the fastest algorithm" in line
+        assert "resnet50 conv1 NCHW: direct, not im2col" in line
+
+
+class TestFit:
+    """direct is estimated at half of what it takes, so auto takes it where im2col is faster."""
+
+    ROWS = (
+        layer(key="a", fastconv=entries_of(direct=(2.0, 4.0), im2col=(3.0, 3.0))),
+        layer(key="b", fastconv=entries_of(direct=(1.0, 2.0), im2col=(5.0, 5.0))),
+        layer(key="c", batch=32, fastconv=entries_of(direct=(2.0, 4.0), im2col=(3.0, 3.0))),
+    )
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "nvidia-h100.json"
+        entry = command.finish_part("bench", list(self.ROWS), 1.0)
+        path.write_text(results.to_text({"gpu": "NVIDIA H100", "parts": {"bench": entry}}))
+        return path
+
+    def test_ratios_of_each_algorithm(self):
+        entries = [ours(key=n, median=(n + 1) * 1e-3) for n in range(20)]
+        rows = [layer(key=str(n), fastconv=[entry]) for n, entry in enumerate(entries)]
+        rows.append(layer(fastconv=[ours(algorithm="winograd", estimate=2.0, median=1.0)]))
+        rows.append(layer(fastconv=[ours(call="plain"), ours(call="prepared + bias + relu", fused=True)]))
+        direct, winograd = fit.find_fits(rows)
+        assert (direct.algorithm, direct.entries) == ("direct", 20)
+        assert (direct.low, direct.high) == (pytest.approx(2), pytest.approx(18))
+        assert direct.mean == pytest.approx(math.factorial(20) ** (1 / 20))
+        assert winograd == ("winograd", 1, 0.5, 0.5, 0.5)
+
+    def test_a_fit_mends_the_choice(self):
+        as_it_is = choice.find_distances(self.ROWS)
+        fitted = choice.find_distances(self.ROWS, fit.choose_by(fit.find_fits(self.ROWS)))
+        assert [found.worst for found in as_it_is] == [pytest.approx(4 / 3)] * 2
+        assert [(found.worst, found.choices) for found in fitted] == [(1, 2), (1, 1)]
+
+    def test_the_command(self, path, capsys):
+        assert main(["fit", str(path)]) == 0
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert lines[:3] == [
+            "measured over estimated entries mean 10 % 90 %",
+            "direct 3 2.00 2.00 2.00",
+            "im2col 3 1.00 1.00 1.00",
+        ]
+        at = "resnet50 conv1 NCHW: direct, not im2col"
+        assert lines[4:7] == [
+            "auto over the fastest, as it is worst at choices mean aim worst",
+            f"batch 1 float32 {at} 2 1.155 <= 1.05 1.33",
+            f"batch 32 float32 {at} 1 1.333 <= 1.05 1.33",
+        ]
+        assert lines[8:11] == [
+            "with estimates times their means worst at choices mean aim worst",
+            "batch 1 float32 2 1.000 <= 1.05 1.00",
+            "batch 32 float32 1 1.000 <= 1.05 1.00",
+        ]
+        assert "in fastconv/gpu/direct.py by 2.00, in fastconv/gpu/im2col.py by 1.00;" in lines[12]
+
+    def test_every_algorithm_has_the_constant_that_is_named(self):
+        for name in work.algorithms():
+            assert import_module(f"fastconv.gpu.{name}").EFFICIENCY
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "there is no such file"),
+            ('{"gpu": ', "not a file of results"),
+            ("[1]", "not a file of results"),
+            (
+                '{"gpu": "a", "parts": {"verify": {"rows": []}}}',
+                'has no part "bench"; make gpu PART=bench adds',
+            ),
+            ('{"gpu": "a", "parts": {"bench": {"rows": []}}}', 'its part "bench" has no estimates'),
+        ],
+    )
+    def test_a_file_with_nothing_to_fit(self, tmp_path, capsys, text, message):
+        path = tmp_path / "a.json"
+        if text is not None:
+            path.write_text(text)
+        assert main(["fit", str(path)]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"python -m bench fit: {path}: ")
+        assert message in shown
+        assert shown.count("\n") == 1
+
+    def test_entries_of_an_older_run_have_no_estimates(self, path):
+        path.write_text(path.read_text().replace('"estimate"', '"guess"', 1))
+        with pytest.raises(ValueError, match="has no estimates"):
+            fit.read_layers(path)
+
+
 class TestTable:
     def test_columns_stand_below_each_other(self):
         header, first, second = table.format_table(["a", "n"], [["long", "1"], ["b", "100"]]).splitlines()
@@ -985,6 +1122,28 @@ class TestLayers:
         assert {entry["ratio"] for entry in row["fastconv"]} == {1}
         assert ["cudnn_convolution_relu" in missing["reason"] for missing in left_out] == [True, True]
         assert len(table.layer_table([row]).splitlines()) == 3
+
+    def test_a_causal_layer_in_float16_has_its_row(self, emulated, monkeypatch):
+        """Both sides for real again; every entry of fastconv computes the same as torch."""
+        pytest.importorskip("torch", reason="torch is not installed")
+        outputs = []
+
+        def measure(gpu, call):
+            outputs.append(np.asarray(call(), np.float32))
+            return stopwatch.Times((1e-3,))
+
+        monkeypatch.setattr(layers, "measure", measure)
+        shapes = (2, 6, 17), (6, 1, 4)
+        causal = make_problem("conv1d", *shapes, padding=((3, 0),), groups=6, dtype="float16")
+        each = layers.passes(has_torch=True)[2]._replace(cases=[replace(CASE, problem=causal)])
+        (row,) = results.merge(list(layers.run_pass(each, None, Deadline(600))))
+        assert row["dtype"] == "float16"
+        entries = row["fastconv"] + row["cudnn"]
+        assert [entry["call"] for entry in row["cudnn"]] == ["conv", "relu_(conv + bias)"]
+        for fused in (False, True):
+            same = [y for y, entry in zip(outputs, entries, strict=True) if entry["fused"] == fused]
+            for y in same[:-1]:
+                np.testing.assert_allclose(y, same[-1], rtol=1e-2, atol=4e-3)
 
     def test_calls_of_fastconv(self, emulated):
         found = list(layers.fastconv_calls(CASE, *device.make_arrays(TINY)))

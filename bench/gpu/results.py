@@ -53,7 +53,9 @@ def read(path: Path, gpu: str) -> Row:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a file of results: {error}") from error
-    return dict(found)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a file of results")
+    return found
 
 
 def to_text(value: Any, indent: int = 0) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from bench.gpu.choice import AIM, Distance
 from bench.gpu.results import best_cudnn
 from bench.gpu.targets import Mean, Target, find_auto
 from bench.rows import Row, layer_name, networks_of, of_kind
@@ -95,6 +96,16 @@ def target_table(targets: Sequence[Target], gpu: str) -> str:
         for each in targets
     ]  # fmt: skip
     return format_table([title, "order", "layers", "least", "ratio", ""], lines)
+
+
+def distance_table(title: str, distances: Sequence[Distance]) -> str:
+    """How far a choice is from the fastest algorithm, a line per batch and dtype."""
+    lines = [
+        [f"batch {each.batch} {each.dtype}", each.where, str(each.choices), f"{each.mean:.3f}",
+         f"<= {AIM}", f"{each.worst:.2f}"]
+        for each in distances
+    ]  # fmt: skip
+    return format_table([title, "worst at", "choices", "mean", "aim", "worst"], lines, left=2)
 
 
 def _number(ratio: float) -> str:
