@@ -1,8 +1,10 @@
 # Each command makes .venv with what it needs, once, and again only when setup.py or pyproject.toml change.
-#   PYTHON=python3.13   the interpreter to make .venv from (default: the one .venv has, else python3)
-#   PART="verify bench" parts of make gpu, which makes no .venv: compile, verify, repeat, sanitize, bench
+#   PYTHON=python3.13   the interpreter to make .venv from (default: the one .venv has, else python3);
+#                       of make gpu, which neither makes nor takes .venv, the one to run (default: python3)
+#   PART="verify bench" parts of make gpu: compile, verify, repeat, sanitize, bench
 #   ARGS="..."          passed on to the command: make test ARGS="-k winograd", make bench ARGS=--help
 
+GPU_PYTHON := $(or $(PYTHON),python3)
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 ARGS ?=
 PART ?=
@@ -11,18 +13,18 @@ PART ?=
 
 help:
 	@echo "make bench   convolve a photograph, run real networks with every algorithm, write a report"
-	@echo "make gpu     compile, verify and time all CUDA kernels (PART=\"verify bench\"); needs CuPy and pytest"
+	@echo "make gpu     compile, verify and time CUDA kernels (PART=\"verify bench\"); python3 needs CuPy, pytest"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff (rules and format) and mypy"
-	@echo "make clean   remove .venv and everything built or cached"
+	@echo "make clean   remove .venv and all that is built or cached; bench-results/, your results, stay"
 	@echo "ARGS=\"...\" is passed on (make bench ARGS=--help); PYTHON=python3.13 picks the interpreter"
 
 bench: .venv/installed-bench
 	.venv/bin/python -m bench $(ARGS)
 
-# With the packages that PYTHON has: a machine with a GPU may have no network to make .venv from.
+# With the packages that python3 has: .venv has no CuPy, and a machine with a GPU may have no network.
 gpu:
-	$(PYTHON) -m bench gpu $(PART) $(ARGS)
+	$(GPU_PYTHON) -m bench gpu $(PART) $(ARGS)
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal $(ARGS)

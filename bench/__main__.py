@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if every check passed, 1 if one failed, 2 if the command itself cannot run."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = make_parser().parse_args(_with_command(words))
+    if "output" in options and not _is_writable(options.output):
+        return _refuse(f"--output must be a folder that can be written to, got {options.output}")
     if getattr(options, "threads", None):
         os.environ["FASTCONV_THREADS"] = str(options.threads)
     if options.run == "run_gpu":
@@ -36,15 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.fit import run_fit
 
         return run_fit(options.file)
-    from bench import commands  # here, because --help needs none of what it imports
+    try:
+        from bench import commands  # here, because --help needs none of what it imports
+    except ModuleNotFoundError as error:
+        return _refuse(f'{error.name} is not installed: pip install ".[bench]" in the checkout')
     from bench.session import CommandError
     from fastconv.problem import ConvError
 
     try:
         return int(getattr(commands, options.run)(options, words))
     except (ConvError, CommandError) as error:
-        print(f"python -m bench: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+
+
+def _refuse(reason: str) -> int:
+    print(f"python -m bench: {reason}", file=sys.stderr)
+    return 2
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder is there or can be made; asked before anything is measured, which would be lost."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def _with_command(words: Sequence[str]) -> list[str]:
@@ -91,7 +106,7 @@ def _add_main(commands: Commands) -> None:
     )
     _add_output(parser)
     _add_threads(parser)
-    parser.add_argument("--seconds", type=float, default=MAIN_SECONDS, help="time for the layers")
+    parser.add_argument("--seconds", type=_duration, default=MAIN_SECONDS, help="time for the layers")
 
 
 def _add_layers(commands: Commands) -> None:
@@ -102,7 +117,7 @@ def _add_layers(commands: Commands) -> None:
     _add_threads(parser)
     _add_workload(parser, networks="all", dtypes=("float32", "float64", "float16", "bfloat16"))
     parser.add_argument("--algorithms", type=_names, default="all", metavar="NAME,...", help="or some")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out what does not fit")
+    parser.add_argument("--seconds", type=_duration, default=float("inf"), help="leave out what does not fit")
 
 
 def _add_photo(commands: Commands) -> None:
@@ -144,6 +159,7 @@ def _add_kernels(commands: Commands) -> None:
     )
     _add_output(parser)
     parser.add_argument("--architectures", type=_names, default="all", metavar="SM,...", help="or 75,90")
+    parser.add_argument("--dtypes", type=_names, default="all", metavar="NAME,...", help="or float32")
     parser.add_argument("--all", action="store_true", help="all kernels, not one for each pair of settings")
 
 
@@ -213,6 +229,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return seconds
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
 from bench import compare, networks, photo, rows, show
 from bench.cases import Case, all_networks, collect
-from bench.kernels.instances import ARCHITECTURES
+from bench.kernels.instances import ARCHITECTURES, DTYPES
 from bench.kernels.run import compile_kernels
 from bench.layers import Settings
 from bench.rows import Row
@@ -31,10 +31,11 @@ def run_main(options: Namespace, arguments: Sequence[str]) -> int:
 
 def run_layers(options: Namespace, arguments: Sequence[str]) -> int:
     """The layers of chosen networks with chosen algorithms."""
-    algorithms = tuple(TABLE) if options.algorithms == ["all"] else tuple(options.algorithms)
-    if unknown := [name for name in algorithms if name not in TABLE]:
-        raise CommandError(f"--algorithms must be of {', '.join(TABLE)}, got {', '.join(unknown)}")
+    algorithms = tuple(_choose("--algorithms", options.algorithms, TABLE))
     cases, impossible = _collect(options)
+    if all(TABLE[name].refuses(case.problem) for case in cases for name in algorithms):
+        where = f"any layer of {', '.join(options.networks)}"
+        raise CommandError(f"nothing was measured: {' or '.join(algorithms)} cannot run {where}")
     session = Session("layers", options.output, arguments, cases[0].problem.compute_dtype)
     session.add(impossible)
     session.run(cases, Settings(algorithms, options.prepared, options.seconds))
@@ -101,8 +102,14 @@ def run_report(options: Namespace, arguments: Sequence[str]) -> int:
 
 def run_kernels(options: Namespace, arguments: Sequence[str]) -> int:
     """CUDA kernels compiled for chosen architectures; one that spills makes the exit status 1."""
-    known = {str(sm): sm for sm in ARCHITECTURES}
-    names = list(known) if options.architectures == ["all"] else options.architectures
-    if unknown := [name for name in names if name not in known]:
-        raise CommandError(f"--architectures must be of {', '.join(known)}, got {', '.join(unknown)}")
-    return compile_kernels([known[name] for name in names], options.all, options.output, arguments)
+    architectures = [int(sm) for sm in _choose("--architectures", options.architectures, ARCHITECTURES)]
+    dtypes = _choose("--dtypes", options.dtypes, DTYPES)
+    return compile_kernels(architectures, dtypes, options.all, options.output, arguments)
+
+
+def _choose(option: str, names: list[str], known: Iterable[object]) -> list[str]:
+    """The names, or all that are known."""
+    listed = [str(name) for name in known]
+    if unknown := [name for name in names if name not in (*listed, "all")]:
+        raise CommandError(f"{option} must be of {', '.join(listed)}, got {', '.join(unknown)}")
+    return listed if "all" in names else names

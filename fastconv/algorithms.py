@@ -35,18 +35,20 @@ class Algorithm:
     name      as in algo=, and of the files that hold it: cpu/<name>.py, gpu/<name>.py, kernels/<name>.cu
     summary   one sentence
     source    the paper it comes from
-    refuses   problem -> why it cannot be run, in words, or None
-    exact     tile -> whether sums of small integers come out exact
-    error_factor, reach  tile -> the two numbers of its ErrorBound, the factor for short sums
+    refuses   (problem, backend) -> why it cannot be run there, in words, or None
+    exact     (problem, tile) -> whether sums of small integers come out exact
+    error_factor, reach  (problem, tile) -> the two numbers of the ErrorBound, the factor for short sums
     """
 
     name: str
     summary: str
     source: str
-    refuses: Callable[[ConvProblem], str | None] = field(repr=False)
-    exact: Callable[[Any], bool] = field(default=lambda tile: True, repr=False)
-    error_factor: Callable[[Any], float] = field(default=lambda tile: DIRECT_ERROR, repr=False)
-    reach: Callable[[Any], int] = field(default=lambda tile: 0, repr=False)
+    refuses: Callable[..., str | None] = field(repr=False)
+    exact: Callable[[ConvProblem, Any], bool] = field(default=lambda problem, tile: True, repr=False)
+    error_factor: Callable[[ConvProblem, Any], float] = field(
+        default=lambda problem, tile: DIRECT_ERROR, repr=False
+    )
+    reach: Callable[[ConvProblem, Any], int] = field(default=lambda problem, tile: 0, repr=False)
 
     def error_bound(self, problem: ConvProblem, tile: Any) -> ErrorBound:
         """Return the bound of every element's error.
@@ -55,22 +57,28 @@ class Algorithm:
         (Higham and Mary 2019, doi:10.1137/18M1226312): 29.7 was measured for 4,608 taps of one sign, where
         sqrt(n) is 67.9.
         """
-        return ErrorBound(max(self.error_factor(tile), math.sqrt(problem.gemm_k)), self.reach(tile))
+        factor = max(self.error_factor(problem, tile), math.sqrt(problem.gemm_k))
+        return ErrorBound(factor, self.reach(problem, tile))
 
 
-def _accepts_all(problem: ConvProblem) -> str | None:
+def _accepts_all(problem: ConvProblem, backend: str = "cpu") -> str | None:
     return None
 
 
-def _winograd_refuses(problem: ConvProblem) -> str | None:
-    if problem.weight_shape5[2:] != (1, 3, 3) or problem.D != 1 or problem.padding[0] != (0, 0):
-        return "needs a 3 x 3 kernel over one plane"
+def _winograd_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
+    filters, words = [(3, 3)], "a 3 x 3 kernel"
+    if backend == "gpu":
+        filters += [(1, 3), (3, 1), (1, 5), (5, 1)]
+        words += ", or 3 or 5 taps in a row,"
+    is_flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
+    if not is_flat or (problem.R, problem.S) not in filters:
+        return f"needs {words} over one plane"
     if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
         return "needs stride 1 and dilation 1"
     return None
 
 
-def _pointwise_refuses(problem: ConvProblem) -> str | None:
+def _pointwise_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
     if problem.weight_shape5[2:] != (1, 1, 1):
         return "needs a kernel of extent 1"
     if any(pair != (0, 0) for pair in problem.padding):
@@ -78,7 +86,12 @@ def _pointwise_refuses(problem: ConvProblem) -> str | None:
     return None
 
 
-def _depthwise_refuses(problem: ConvProblem) -> str | None:
+def _is_like_direct(problem: ConvProblem, tile: Any) -> bool:
+    """Say whether F(m, k) is F(2, 3), whose transforms only add and halve."""
+    return bool(tile.m == 2) and max(problem.R, problem.S) == 3
+
+
+def _depthwise_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
     if problem.groups != problem.C:
         return f"needs groups = C = {problem.C}"
     return None
@@ -104,9 +117,10 @@ TABLE: dict[str, Algorithm] = {
             "F(2x2, 3x3) or F(4x4, 3x3): 2.25 or 4 times fewer multiplications, by transforms of tiles",
             "Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308",
             _winograd_refuses,
-            exact=lambda tile: tile.m == 2,
-            error_factor=lambda tile: 32.0 if tile.m == 4 else DIRECT_ERROR,  # measured: 11.2 and 2.6
-            reach=lambda tile: tile.m + 1,
+            exact=_is_like_direct,
+            # measured: 2.6 for F(2 x 2, 3 x 3); 11.2 for F(4 x 4, 3 x 3), 17.9 for F(4, 5) of one channel
+            error_factor=lambda problem, tile: DIRECT_ERROR if _is_like_direct(problem, tile) else 32.0,
+            reach=lambda problem, tile: tile.m + max(problem.R, problem.S) - 2,
         ),
         Algorithm(
             "pointwise",

@@ -73,7 +73,7 @@ class Kind(NamedTuple):
     device: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} array" if self.device is None else f"{self.name} array on device {self.device}"
+        return _noun(self.name) if self.device is None else f"{_noun(self.name)} on device {self.device}"
 
 
 def adapt(op: str, given: Given) -> Kind:
@@ -96,7 +96,7 @@ def _adapt_others(op: str, given: Given) -> Kind:
     first, name = next(iter(names.items()))
     for argument, other in names.items():
         if other != name:
-            rule = f"{argument} must be a {name} array like {first}, got a {other} array"
+            rule = f"{argument} must be a {_noun(name)} like {first}, got a {_noun(other)}"
             raise TypeError(f"{op}: {rule} ({_join(f'{key} {value}' for key, value in names.items())})")
     kind = KINDS.get(name) or _cuda_kind(op, name, given)
     # A new dict first: if one of them is refused, `given` still holds what the caller passed.
@@ -164,7 +164,7 @@ def _wrap_numpy(result: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def _view_torch(op: str, argument: str, tensor: Any) -> np.ndarray:
-    torch, plain = sys.modules["torch"], _plain_tensor(op, argument, tensor, "CPU")
+    torch, plain = sys.modules["torch"], _plain_tensor(op, argument, tensor, "cpu")
     if plain.dtype is not torch.bfloat16:
         return plain.numpy()
     import ml_dtypes
@@ -179,9 +179,10 @@ def _plain_tensor(op: str, argument: str, tensor: Any, place: str) -> Any:
         rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
         raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
     _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
-    if tensor.device.type != place.lower() or tensor.layout is not torch.strided:
-        found = f"a {tensor.layout} tensor on {tensor.device}"
-        raise TypeError(f"{op}: {argument} must be a dense tensor on the {place}, got {found}")
+    if tensor.device.type != place or tensor.layout is not torch.strided:
+        form = "dense" if tensor.layout is torch.strided else tensor.layout
+        found = f"a {form} tensor on {tensor.device}"
+        raise TypeError(f"{op}: {argument} must be a dense tensor on the CPU or a CUDA device, got {found}")
     if argument == "out" and tensor.is_neg():
         raise ConvError(f"{op}: out must be no negated view, got a tensor whose is_neg() is True")
     return tensor.detach().resolve_neg()
@@ -197,7 +198,7 @@ def _wrap_torch(result: np.ndarray, like: Any) -> Any:
 def _view_torch_cuda(op: str, argument: str, tensor: Any) -> np.ndarray:
     from fastconv.gpu import memory
 
-    return memory.from_torch(_plain_tensor(op, argument, tensor, "CUDA"))
+    return memory.from_torch(_plain_tensor(op, argument, tensor, "cuda"))
 
 
 def _view_interface(op: str, argument: str, array: Any) -> np.ndarray:
@@ -359,6 +360,10 @@ def _overlaps_itself(array: np.ndarray) -> bool:
 def describe(given: Given) -> str:
     """Shapes and dtypes of all arrays, for the end of an error message."""
     return _join(f"{argument} {array.shape} {array.dtype.name}" for argument, array in given.items())
+
+
+def _noun(kind: str) -> str:
+    return f"{kind} {'tensor' if kind in (TORCH.name, TORCH_CUDA) else 'array'}"
 
 
 def _type_name(array: Any) -> str:

@@ -13,11 +13,13 @@ import os
 import re
 import reprlib
 import stat
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, TypedDict
 
 import fastconv
@@ -44,7 +46,7 @@ class _Stamp(NamedTuple):
     modified: int
 
 
-def lookup(problem: ConvProblem, device: str) -> Record | None:
+def lookup(problem: ConvProblem, device: str, backend: str = "cpu") -> Record | None:
     """Return what was measured fastest for the problem on the device, or None; never raises.
 
     `device` is the name under which it was stored. Nothing is returned that cannot run the problem.
@@ -52,10 +54,10 @@ def lookup(problem: ConvProblem, device: str) -> Record | None:
     for path in _files(device):
         record = _read(path, device).get(problem.key)
         if record is not None:
-            reason = TABLE[record["algorithm"]].refuses(problem)
+            reason = TABLE[record["algorithm"]].refuses(problem, backend)
             if reason is None:
                 return record.copy()
-            _warn(path, f"{record['algorithm']!r} cannot run {problem.key}: {reason}")
+            _ignore(path, f"{record['algorithm']!r} cannot run {problem.key}: {reason}")
     return None
 
 
@@ -72,7 +74,7 @@ def store(problem: ConvProblem, device: str, record: Record) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"fastconv: the measurement of {problem.key} is not kept: {error}", stacklevel=2)
+        _warn(f"the measurement of {problem.key} is not kept: {error}")
         return None
     return path
 
@@ -98,7 +100,7 @@ def _files(device: str) -> Iterator[Path]:
     try:
         yield user_directory() / name
     except RuntimeError as error:
-        warnings.warn(f"fastconv: there is no place for measurements: {error}", stacklevel=2)
+        _warn(f"there is no place for measurements: {error}")
     yield shipped_directory() / name
 
 
@@ -116,10 +118,10 @@ def _read(path: Path, device: str) -> dict[str, Record]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        _warn(path, str(error))
+        _ignore(path, str(error))
         return {}
     if not stat.S_ISREG(status.st_mode):
-        _warn(path, "it is not a file")
+        _ignore(path, "it is not a file")
         return {}
     return _parse(path, device, _Stamp(status.st_ino, status.st_size, status.st_mtime_ns))
 
@@ -127,22 +129,22 @@ def _read(path: Path, device: str) -> dict[str, Record]:
 @lru_cache(maxsize=16)
 def _parse(path: Path, device: str, stamp: _Stamp) -> dict[str, Record]:
     if stamp.size > LARGEST_FILE:
-        _warn(path, f"it has {stamp.size} bytes, more than {LARGEST_FILE}")
+        _ignore(path, f"it has {stamp.size} bytes, more than {LARGEST_FILE}")
         return {}
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number too long
-        _warn(path, str(error))
+        _ignore(path, str(error))
         return {}
     reason = _why_foreign(content, device)
     if reason is not None:
-        _warn(path, reason)
+        _ignore(path, reason)
         return {}
     entries: dict[str, Any] = content["measurements"]
     invalid = {key: reason for key, entry in entries.items() if (reason := _why_invalid(entry)) is not None}
     if invalid:
         key, reason = next(iter(invalid.items()))
-        _warn(path, f"{len(invalid)} of {len(entries)} entries, the first {reprlib.repr(key)}: {reason}")
+        _ignore(path, f"{len(invalid)} of {len(entries)} entries, the first {reprlib.repr(key)}: {reason}")
     return {key: entry for key, entry in entries.items() if key not in invalid}
 
 
@@ -188,5 +190,14 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _warn(path: Path, reason: str) -> None:
-    warnings.warn(f"fastconv: measurements in {path} are ignored: {reason}", stacklevel=2)
+def _ignore(path: Path, reason: str) -> None:
+    _warn(f"measurements in {path} are ignored: {reason}")
+
+
+def _warn(text: str) -> None:
+    """Warn of the caller's line, the first one outside of this package: it may lie many calls above."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("fastconv."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"fastconv: {text}", stacklevel=level)

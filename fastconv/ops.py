@@ -241,6 +241,8 @@ def bind(
 def find_op(caller: str, weight: Any) -> str:
     """Name the operation that a weight of this rank belongs to."""
     rank = getattr(weight, "ndim", None)
+    if rank is None and hasattr(weight, "__cuda_array_interface__"):  # which asks for no ndim
+        rank = len(weight.__cuda_array_interface__["shape"])
     for op, ndim in OPERATIONS.items():
         if rank == ndim + 2:
             return op
@@ -414,11 +416,13 @@ def _make_problem(
             **dict(zip(_NUMBERS, numbers)),
         )
     except (ConvError, TypeError) as error:
+        # A problem names the order of memory as if every image had two axes: the caller knows other names.
+        message = str(error).replace(f"order {order!r}", f"order {LAYOUTS[op][ORDERS.index(order)]!r}")
         notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
         notes += ["for an input without a batch N = 1 is listed"] * is_single
         taken_for_channels = not is_last and len(weight_shape) > 1 and input_shape[-1:] == weight_shape[1:2]
         notes += [f"if the channels are last, say layout={LAYOUTS[op][1]!r}"] * taken_for_channels
-        raise type(error)("; ".join([str(error), *notes])) from None
+        raise type(error)("; ".join([message, *notes])) from None
 
 
 def _to_channels_first(shape: Shape, is_single: bool, is_last: bool) -> Shape:
@@ -459,6 +463,9 @@ class _Conv:
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
         shapes = (self._weight_shape, _shape(bias))
         frame = _stand_in_frame(op, *shapes, self._dtype, self._options, self._kind.backend)
+        if algo != "auto":
+            shown = frame.problem.key.partition("_")[2]  # behind the sizes of the input, which is to come
+            planning.check_accepted(frame.problem, op, algo, self._kind.backend, shown)
         # Copies: a weight the caller changes later would otherwise be half in what was prepared before.
         with self._kind.serve(given.values()):
             self._weight5 = self._kind.copy(given["weight"][frame.weight_insert], frame.compute)

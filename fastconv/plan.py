@@ -48,7 +48,7 @@ class Plan:
     @property
     def weight_form(self) -> tuple[Any, ...]:
         """What the form of a prepared weight depends on."""
-        return self.algorithm.name, self.tile, self.problem.order, self.device
+        return self.algorithm.name, getattr(self.tile, "packing", self.tile), self.problem.order, self.device
 
     def run(
         self,
@@ -134,16 +134,11 @@ def check_algorithm(op: str, algo: str) -> None:
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
 ) -> Plan:
-    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
-    largest = max(problem.bytes, *problem.stride, *problem.dilation, problem.C * math.prod(padded))
-    if largest >= LARGEST:
-        raise ConvError(
-            f"{op}: bytes, stride, dilation, padded elements must be below 2**60, got {largest} ({problem})"
-        )
+    _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile)
     if settings.algo:
-        _check_name(op, "FASTCONV_ALGO", settings.algo, tuple(TABLE))
+        _check_name(op, "FASTCONV_ALGO", settings.algo, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
     if not plans:
         raise _out_of_workspace(problem, backend, tuple(TABLE))
@@ -153,6 +148,19 @@ def _make_plan(
     return _remembered_plan(problem, plans[0]) or min(plans, key=Plan.cost)
 
 
+def _check_sizes(problem: ConvProblem, op: str) -> None:
+    padded = (sum(pad) + size for pad, size in zip(problem.padding, problem.input_shape5[2:], strict=True))
+    sizes = {
+        "stride": max(problem.stride),
+        "dilation": max(problem.dilation),
+        "elements of the padded input": problem.C * math.prod(padded),
+        "bytes of input, weight and output": problem.bytes,
+    }
+    for name, size in sizes.items():
+        if size >= LARGEST:
+            raise ConvError(f"{op}: {name} must be below 2**60, got {size} ({problem})")
+
+
 def forget_plans() -> None:
     """Let the next plan of every problem be made anew, because more has been measured."""
     _make_plan.cache_clear()
@@ -160,7 +168,7 @@ def forget_plans() -> None:
 
 def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
     """Return the plan that was measured fastest on this device, if it is possible here and now."""
-    record = measured.lookup(problem, any_plan.device.label())
+    record = measured.lookup(problem, any_plan.device.label(), any_plan.backend)
     if record is None:
         return None
     plans = fitting_plans(problem, record["algorithm"], any_plan.backend)
@@ -169,9 +177,7 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
 
 def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
-    reason = why_refused(problem, algo, backend)
-    if reason is not None:
-        raise ConvError(f"{op}: algo={algo!r} cannot run {problem}: {reason}")
+    check_accepted(problem, op, algo, backend, str(problem))
     if tile is not None:
         plans = {str(plan.tile): plan for plan in possible_plans(problem, algo, backend)}
         _check_name(op, f"tile of {algo}", tile, tuple(plans))
@@ -198,10 +204,17 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
 
 def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | None:
     """Return why an algorithm cannot run a problem on a backend, in words, or None."""
-    reason = TABLE[algo].refuses(problem)
+    reason = TABLE[algo].refuses(problem, backend)
     if reason is None and not _is_written(backend, algo):
         return "has no CUDA kernel yet"
     return reason
+
+
+def check_accepted(problem: ConvProblem, op: str, algo: str, backend: str, shown: str) -> None:
+    """Raise ConvError if an algorithm cannot run a problem, which the error quotes as `shown`."""
+    reason = why_refused(problem, algo, backend)
+    if reason is not None:
+        raise ConvError(f"{op}: algo={algo!r} cannot run {shown}: {reason}")
 
 
 def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
@@ -212,7 +225,8 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
     module = importlib.import_module(f"fastconv.{backend}.{algo}")
     tiles = (tile for tile in module.TILES if device.fits(tile, problem.compute_dtype))
     plans = (Plan(problem, backend, row, tile, device, module) for tile in tiles)
-    return [p for p in plans if problem.precision != "highest" or row.error_factor(p.tile) <= DIRECT_ERROR]
+    is_any = problem.precision != "highest"
+    return [plan for plan in plans if is_any or row.error_factor(problem, plan.tile) <= DIRECT_ERROR]
 
 
 @lru_cache(maxsize=64)
@@ -259,7 +273,8 @@ def workspace_limit() -> int | None:
         return None
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
     if match is None:
-        raise ConvError(f"FASTCONV_WORKSPACE must be bytes, with K, M or G, such as 64M, got {text!r}")
+        rule = "must be a whole number of bytes, or of kilo-, mega- or gigabytes with K, M or G, such as 64M"
+        raise ConvError(f"FASTCONV_WORKSPACE {rule}, got {text!r}")
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -322,11 +337,12 @@ def _why(chosen: Plan, algo: str) -> str:
     """Say who chose a plan."""
     if algo != "auto":
         return "because algo names it"
-    if _settings(chosen.backend).algo == chosen.algorithm.name:
+    wish = _settings(chosen.backend).algo
+    if wish == chosen.algorithm.name:
         return "because FASTCONV_ALGO names it"
-    if _remembered_plan(chosen.problem, chosen) == chosen:
-        return "measured fastest by tune"
-    return "of the lowest estimate"
+    is_measured = _remembered_plan(chosen.problem, chosen) == chosen
+    reason = "measured fastest by tune" if is_measured else "of the lowest estimate"
+    return f"{reason}; FASTCONV_ALGO={wish} cannot run it" if wish in TABLE else reason
 
 
 def _unread(problem: ConvProblem) -> str:

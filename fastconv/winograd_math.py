@@ -1,7 +1,7 @@
-"""The matrices of Winograd's minimal filtering F(m, 3), exact, from which both backends take their constants.
+"""The matrices of Winograd's minimal filtering F(m, k), exact, from which both backends take their constants.
 
-A tile of m outputs of a 3-tap filter g over m + 2 inputs d is  A^T [(G g) * (B^T d)]  with m + 2
-multiplications instead of 3 m; in two dimensions  A^T [(G g G^T) * (B^T d B)] A. Construction by Toom-Cook
+A tile of m outputs of a filter g of k taps over m + k - 1 inputs d is  A^T [(G g) * (B^T d)]  with m + k - 1
+multiplications instead of k m; in two dimensions  A^T [(G g G^T) * (B^T d B)] A. Construction by Toom-Cook
 interpolation at small points and infinity (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; points of
 the latter).
 """
@@ -14,31 +14,30 @@ from typing import NamedTuple
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
-TAPS = 3
-POINTS = {2: (0, 1, -1), 4: (0, 1, -1, 2, -2)}
+POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
 
 
 class Matrices(NamedTuple):
-    """A^T (m, m+2), G (m+2, 3) and B^T (m+2, m+2)."""
+    """A^T (m, m+k-1), G (m+k-1, k) and B^T (m+k-1, m+k-1)."""
 
     AT: Matrix
     G: Matrix
     BT: Matrix
 
 
-@lru_cache(maxsize=4)
-def matrices(m: int) -> Matrices:
-    """Return the matrices of F(m, 3), m = 2 or 4.
+@lru_cache(maxsize=8)
+def matrices(m: int, taps: int = 3) -> Matrices:
+    """Return the matrices of F(m, taps) for up to eight inputs.
 
     >>> matrices(2).BT[0] == (1, 0, -1, 0)
     True
     """
-    points = [Fraction(p) for p in POINTS[m]]
-    a = m + TAPS - 1
+    a = m + taps - 1
+    points = list(POINTS[: a - 1])
     AT = tuple(tuple(p**i for p in points) + (Fraction(int(i == m - 1)),) for i in range(m))
-    G = [tuple(p**i / _others(points, p) for i in range(TAPS)) for p in points]
+    G = [tuple(p**i / _others(points, p) for i in range(taps)) for p in points]
     BT = [_polynomial([q for q in points if q != p], a) for p in points]
-    infinity = (Fraction(0),) * (TAPS - 1) + (Fraction(1),)
+    infinity = (Fraction(0),) * (taps - 1) + (Fraction(1),)
     raw = Matrices(AT, (*G, infinity), (*BT, _polynomial(points, a)))
     return _positive_first(raw)
 

@@ -12,7 +12,10 @@
 #include "ptx.cuh"
 
 #if PARTS_INSIDE  // two sets of sums: all registers, even if only one block is then resident
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL_NAME
+#define RESIDENT 1
+#endif
+#ifdef RESIDENT  // blocks of an SM that there must be registers for
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL_NAME
 #else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS) KERNEL_NAME
 #endif
@@ -45,6 +48,18 @@ struct Conv {
 struct alignas(sizeof(STORAGE) < 4 ? 8 : 16) Four {
     STORAGE value[4];
 };
+
+struct alignas(16) AccFour {
+    ACC value[4];
+};
+
+// Read four neighbours from an aligned address of shared memory.
+DEVICE void read_four(ACC* to, const ACC* from)
+{
+    const AccFour four = *reinterpret_cast<const AccFour*>(from);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = four.value[e];
+}
 
 DEVICE float widen(float value) { return value; }
 DEVICE double widen(double value) { return value; }

@@ -12,6 +12,7 @@
 
 #define BLOCK_N (BLOCK_P * BLOCK_Q)
 #include "tile.cuh"
+#include "patch.cuh"
 
 #ifdef STAGE_CONVOLVE
 static_assert(BLOCK_Q % 4 == 0, "the four neighbouring pixels of a thread lie in one row");
@@ -23,21 +24,6 @@ struct SharedPatch {
     alignas(16) ACC rows[kRows][BLOCK_M];
     alignas(16) ACC patch[kPatch];
     Columns columns;
-};
-
-// How pixels and taps of one axis lie in the patch: all taps share it, or it is loaded anew for each, without gaps.
-struct Axis {
-    INDEX pixel_step, tap_step;  // in the patch
-    INDEX input_step, extent;    // from one element of the patch to the next; how many there are
-
-    DEVICE Axis(int pixels, int taps, INDEX stride, INDEX dilation)
-    {
-        const bool shared = taps > 1;
-        pixel_step = shared ? stride : 1;
-        tap_step = shared ? dilation : 0;
-        input_step = shared ? 1 : stride;
-        extent = (pixels - 1) * pixel_step + (taps - 1) * tap_step + 1;
-    }
 };
 
 // What a block computes: blocks count n, group, o, strips of rows, strips of columns, channels, the last fastest.
@@ -77,8 +63,7 @@ DEVICE void load_patch(ACC* patch, const STORAGE* x, int channels, const Axis& r
     for (int i = threadIdx.x; i < channels * area; i += THREADS) {
         const int c = i / area, row = i % area / static_cast<int>(pitch), column = i % static_cast<int>(pitch);
         const INDEX h = first_h + row * rows.input_step, w = first_w + column * columns.input_step;
-        const bool inside = is_plane && is_within(h, conv.H) && is_within(w, conv.W);
-        patch[i] = inside ? widen(x[c * conv.x_c + h * conv.x_h + w * conv.x_w]) : ACC(0);
+        patch[i] = element_of(x + c * conv.x_c, h, w, is_plane, conv);
     }
 }
 

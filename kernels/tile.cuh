@@ -10,18 +10,6 @@
 
 #include "common.cuh"
 
-struct alignas(16) AccFour {
-    ACC value[4];
-};
-
-// Read four neighbours from an aligned address of shared memory.
-DEVICE void read_four(ACC* to, const ACC* from)
-{
-    const AccFour four = *reinterpret_cast<const AccFour*>(from);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = four.value[e];
-}
-
 // Add the products of one k.
 DEVICE void multiply(ACC (&sum)[8][8], const ACC (&rows)[8], const ACC (&columns)[8])
 {

@@ -1,6 +1,7 @@
-// winograd.cu - 3x3 convolution with fewer multiplications: Winograd's minimal filtering F(M x M, 3 x 3).
+// winograd.cu - convolution with fewer multiplications: Winograd's minimal filtering F(M x M, 3 x 3).
 //
 //   M x M outputs = A^T [sum over c of U * V] A,   U = G w G^T,   V = B^T d B,   d: (M + 2) x (M + 2) inputs
+//   Along an axis on which the filter has one tap nothing is transformed: F(M, 3) and F(M, 5) for rows and columns.
 //
 //   w --FILTER--> U[e][group][c][k] ----+
 //                                       +--MULTIPLY (gemm.cuh)--> products[e][k][tile] --OUTPUT--> y
@@ -10,16 +11,20 @@
 //                                          +--FUSED: 2 x 64 sums per thread--> shared products --A^T . A--> y
 //   U --16-byte copies--------> shared U --+
 //
-//   e counts the (M + 2)^2 places in a tile; each is a matrix product of its own. Tiles count n, rows, columns.
+//   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, rows, columns.
 //
-// Set by fastconv/gpu/winograd.py: WINOGRAD_M (2, 4); WINOGRAD_BT, WINOGRAD_G and WINOGRAD_AT, the constants that
-// fastconv/winograd_math.py makes; BLOCK_M, BLOCK_N (see tile.cuh) of MULTIPLY; BLOCK_TILES, BLOCK_CHANNELS of FUSED.
+// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4) and what fastconv/winograd_math.py
+// makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; BLOCK_M, BLOCK_N (see tile.cuh) of MULTIPLY, which needs nothing
+// of these; BLOCK_TILES, BLOCK_CHANNELS of FUSED.
 
 #include "gemm.cuh"
 
-constexpr int kM = WINOGRAD_M;
-constexpr int kAlpha = kM + 2;  // a tile of inputs is kAlpha x kAlpha
-constexpr int kPlaces = kAlpha * kAlpha;
+#ifdef WINOGRAD_M
+constexpr int kTaps = FILTER_R > FILTER_S ? FILTER_R : FILTER_S;
+constexpr int kOut = WINOGRAD_M, kIn = kOut + kTaps - 1;                            // of a transformed axis
+constexpr int kOutH = FILTER_R > 1 ? kOut : 1, kInH = kOutH + FILTER_R - 1;  // a tile has kOutH x kOutW outputs
+constexpr int kOutW = FILTER_S > 1 ? kOut : 1, kInW = kOutW + FILTER_S - 1;  // and kInH x kInW inputs
+constexpr int kPlaces = kInH * kInW;
 
 // Multiply a matrix of constants and a vector: zeros and ones cost nothing once the loops are unrolled.
 template <int kRows, int kColumns>
@@ -37,35 +42,43 @@ DEVICE void apply(ACC (&to)[kRows], const ACC (&matrix)[kRows][kColumns], const 
     }
 }
 
-// Transform a tile: matrix * from * matrix^T.
-template <int kTo, int kFrom>
-DEVICE void transform(ACC (&to)[kTo][kTo], const ACC (&matrix)[kTo][kFrom], const ACC (&from)[kFrom][kFrom])
+// An axis of one element is not transformed.
+template <int kRows, int kColumns>
+DEVICE void apply(ACC (&to)[1], const ACC (&)[kRows][kColumns], const ACC (&from)[1])
 {
-    ACC half[kTo][kFrom];
+    to[0] = from[0];
+}
+
+// Transform a tile: matrix * from * matrix^T.
+template <int kToH, int kToW, int kRows, int kColumns, int kFromH, int kFromW>
+DEVICE void transform(ACC (&to)[kToH][kToW], const ACC (&matrix)[kRows][kColumns], const ACC (&from)[kFromH][kFromW])
+{
+    ACC half[kToH][kFromW];
 #pragma unroll
-    for (int j = 0; j < kFrom; ++j) {
-        ACC column[kFrom], transformed[kTo];
+    for (int j = 0; j < kFromW; ++j) {
+        ACC column[kFromH], transformed[kToH];
 #pragma unroll
-        for (int i = 0; i < kFrom; ++i) column[i] = from[i][j];
+        for (int i = 0; i < kFromH; ++i) column[i] = from[i][j];
         apply(transformed, matrix, column);
 #pragma unroll
-        for (int i = 0; i < kTo; ++i) half[i][j] = transformed[i];
+        for (int i = 0; i < kToH; ++i) half[i][j] = transformed[i];
     }
 #pragma unroll
-    for (int i = 0; i < kTo; ++i) apply(to[i], matrix, half[i]);
+    for (int i = 0; i < kToH; ++i) apply(to[i], matrix, half[i]);
 }
 
 // The first output pixel of a tile.
 DEVICE Pixel find_tile(INDEX tile, const Conv& conv)
 {
-    const INDEX across = divide_up<INDEX>(conv.Q, kM), down = divide_up<INDEX>(conv.P, kM);
-    return {tile / across / down, 0, tile / across % down * kM, tile % across * kM};
+    const INDEX across = divide_up<INDEX>(conv.Q, kOutW), down = divide_up<INDEX>(conv.P, kOutH);
+    return {tile / across / down, 0, tile / across % down * kOutH, tile % across * kOutW};
 }
 
 DEVICE INDEX count_tiles(const Conv& conv)
 {
-    return conv.N * divide_up<INDEX>(conv.P, kM) * divide_up<INDEX>(conv.Q, kM);
+    return conv.N * divide_up<INDEX>(conv.P, kOutH) * divide_up<INDEX>(conv.Q, kOutW);
 }
+#endif
 
 // Which channel of which tile a thread handles, where one thread does one. Neighbours in memory go to neighbouring
 // threads: tiles, or 4 channels of 8 tiles, because U, V and the products have neighbouring tiles in either order.
@@ -85,21 +98,22 @@ struct Item {
 // U = G w G^T with zeros up to `rows` channels and `pitch` output channels: one thread per channel and output channel.
 KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv, INDEX rows, INDEX pitch)
 {
-    constexpr ACC kG[kAlpha][3] = WINOGRAD_G;
+    constexpr ACC kG[kIn][kTaps] = WINOGRAD_G;
     const long long thread = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     const long long size = static_cast<long long>(conv.groups) * rows * pitch;
     if (thread >= size) return;
     const INDEX k = thread % pitch, c = thread / pitch % rows, group = thread / pitch / rows;
     const bool exists = k < conv.K && c < conv.C;
-    ACC w[3][3], u[kAlpha][kAlpha];
+    weight += (group * conv.K + k) * conv.w_k + c * conv.w_c;
+    ACC w[FILTER_R][FILTER_S], u[kInH][kInW];
 #pragma unroll
-    for (int i = 0; i < 9; ++i) {
-        const INDEX at = (group * conv.K + k) * conv.w_k + c * conv.w_c + i / 3 * conv.w_r + i % 3 * conv.w_s;
-        w[i / 3][i % 3] = exists ? widen(weight[at]) : ACC(0);
+    for (int i = 0; i < FILTER_R * FILTER_S; ++i) {
+        const int r = i / FILTER_S, s = i % FILTER_S;
+        w[r][s] = exists ? widen(weight[r * conv.w_r + s * conv.w_s]) : ACC(0);
     }
     transform(u, kG, w);
 #pragma unroll
-    for (int e = 0; e < kPlaces; ++e) U[e * size + thread] = u[e / kAlpha][e % kAlpha];
+    for (int e = 0; e < kPlaces; ++e) U[e * size + thread] = u[e / kInW][e % kInW];
 }
 #endif
 
@@ -107,18 +121,18 @@ KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv,
 // V = B^T d B of `tiles` tiles, counted from tile `first` on, with rows of zeros up to a multiple of kBlockK per group.
 KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDEX first, INDEX tiles, int slices)
 {
-    constexpr ACC kBT[kAlpha][kAlpha] = WINOGRAD_BT;
+    constexpr ACC kBT[kIn][kIn] = WINOGRAD_BT;
     const INDEX pitch = divide_up<INDEX>(tiles, 4) * 4, rows = static_cast<INDEX>(slices) * kBlockK;
     const Item item(conv.groups * conv.C, ORDER == NHWC);
     if (item.tile >= pitch) return;
     const Pixel pixel = find_tile(smaller<INDEX>(first + item.tile, count_tiles(conv) - 1), conv);
     const STORAGE* plane = x + (pixel.n * conv.x_n + item.channel * conv.x_c);
-    ACC d[kAlpha][kAlpha], v[kAlpha][kAlpha];
+    ACC d[kInH][kInW], v[kInH][kInW];
 #pragma unroll
-    for (int i = 0; i < kAlpha; ++i) {
+    for (int i = 0; i < kInH; ++i) {
         const INDEX h = pixel.p + i - conv.padding_h;
 #pragma unroll
-        for (int j = 0; j < kAlpha; ++j) {
+        for (int j = 0; j < kInW; ++j) {
             const INDEX w = pixel.q + j - conv.padding_w;
             const bool inside = is_within(h, conv.H) && is_within(w, conv.W);
             d[i][j] = inside ? widen(plane[h * conv.x_h + w * conv.x_w]) : ACC(0);
@@ -128,7 +142,7 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDE
     const INDEX group = item.channel / conv.C, c = item.channel % conv.C, size = conv.groups * rows * pitch;
     ACC* to = V + ((group * rows + c) * pitch + item.tile);
 #pragma unroll
-    for (int e = 0; e < kPlaces; ++e) to[e * size] = v[e / kAlpha][e % kAlpha];
+    for (int e = 0; e < kPlaces; ++e) to[e * size] = v[e / kInW][e % kInW];
     if (c < conv.C - 1) return;
     for (INDEX row = conv.C; row < rows; ++row) {
         to += pitch;
@@ -139,11 +153,11 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDE
 
 #ifdef STAGE_MULTIPLY
 // The products of all places and groups, each a product of matrices by itself.
-KERNEL(const ACC* __restrict__ U, const ACC* __restrict__ V, ACC* __restrict__ products, const Conv conv, INDEX pitch,
-       int slices)
+KERNEL(const ACC* __restrict__ U, const ACC* __restrict__ V, ACC* __restrict__ products, const Conv conv, int places,
+       INDEX pitch, int slices)
 {
     __shared__ Shared shared;
-    const Tile tile(conv.K, pitch, kPlaces * conv.groups);
+    const Tile tile(conv.K, pitch, places * conv.groups);
     const Place place = place_of_thread();
     const INDEX rows = static_cast<INDEX>(slices) * kBlockK, pitch_k = divide_up<INDEX>(conv.K, 4) * 4;
     RowLoader<BLOCK_M> a(U + tile.group * rows * pitch_k, pitch_k, tile.first_row);
@@ -165,17 +179,17 @@ KERNEL(const ACC* __restrict__ U, const ACC* __restrict__ V, ACC* __restrict__ p
 #endif
 
 #ifdef ACTIVATION
-// Finish the outputs of a tile, kM x kM sums of channel k from a pixel on, and write those that exist.
-DEVICE void store_outputs(const ACC (&sum)[kM][kM], const Pixel& first, INDEX k, const Conv& conv,
+// Finish the outputs of a tile, the sums of channel k from a pixel on, and write those that exist.
+DEVICE void store_outputs(const ACC (&sum)[kOutH][kOutW], const Pixel& first, INDEX k, const Conv& conv,
                           const Epilogue& epilogue)
 {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
+    for (int i = 0; i < kOutH; ++i) {
         INDEX at[4] = {kNowhere, kNowhere, kNowhere, kNowhere};
         Four four;
         int stored = 0;
 #pragma unroll
-        for (int j = 0; j < kM; ++j) {
+        for (int j = 0; j < kOutW; ++j) {
             const Pixel pixel = {first.n, 0, first.p + i, first.q + j};
             if (pixel.p >= conv.P || pixel.q >= conv.Q) continue;
             at[j] = offset_in_y(pixel, conv) + k * conv.y_k;
@@ -192,21 +206,21 @@ DEVICE void store_outputs(const ACC (&sum)[kM][kM], const Pixel& first, INDEX k,
 KERNEL(const ACC* __restrict__ products, const STORAGE* __restrict__ bias, const STORAGE* __restrict__ residual,
        STORAGE* __restrict__ y, const Conv conv, INDEX first, INDEX tiles)
 {
-    constexpr ACC kAT[kM][kAlpha] = WINOGRAD_AT;
+    constexpr ACC kAT[kOut][kIn] = WINOGRAD_AT;
     const INDEX pitch = divide_up<INDEX>(tiles, 4) * 4, channels = conv.groups * conv.K;
     const Item item(channels, ORDER == NHWC);
     if (item.tile >= tiles) return;
-    ACC product[kAlpha][kAlpha], sum[kM][kM];
+    ACC product[kInH][kInW], sum[kOutH][kOutW];
     const ACC* from = products + (item.channel * pitch + item.tile);
 #pragma unroll
-    for (int e = 0; e < kPlaces; ++e) product[e / kAlpha][e % kAlpha] = from[e * (channels * pitch)];
+    for (int e = 0; e < kPlaces; ++e) product[e / kInW][e % kInW] = from[e * (channels * pitch)];
     transform(sum, kAT, product);
     store_outputs(sum, find_tile(first + item.tile, conv), item.channel, conv, Epilogue{conv, bias, residual, y});
 }
 #endif
 
 #ifdef STAGE_FUSED
-static_assert(kM == 2 && BLOCK_TILES == 32 && BLOCK_CHANNELS == 64 && THREADS == 256, "each warp sums two places");
+static_assert(kOutH == 2 && kInW == 4 && BLOCK_TILES == 32 && BLOCK_CHANNELS == 64 && THREADS == 256, "each warp sums two places");
 
 constexpr int kSlice = 4;  // channels that are in shared memory at a time, twice
 
@@ -263,7 +277,7 @@ struct HalfLoader {
     template <int kHalf>
     DEVICE void place_half(ACC (*V)[kSlice][BLOCK_TILES]) const
     {
-        constexpr ACC kBT[kAlpha][kAlpha] = WINOGRAD_BT;
+        constexpr ACC kBT[kIn][kIn] = WINOGRAD_BT;
         static_assert(kBT[2 * kHalf][3 - 3 * kHalf] == 0 && kBT[2 * kHalf + 1][3 - 3 * kHalf] == 0, "three rows do");
         ACC rows[2][4];
 #pragma unroll
@@ -303,7 +317,7 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ U, const STORAGE* 
        const STORAGE* __restrict__ residual, STORAGE* __restrict__ y, const Conv conv, INDEX rows)
 {
     __shared__ SharedTiles shared;
-    constexpr ACC kAT[kM][kAlpha] = WINOGRAD_AT;
+    constexpr ACC kAT[kOut][kIn] = WINOGRAD_AT;
     const INDEX tiles = count_tiles(conv), pitch = divide_up<INDEX>(conv.K, 4) * 4, size = conv.groups * rows * pitch;
     const INDEX blocks_k = divide_up<INDEX>(conv.K, BLOCK_CHANNELS), strips = divide_up<INDEX>(tiles, BLOCK_TILES);
     const INDEX block = blockIdx.x, first_k = block % blocks_k * BLOCK_CHANNELS;
@@ -353,9 +367,9 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ U, const STORAGE* 
             products[2 * warp + 1][i][lane] = sum[1][i][j];
         }
         __syncthreads();
-        ACC product[kAlpha][kAlpha], outputs[kM][kM];
+        ACC product[4][4], outputs[2][2];
 #pragma unroll
-        for (int e = 0; e < kPlaces; ++e) product[e / kAlpha][e % kAlpha] = products[e][warp][lane];
+        for (int e = 0; e < kPlaces; ++e) product[e / 4][e % 4] = products[e][warp][lane];
         __syncthreads();
         const INDEX row = first_k + place.column_of(j);
         if (tile >= tiles || row >= conv.K) continue;

@@ -62,6 +62,8 @@ CASES = [
     Case("conv1d", "conv1d", (2, 3, 40), (5, 3, 3), {"stride": 2}),
     Case("conv1d_causal", "conv1d", (1, 4, 50), (4, 1, 4), {"groups": 4, "padding": [(3, 0)]}),
     Case("conv1d_dilated", "conv1d", (1, 4, 64), (6, 4, 5), {"dilation": 7, "padding": "same"}),
+    Case("conv1d_of_5_taps", "conv1d", (2, 3, 40), (5, 3, 5), {"padding": 2}),
+    Case("column_of_5_taps", "conv2d", (1, 4, 37, 2), (5, 4, 5, 1), {"padding": ((3, 1), (0, 0))}),
     Case("conv1d_pointwise", "conv1d", (3, 6, 21), (5, 6, 1)),
     Case("conv1d_pointwise_stride_2", "conv1d", (2, 5, 8), (5, 5, 1), {"stride": 2}),
     Case("conv3d", "conv3d", (1, 3, 6, 7, 8), (4, 3, 3, 3, 3), {"padding": 1}),

@@ -41,7 +41,7 @@ class ForeignArray:
     """An array of a library that nobody knows, written on a stream of its own."""
 
     def __init__(self, host: np.ndarray, stream: int | None = FOREIGN_STREAM, **changes: Any) -> None:
-        self.host, self.ndim, self.dtype = host, host.ndim, host.dtype
+        self.host, self.dtype = host, host.dtype
         self.__cuda_array_interface__ = {**interface_of(host, stream), **changes}
 
 
@@ -128,7 +128,7 @@ class StandInDriver:
 
 
 class CupyKind:
-    name, stream, result = "CuPy", None, CupyArray
+    name, noun, stream, result = "CuPy", "CuPy array", None, CupyArray
 
     def make(self, host):
         return CupyArray(host)
@@ -138,7 +138,7 @@ class CupyKind:
 
 
 class ForeignKind(CupyKind):
-    name = "CUDA"
+    name, noun = "CUDA", "CUDA array"
 
     def make(self, host):
         return ForeignArray(host)
@@ -147,7 +147,7 @@ class ForeignKind(CupyKind):
 class TorchKind:
     """A tensor in the host's memory that says it is on a CUDA device; allocations are written down."""
 
-    name, stream = "torch CUDA", TORCH_STREAM
+    name, noun, stream = "torch CUDA", "torch CUDA tensor", TORCH_STREAM
 
     def __init__(self, allocated, monkeypatch):
         torch = self.torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -44,7 +44,8 @@ class Way(NamedTuple):
     def problems(self, cases: Iterable[Case], **changes) -> list[ConvProblem]:
         """Those of the cases that the algorithm accepts."""
         problems = (case.problem(**changes) for case in cases)
-        return [problem for problem in problems if TABLE[self.algorithm].refuses(problem) is None]
+        refuses = TABLE[self.algorithm].refuses
+        return [problem for problem in problems if refuses(problem, self.backend.package) is None]
 
     def __str__(self) -> str:
         prefix = "" if self.backend is CPU else f"{self.backend.name}-"
@@ -177,7 +178,7 @@ class Layer:
     def judge(self, plan: Plan, y: np.ndarray) -> None:
         """Ask for equality where the algorithm is exact, else for every element within its bound."""
         dtype = self.problem.dtype
-        if self.whole and plan.algorithm.exact(plan.tile):
+        if self.whole and plan.algorithm.exact(plan.problem, plan.tile):
             assert_exact(y, self.expected, dtype)
         else:
             factor, reach = plan.error_bound()

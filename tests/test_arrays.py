@@ -37,8 +37,9 @@ def tagged(array, tag="a tag"):
 class FakeCudaArray:
     """What any library's CUDA array shows to others."""
 
-    ndim = 4
-    __cuda_array_interface__ = {"shape": (1,), "typestr": "<f4", "data": (0, False), "version": 3}  # noqa: RUF012
+    __cuda_array_interface__ = types.MappingProxyType(
+        {"shape": (1,) * 4, "typestr": "<f4", "data": (0, False), "version": 3}
+    )
 
 
 class TestAdapt:

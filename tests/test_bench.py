@@ -264,6 +264,45 @@ def test_unknown_names_list_the_known_ones(quick, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_of_nothing_is_refused(quick, tmp_path, capsys):
+    command = ["layers", "--networks", "vgg16", "--algorithms", "pointwise,depthwise"]
+    assert main([*command, "--output", str(tmp_path)]) == 2
+    text = "nothing was measured: pointwise or depthwise cannot run any layer of vgg16"
+    assert capsys.readouterr().err == f"python -m bench: {text}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[], ["layers"], ["photo"], ["report", "x"], ["kernels"], ["gpu"]])
+def test_a_folder_that_cannot_be_is_named_at_once(tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "below"
+    assert main([*command, "--output", str(folder)]) == 2
+    rule = "--output must be a folder that can be written to"
+    assert capsys.readouterr().err == f"python -m bench: {rule}, got {folder}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["layers"]])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_a_time_that_is_none_is_refused(capsys, command, seconds):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--seconds", seconds])
+    assert ended.value.code == 2
+    assert f"must be a number of seconds above 0, got '{seconds}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rich", "matplotlib"])
+def test_a_missing_package_is_named(tmp_path, name):
+    code = f"""
+import sys
+sys.modules["{name}"] = None  # importing it raises ModuleNotFoundError
+from bench.__main__ import main
+sys.exit(main(["photo", "--output", {str(tmp_path)!r}]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    text = f'python -m bench: {name}[.a-z]* is not installed: pip install "\\.\\[bench]" in the checkout\n'
+    assert done.returncode == 2
+    assert re.fullmatch(text, done.stderr)
+
+
 def test_the_photograph_is_filtered_checked_and_shown(quick, tmp_path):
     assert main(["photo", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "photo.png").read_bytes()[1:4] == b"PNG"
@@ -372,6 +411,16 @@ def test_a_child_that_fails_is_heard(quick):
         pytest.raises(RuntimeError, match="must be one of"),
     ):
         child.ask("load", TINY, "fft", False)
+
+
+def test_micro_benchmarks_need_no_torch():
+    code = """
+import sys, pytest
+sys.modules["torch"] = None  # importing it raises ImportError
+sys.exit(pytest.main(["bench", "--collect-only", "--quiet", "-p", "no:cacheprovider"]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "test_layer[" in done.stdout
 
 
 def test_help_names_every_run():

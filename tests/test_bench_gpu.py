@@ -40,7 +40,7 @@ from bench.gpu.clock import Deadline, share_of
 from bench.gpu.compile import Compiled
 from fastconv import reference
 from fastconv.algorithms import ErrorBound
-from fastconv.gpu import launch
+from fastconv.gpu import cupy_driver, launch
 from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ITEMSIZE, make_problem
 from tests.emulator import EmulatorDriver
@@ -130,23 +130,26 @@ class TestCommandLine:
         )
 
     @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-    def test_make_gpu_makes_no_environment(self):
+    @pytest.mark.parametrize(("given", "python"), [(["PYTHON=py"], "py"), ([], "python3")])
+    def test_make_gpu_neither_makes_nor_takes_an_environment(self, tmp_path, given, python):
+        (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        (tmp_path / ".venv" / "bin" / "python").touch()  # what `make test` leaves: it has no CuPy
         line = [
-            "make",
-            "--no-print-directory",
-            "-n",
-            "gpu",
-            "PYTHON=py",
-            "PART=verify bench",
-            "ARGS=--output x",
-        ]
-        shown = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        assert shown == "py -m bench gpu verify bench --output x\n"
+            "make", "--no-print-directory", "-n", "-f", str(ROOT / "Makefile"),
+            "gpu", *given, "PART=verify bench", "ARGS=--output x",
+        ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        shown = subprocess.run(
+            line, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        assert shown == f"{python} -m bench gpu verify bench --output x\n"
 
     def test_without_cupy_it_says_what_to_install(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
         assert main(["gpu", "--output", str(tmp_path)]) == 1
-        assert "pip install cupy-cuda" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert f"CuPy is not installed for {sys.executable} (pip install " in shown
+        assert cupy_driver.INSTALL in shown
         assert list(tmp_path.iterdir()) == []
 
     def test_without_a_gpu_it_says_so(self, monkeypatch, tmp_path, capsys):

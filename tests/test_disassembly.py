@@ -92,6 +92,8 @@ AIMS = [
     ("direct", {"BLOCK_M": 64, "FILTER_S": 7, "STRIDE_W": 2}, 0.9),
     ("winograd", {"BLOCK_M": 128, "BLOCK_N": 128}, 0.9),
     ("winograd", {"BLOCK_TILES": 32}, 0.7),
+    ("depthwise", {"BLOCK_Q": 128, "SLIDING": 1}, 0.85),
+    ("depthwise", {"BLOCK_C": 32, "SLIDING": 1}, 0.85),
 ]
 
 
@@ -201,7 +203,34 @@ def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, cap
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| fastconv_")]
     assert [row[1:3] for row in rows[:8]] == 4 * [["1024", "4096"], ["1024", "4224"]]
     assert [row[-1] for row in rows[8:]] == 4 * ["32 |", "1 |"]  # the conflicts of the tiles
-    assert page in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("8 kernels, each for sm_80, sm_90: about a second a kernel")
+    assert page in shown
+
+
+def test_a_run_that_is_stopped_keeps_the_architectures_it_has_done(specimens, monkeypatch, tmp_path):
+    def stop_at_90(kernels, sm, look_inside):
+        if sm == 90:
+            raise KeyboardInterrupt
+        return judge(kernels, sm, look_inside)
+
+    judge = instances.judge
+    monkeypatch.setattr(instances, "judge", stop_at_90)
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
+    with pytest.raises(KeyboardInterrupt):
+        main(["kernels", "--architectures", "80,90", "--output", str(tmp_path)])
+    page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    assert "| sm_80 |" in page
+    assert "sm_90" not in page
+
+
+def test_kernels_of_one_dtype(specimens, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "algorithms", lambda: ["specimen"])
+    monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
+    command = ["kernels", "--architectures", "80", "--dtypes", "float32", "--output", str(tmp_path)]
+    assert main(command) == 0
+    assert "2 kernels of 2 that the algorithms list" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
 
 
 def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch, tmp_path):
@@ -214,3 +243,5 @@ def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch,
 def test_an_unknown_architecture_lists_the_known_ones(capsys):
     assert main(["kernels", "--architectures", "90,91"]) == 2
     assert "--architectures must be of 70, 75, 80, 86, 89, 90, 100, 120, got 91" in capsys.readouterr().err
+    assert main(["kernels", "--dtypes", "half"]) == 2
+    assert "--dtypes must be of float32, float64, float16, bfloat16, got half" in capsys.readouterr().err

@@ -323,6 +323,16 @@ class TestMessages:
                 "stride -1, order 'NHWC'); for layout NHWC shapes are listed channels first",
             ),
             (
+                lambda: fastconv.conv1d(ones(2, 7, 4), ones(6, 4, 3), stride=-1, layout="NLC"),
+                "conv1d: stride must be at least 1, got -1 (input (2, 4, 7), weight (6, 4, 3), "
+                "stride -1, order 'NLC'); for layout NLC shapes are listed channels first",
+            ),
+            (
+                lambda: fastconv.conv3d(ones(1, 7, 7, 7, 4), ones(6, 4, 3, 3, 3), stride=0, layout="NDHWC"),
+                "conv3d: stride must be at least 1, got 0 (input (1, 4, 7, 7, 7), weight (6, 4, 3, 3, 3), "
+                "stride 0, order 'NDHWC'); for layout NDHWC shapes are listed channels first",
+            ),
+            (
                 lambda: fastconv.conv2d(ones(2, 4, 7, 7), ones(6, 4, 3, 3), dilation=2, algo="winograd"),
                 "conv2d: algo='winograd' cannot run "
                 "n2c4h7w7_k6r3s3_st1x1_pad0x0_dil2x2_g1_float32: needs stride 1 and dilation 1",
@@ -379,7 +389,7 @@ class TestExplain:
 CALLED_WITH = frozenset({"input", "out", "residual"})
 SEEN_LATER = frozenset({
     "channels not divisible", "weight of all channels", "no channels", "no rows", "kernel too large",
-    "dilated kernel too large", "kernel of absurd extent", "algorithm that refuses", "CUDA weight",
+    "dilated kernel too large", "kernel of absurd extent", "CUDA weight",
     "mixed weight", "CUDA arrays", "layout None",
 })  # fmt: skip
 
@@ -402,6 +412,33 @@ class TestLayers:
         assert (
             str(caught.value) == "conv3d: stride must be at least 1, got 0 (weight (2, 1, 3, 3, 3), stride 0)"
         )
+
+    @pytest.mark.parametrize(
+        ("op", "shape", "options", "text"),
+        [
+            (
+                "conv2d", (6, 4, 3, 3), {"algo": "winograd", "stride": 2},
+                "'winograd' cannot run k6r3s3_st2x2_pad0x0_dil1x1_g1_float32: needs stride 1 and dilation 1",
+            ),
+            (
+                "conv2d", (6, 4, 1, 1), {"algo": "pointwise", "padding": 1},
+                "'pointwise' cannot run k6r1s1_st1x1_pad1x1_dil1x1_g1_float32: needs padding 0",
+            ),
+            (
+                "conv1d", (6, 2, 3), {"algo": "depthwise", "groups": 2},
+                "'depthwise' cannot run k6s3_st1_pad0_dil1_g2_float32: needs groups = C = 4",
+            ),
+        ],
+    )  # fmt: skip
+    def test_algorithm_that_refuses_every_input(self, op, shape, options, text):
+        with pytest.raises(ConvError) as caught:
+            getattr(fastconv, op.capitalize())(ones(*shape), **options)
+        assert str(caught.value) == f"{op}: algo={text}"
+
+    def test_algorithm_that_accepts_every_input(self):
+        fastconv.Conv2d(ones(6, 4, 1, 1), algo="pointwise", stride=2, padding="same")
+        fastconv.Conv2d(ones(6, 4, 3, 3), algo="winograd", padding="same")
+        fastconv.Conv3d(ones(6, 1, 3, 3, 3), algo="depthwise", groups=3)
 
     @pytest.mark.parametrize(
         ("input", "error"),
@@ -450,23 +487,23 @@ class TestTorch:
         self.refuse(
             tensors,
             TypeError,
-            "weight must be a torch array like input, got a NumPy array",
+            "weight must be a torch tensor like input, got a NumPy array",
             weight=ones(6, 4, 3, 3),
         )
         self.refuse(
-            tensors, TypeError, "bias must be a torch array like input, got a NumPy array", bias=ones(6)
+            tensors, TypeError, "bias must be a torch tensor like input, got a NumPy array", bias=ones(6)
         )
         self.refuse(
-            tensors, TypeError, "out must be a torch array like input, got a NumPy array", out=ones(*OUT)
+            tensors, TypeError, "out must be a torch tensor like input, got a NumPy array", out=ones(*OUT)
         )
         self.refuse(
-            tensors, TypeError, "must be a NumPy array like input, got a torch array", input=ones(2, 4, 7, 7)
+            tensors, TypeError, "must be a NumPy array like input, got a torch tensor", input=ones(2, 4, 7, 7)
         )
         self.refuse(tensors, TypeError, "got a CUDA array", bias=FakeCudaArray())
 
     def test_layer_of_the_other_kind(self, tensors):
         with pytest.raises(
-            TypeError, match="input must be a torch array of dtype float32 like weight, got a NumPy array"
+            TypeError, match="input must be a torch tensor of dtype float32 like weight, got a NumPy array"
         ):
             fastconv.Conv2d(tensors["weight"])(ones(2, 4, 7, 7))
 
@@ -488,10 +525,12 @@ class TestTorch:
         )
 
     def test_other_devices_and_forms(self, tensors, torch):
-        self.refuse(tensors, TypeError, "tensor on meta", weight=torch.ones(6, 4, 3, 3, device="meta"))
-        self.refuse(
-            tensors, TypeError, "torch.sparse_coo tensor on cpu", weight=torch.ones(6, 4, 3, 3).to_sparse()
-        )
+        weight = torch.ones(6, 4, 3, 3)
+        rule = "weight must be a dense tensor on the CPU or a CUDA device"
+        text = f"{rule}, got a dense tensor on meta"
+        self.refuse(tensors, TypeError, text, weight=weight.to("meta"))
+        text = f"{rule}, got a torch.sparse_coo tensor on cpu"
+        self.refuse(tensors, TypeError, text, weight=weight.to_sparse())
 
     def test_negated_out(self, tensors, torch):
         """Its memory holds the opposite of its values: what is written there is read with other signs."""

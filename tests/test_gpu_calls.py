@@ -22,7 +22,7 @@ pytestmark = pytest.mark.emulator
 tuning = importlib.import_module("fastconv.tune")  # fastconv.tune itself is the function
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
-ALGORITHMS = ("direct", "im2col", "pointwise")
+ALGORITHMS = ("direct", "im2col", "pointwise", "depthwise")
 
 
 class Watched(EmulatorDriver):
@@ -63,9 +63,10 @@ def kind(request, allocated, monkeypatch):
 def layer(rng, algorithm, dtype="float32"):
     """Input, weight, bias, residual and options of a conv2d that an algorithm takes, and its result."""
     size = 1 if algorithm == "pointwise" else 3
-    shapes = (2, 4, 7, 6), (6, 4, size, size), (6,)
+    groups = 4 if algorithm == "depthwise" else 1
+    shapes = (2, 4, 7, 6), (8, 4 // groups, size, size), (8,)
     x, w, bias = (integers(rng, shape, DTYPES[dtype]) for shape in shapes)
-    options = {"stride": (1, 2), "padding": size // 2, "activation": ("leaky_relu", 0.5)}
+    options = {"stride": (1, 2), "padding": size // 2, "groups": groups, "activation": ("leaky_relu", 0.5)}
     residual = integers(rng, reference.conv2d(x, w, bias, **options).shape, DTYPES[dtype])
     return (x, w, bias, residual), options, reference.conv2d(x, w, bias, residual=residual, **options)
 
@@ -118,7 +119,7 @@ def test_explain_and_workspace(kind, rng, kernels, monkeypatch):
     (x, w, _, _), _, _ = layer(rng, "direct")
     arguments = kind.make(x), kind.make(w)
     text = str(fastconv.explain(*arguments))
-    for line in ("on Stand-in GPU: ", "refused: has no CUDA kernel yet", "estimates for this GPU"):
+    for line in ("on Stand-in GPU: ", "refused: needs a kernel of extent 1", "estimates for this GPU"):
         assert line in text
     assert kernels.taken == set()
     monkeypatch.setenv("FASTCONV_WORKSPACE", "0")
@@ -133,7 +134,7 @@ def test_tune(kind, rng, monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "BUDGET", 0.0)
     (x, w, _, _), _, _ = layer(rng, "direct")
     result = fastconv.tune(kind.make(x), kind.make(w))
-    assert {timing.algorithm for timing in result.timings} == {"direct", "im2col"}
+    assert {timing.algorithm for timing in result.timings} == {"direct", "im2col", "winograd"}
     assert fastconv.explain(kind.make(x), kind.make(w)).reason == "measured fastest by tune"
 
 

@@ -6,13 +6,14 @@ import itertools
 import numpy as np
 import pytest
 
-from fastconv.gpu import direct, im2col, launch, product, winograd
+from fastconv.gpu import depthwise, direct, im2col, launch, product, winograd
+from fastconv.plan import possible_plans, why_refused
 from fastconv.problem import ConvError, make_problem
 from tests.backends import EMULATOR, GPU
 from tests.cases import CASES, HEAVY, Case
 from tests.compare import integers, normals
 from tests.emulator import EmulatorDriver
-from tests.kernels import ORDERS, Way, forms, make_layer, on_backends
+from tests.kernels import ORDERS, Way, forms, in_order, make_layer, on_backends
 
 every_form = on_backends(forms, backends=[EMULATOR, GPU])
 every_order = pytest.mark.parametrize("order", ORDERS)
@@ -20,11 +21,17 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 DEEP = Case("deep", "conv2d", (3, 150, 12, 20), (37, 150, 3, 3), {"padding": 1})
 TILED = Case("tiled", "conv2d", (3, 5, 41, 43), (7, 5, 3, 3), {"padding": 1})
 PIXELS = Case("pixels", "conv2d", (3, 650, 12, 20), (37, 650, 1, 1))
+CHANNELS = Case("channels", "conv2d", (3, 37, 12, 20), (37, 1, 3, 3), {"groups": 37, "padding": 1})
 
 
 def large_tiles(backend):
     """The tiles that float64 has too."""
     return [Way(algorithm, "128x128", backend) for algorithm in ("im2col", "pointwise")]
+
+
+def any_tile(backend):
+    """One way for each algorithm."""
+    return list({way.algorithm: way for way in forms(backend)}.values())
 
 
 def patches(backend):
@@ -33,6 +40,14 @@ def patches(backend):
 
 def tile_width(way):
     return next(tile.block_q for tile in direct.TILES if str(tile) == way.tile)
+
+
+def depthwise_tiles(backend):
+    return [Way("depthwise", str(tile), backend) for tile in depthwise.TILES]
+
+
+def depthwise_tile(name):
+    return next(tile for tile in depthwise.TILES if str(tile) == name)
 
 
 def gathered(backend):
@@ -46,8 +61,12 @@ def with_parts(backend):
 
 
 def transforming(backend):
-    """The forms of Winograd that go through memory, tiles by turns."""
-    return [way for way in forms(backend) if way.algorithm == "winograd" and "fused" not in way.tile]
+    """Winograd by way of memory, tiles by turns."""
+    return [Way("winograd", tile, backend) for tile in ("f4_64x64", "f2_64x64")]
+
+
+def fused_or_not(backend):
+    return [Way("winograd", "f2_64x64", backend)]
 
 
 @pytest.fixture
@@ -104,7 +123,7 @@ class TestParts:
 
     @pytest.fixture
     def layer(self, way, rng):
-        problems = way.problems([DEEP, PIXELS])
+        problems = way.problems([CHANNELS, DEEP, PIXELS])
         return make_layer(rng, problems[-1], normals)
 
     @pytest.fixture(autouse=True)
@@ -173,20 +192,60 @@ def test_gathering_in_turns(way, order, rng, monkeypatch, launched):
     assert whole.tobytes() == turns.tobytes()
 
 
-@every_order
-@on_backends(transforming, backends=[EMULATOR, GPU])
-def test_transforming_in_turns(way, order, rng, monkeypatch, launched):
-    """With room for few tiles they go through the stages in several turns, to the same bits."""
-    problem = TILED.problem(order=order)
-    layer, plan = make_layer(rng, problem, normals), way.plan(problem)
-    whole = layer.run(plan)
-    assert sum("_input_" in name for name in launched) == 1
-    launched.clear()
-    monkeypatch.setattr(winograd, "MOST_TRANSFORMED", 1)
-    turns = layer.run(with_device(plan, l2=1))
-    assert sum("_input_" in name for name in launched) == -(-tiles_of(plan) // 64) > 1
-    layer.judge(plan, whole)
-    assert whole.tobytes() == turns.tobytes()
+class TestWinograd:
+    def test_filters(self):
+        """Other than the CPU's it takes 3 or 5 taps in a row."""
+        reason = "needs a 3 x 3 kernel, or 3 or 5 taps in a row, over one plane"
+        for taps in ((1, 3), (5, 1), (3, 5), (1, 7), (1, 1)):
+            problem = make_problem("conv2d", (1, 2, 9, 9), (2, 2, *taps))
+            assert why_refused(problem, "winograd", "gpu") == (None if taps in ((1, 3), (5, 1)) else reason)
+            assert why_refused(problem, "winograd") == "needs a 3 x 3 kernel over one plane"
+
+    @on_backends(transforming, backends=[EMULATOR, GPU])
+    def test_many_taps_in_a_row(self, way, rng):
+        """Several blocks of rows, of columns and of groups, along either axis."""
+        for shape, weight in (
+            ((2, 38, 1, 301), (130, 19, 1, 3)),
+            ((2, 38, 1, 301), (130, 19, 1, 5)),
+            ((1, 6, 67, 9), (14, 3, 3, 1)),
+            ((1, 6, 67, 9), (14, 3, 5, 1)),
+        ):
+            for order, fill in itertools.product(ORDERS, (integers, normals)):
+                padding = [(tap - 1, tap // 3) for tap in weight[2:]]
+                problem = make_problem("conv2d", shape, weight, groups=2, padding=padding, order=order)
+                make_layer(rng, problem, fill).check(way.plan(problem))
+
+    @every_order
+    @on_backends(transforming, backends=[EMULATOR, GPU])
+    def test_transforming_in_turns(self, way, order, rng, monkeypatch, launched):
+        """With room for few tiles they go through the stages in several turns, to the same bits."""
+        problem = TILED.problem(order=order)
+        layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+        whole = layer.run(plan)
+        assert sum("_input_" in name for name in launched) == 1
+        launched.clear()
+        monkeypatch.setattr(winograd, "MOST_TRANSFORMED", 1)
+        turns = layer.run(with_device(plan, l2=1))
+        assert sum("_input_" in name for name in launched) == -(-tiles_of(plan) // 64) > 1
+        layer.judge(plan, whole)
+        assert whole.tobytes() == turns.tobytes()
+
+    @every_order
+    @on_backends(fused_or_not, backends=[EMULATOR, GPU])
+    def test_fused_or_not_the_bits_are_the_same(self, way, order, rng):
+        layer = make_layer(rng, DEEP.problem(order=order), normals)
+        fused = layer.run(Way("winograd", "f2_fused", way.backend).plan(layer.problem))
+        assert layer.run(way.plan(layer.problem)).tobytes() == fused.tobytes()
+
+    @on_backends(transforming, backends=[EMULATOR])
+    def test_indices_count_what_is_transformed(self, way, rng, monkeypatch, launched):
+        """V is larger than the input: its offsets can need 64 bits where those of the input do not."""
+        problem = TILED.problem()
+        plan = way.plan(problem)
+        most = np.prod(problem.input_shape) * 2  # less than the elements of V
+        monkeypatch.setattr(product, "_FIRST_LONG", int(most))
+        make_layer(rng, problem, integers).check(plan)
+        assert ["_long" in name for name in launched] == [False, True, True, True]
 
 
 class TestStages:
@@ -219,12 +278,136 @@ class TestStages:
         assert ("_long" in launched[-1]) == (tile_width(way) == 128)
 
 
+class TestDepthwise:
+    """Filters in registers or in stages through shared memory; planes, or channels read where they lie."""
+
+    # Input, filter, options, dtype and tile; then taps_r and taps_s of a stage, which fills what it may.
+    STAGES = (
+        ((40, 40), (31, 31), {}, "float32", "1x16x128", (31, 31)),
+        ((40, 40), (31, 31), {}, "float32", "8x16x16", (8, 31)),  # 8, 8, 8 and 7 rows
+        ((40, 40), (31, 31), {}, "float64", "2x32x32", (8, 31)),
+        ((900, 40), (9, 9), {"dilation": (100, 1)}, "float32", "1x16x128", (1, 9)),
+        ((40, 40), (31, 31), {}, "float64", "8x16x16", (1, 1)),
+        ((99, 3999), (3, 3), {"dilation": (40, 1900)}, "float32", "1x16x128", (1, 1)),
+    )
+    LARGE = (
+        Case("large", "conv2d", (2, 9, 20, 21), (9, 1, 31, 31), {"groups": 9, "padding": 15}),
+        Case("large_multiplier", "conv2d", (1, 3, 19, 18), (9, 1, 8, 9), {"groups": 3, "padding": 3}),
+        Case("large_stride", "conv2d", (1, 2, 29, 28), (2, 1, 9, 10), {"groups": 2, "stride": (2, 1)}),
+        Case("large_dilation", "conv2d", (1, 2, 37, 19), (2, 1, 8, 8), {"groups": 2, "dilation": (4, 1)}),
+        Case("plain", "conv2d", (1, 5, 31, 39), (5, 1, 9, 7), {"groups": 5, "stride": (1, 3), "dilation": 2}),
+        Case("far_taps", "conv2d", (1, 2, 83, 650), (2, 1, 3, 3), {"groups": 2, "dilation": (12, 300)}),
+        Case("far_pixels", "conv2d", (1, 2, 83, 650), (2, 1, 2, 3), {"groups": 2, "stride": (9, 40)}),
+        Case("one_tap_high", "conv1d", (2, 3, 99), (6, 1, 50), {"groups": 3, "padding": 25}),
+        Case("deep", "conv3d", (1, 2, 5, 9, 9), (2, 1, 2, 8, 8), {"groups": 2, "padding": 1}),
+    )
+    SMALL = (
+        Case("causal", "conv1d", (1, 8, 531), (8, 1, 4), {"groups": 8, "padding": [(3, 0)]}),
+        Case("one_pixel", "conv2d", (1, 70, 1, 1), (70, 1, 3, 3), {"groups": 70, "padding": 1}),
+        Case("tiny_maps", "conv2d", (2, 300, 3, 5), (300, 1, 3, 3), {"groups": 300, "padding": 1}),
+        Case("strips", "conv2d", (1, 5, 35, 67), (10, 1, 3, 3), {"groups": 5, "padding": [(0, 2), (2, 1)]}),
+        Case("stride_2", "conv2d", (1, 4, 37, 41), (4, 1, 3, 3), {"groups": 4, "stride": 2, "padding": 1}),
+        Case("mixed", "conv2d", (1, 3, 23, 29), (9, 1, 4, 2), {"groups": 3, "stride": (3, 2), "dilation": 4}),
+        Case("one_wide", "conv2d", (1, 3, 23, 29), (3, 1, 5, 1), {"groups": 3, "stride": (1, 3)}),
+        Case("volume", "conv3d", (2, 5, 5, 6, 7), (5, 1, 3, 3, 3), {"groups": 5, "padding": 1, "stride": 2}),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize(("sizes", "taps", "options", "dtype", "tile", "stage"), STAGES)
+    def test_stage_fills_what_it_may(self, sizes, taps, options, dtype, tile, stage):
+        shapes = (1, 4, *sizes), (4, 1, *taps)
+        problem = make_problem("conv2d", *shapes, groups=4, dtype=dtype, **options)
+        found = depthwise._stage(problem, depthwise_tile(tile))
+        assert (found.taps_r, found.taps_s) == stage
+        assert found.size * product.accumulator(problem).itemsize <= depthwise.SHARED[-1]
+
+    @every_order
+    @on_backends(depthwise_tiles, backends=[EMULATOR, GPU])
+    def test_right_results(self, way, order, rng):
+        """Every kind of filter with every tile; which of two halves a tile meets differs by order."""
+        cases = (*self.LARGE, *self.SMALL)
+        turn = ORDERS.index(order) + [str(tile) for tile in depthwise.TILES].index(way.tile)
+        for problem in way.problems(cases[turn % 2 :: 2], order=order):
+            make_layer(rng, problem, integers).check(way.plan(problem))
+
+    @pytest.mark.parametrize("dtype", ["float64", "float16"])
+    @on_backends(depthwise_tiles, backends=[EMULATOR, GPU])
+    def test_stages_of_other_dtypes(self, way, dtype, rng):
+        """In float64 half as much fits, a row or a tap at a time."""
+        for problem in way.problems(self.LARGE[:1], dtype=dtype):
+            make_layer(rng, problem, integers).check(way.plan(problem))
+
+    @on_backends(lambda backend: depthwise_tiles(backend)[:1], backends=[EMULATOR, GPU])
+    def test_same_bits_with_every_tile(self, way, rng):
+        """Terms are added in one order, whatever a tile holds at a time, and in both memory orders."""
+        chosen = (*self.LARGE[:2], *self.SMALL[-3:])
+        for case in chosen:
+            layer = make_layer(rng, case.problem(), normals)
+            results = set()
+            for order in ORDERS:
+                problem = case.problem(order=order)
+                same = layer.with_array(problem=problem, x=in_order(layer.x, order))
+                for other in depthwise_tiles(way.backend):
+                    results.add(np.ascontiguousarray(same.run(other.plan(problem))).tobytes())
+            assert len(results) == 1, case
+
+    @on_backends(lambda backend: depthwise_tiles(backend)[-3:], backends=[EMULATOR, GPU])
+    def test_lanes(self, way, rng, launched):
+        """Four channels at a time where their addresses permit, else one; blocks begin amid the channels."""
+        for channels, multiplier, dtype, shift, lanes in (
+            (300, 1, "float32", 0, 4), (300, 1, "float16", 0, 4), (12, 1, "bfloat16", 0, 4),
+            (300, 1, "float32", 1, 1), (70, 1, "float32", 0, 1), (8, 2, "float32", 0, 1),
+            (8, 1, "float64", 0, 1),
+        ):  # fmt: skip
+            shapes = (2, channels, 5, 6), (channels * multiplier, 1, 3, 3)
+            options = {"groups": channels, "padding": 1, "dtype": dtype, "order": "NHWC"}
+            problem = make_problem("conv2d", *shapes, **options)
+            layer = make_layer(rng, problem, integers)
+            layer.with_array(x=shifted(layer.x, shift)).check(way.plan(problem))
+            assert f"_lanes{lanes}_" in launched[-1], (channels, multiplier, dtype, shift)
+
+    @on_backends(lambda backend: depthwise_tiles(backend)[-3:], backends=[EMULATOR, GPU])
+    def test_tiles_of_channels_fall_back_on_planes(self, way, rng, launched):
+        for problem in way.problems([self.SMALL[4], self.LARGE[1]]):
+            plan = way.plan(problem)
+            make_layer(rng, problem, integers).check(plan)
+            assert plan.cost() == float("inf")
+        large = way.problems(self.LARGE[1:2], order="NHWC")[0]
+        make_layer(rng, large, integers).check(way.plan(large))
+        assert ["_planes_" in name for name in launched] == [True, False, False]
+        assert ["_large_" in name for name in launched] == [False, True, True]
+
+    @on_backends(lambda backend: depthwise_tiles(backend)[:7], backends=[EMULATOR, GPU])
+    def test_no_tap_behind_a_row_multiplies(self, way, rng):
+        """Rows of a filter are filled up with zeros, by which inf must not be multiplied."""
+        problem = make_problem("conv2d", (1, 1, 9, 26), (1, 1, 9, 10), padding=(4, 0))
+        layer = make_layer(rng, problem, integers, epilogue=False)
+        layer.x[0, 0, :, 10:] = np.inf
+        assert np.isfinite(layer.run(way.plan(problem))[..., 0]).all()
+
+    @on_backends(depthwise_tiles, backends=[EMULATOR, GPU])
+    def test_pixels_behind_the_last(self, way, rng, launched):
+        """Where their inputs would lie 2**31 elements away, that number is in no int."""
+        problem = make_problem("conv1d", (1, 1, 10), (1, 1, 1), stride=2**25)
+        make_layer(rng, problem, integers).check(way.plan(problem))
+        tile = depthwise_tile(way.tile)
+        assert isinstance(tile, depthwise.ChannelTile) or ("_long" in launched[-1]) == (tile.block_q >= 64)
+
+
+def shifted(array, count):
+    """The same values at an address that lies `count` elements behind an aligned one."""
+    memory = np.empty(array.size + count, array.dtype)[count:]
+    moved = np.lib.stride_tricks.as_strided(memory, array.shape, array.strides)
+    moved[...] = array
+    return moved
+
+
 class TestBeyondInt:
     """Samples that lie 2**31 elements apart: offsets of 32 bits would come out negative."""
 
     PROBLEMS = (
         Case("far", "conv2d", (2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1}),
         Case("far_pixels", "conv2d", (2, 8, 6, 6), (9, 8, 1, 1)),
+        Case("far_channels", "conv2d", (2, 8, 6, 6), (8, 1, 3, 3), {"groups": 8}),
     )
 
     @every_form
@@ -315,17 +498,22 @@ class TestIndex:
 def test_nan_of_half_types(way, rng):
     """The GPU's NaN has all bits set: rounded as a number it would become -0."""
     for dtype in filter(way.takes, way.backend.dtypes):
-        problem = way.problems([PIXELS, DEEP], dtype=dtype)[0]
+        problem = way.problems([PIXELS, DEEP, CHANNELS], dtype=dtype)[0]
         layer = make_layer(rng, problem, integers)
         layer.residual.view(f"u{layer.residual.itemsize}").fill((1 << 8 * layer.residual.itemsize - 1) - 1)
         assert np.isnan(layer.run(way.plan(problem)).astype(np.float64)).all()
 
 
-def test_forms_of_packed_weights_differ():
-    """The layer of a gathered product must not be handed the packed weight of an implicit one."""
-    with EMULATOR.running():
-        plans = [Way("im2col", tile, EMULATOR).plan(DEEP.problem()) for tile in ("64x64", "64x64-gathered")]
-    assert plans[0].weight_form != plans[1].weight_form
+@on_backends(any_tile, backends=[EMULATOR, GPU])
+def test_a_packed_weight_fits_every_tile_of_its_form(way, rng):
+    """A layer packs once for all tiles that its inputs lead to, again for those that want another form."""
+    layer = make_layer(rng, way.problems([DEEP, PIXELS, *CASES])[0], integers)
+    packed = {}
+    for plan in possible_plans(layer.problem, way.algorithm, way.backend.package):
+        if plan.weight_form not in packed:
+            packed[plan.weight_form] = layer.prepare(plan)
+        layer.judge(plan, layer.run(plan, packed[plan.weight_form]))
+    assert len(packed) == {"im2col": 2, "winograd": 2}.get(way.algorithm, 1)
 
 
 class TestLaunch:

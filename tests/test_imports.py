@@ -22,7 +22,7 @@ ALLOWED = {
     "arrays": {"gpu", "problem"},  # gpu: for arrays on a GPU, when one comes in
     "reference": {"problem"},
     "cpu": {"cpu", "problem", "winograd_math"},
-    "gpu": {"gpu", "problem"},
+    "gpu": {"gpu", "problem", "winograd_math"},
     "algorithms": {"problem"},
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
     "plan": {"algorithms", "cpu", "gpu", "measured", "problem"},

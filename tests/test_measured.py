@@ -221,6 +221,14 @@ def test_an_algorithm_that_cannot_run_the_problem_is_not_returned(path):
         assert measured.lookup(STRIDED, DEVICE) is None
 
 
+def test_what_only_the_gpu_can_run_is_returned_to_the_gpu(path):
+    row = make_problem("conv1d", (1, 2, 9), (3, 2, 5))
+    measured.store(row, DEVICE, {**RECORD, "algorithm": "winograd"})
+    assert measured.lookup(row, DEVICE, "gpu")["algorithm"] == "winograd"
+    with pytest.warns(UserWarning, match="needs a 3 x 3 kernel"):
+        assert measured.lookup(row, DEVICE) is None
+
+
 def test_a_huge_file_is_not_read(path):
     os.truncate(path, measured.LARGEST_FILE + 1)
     with pytest.warns(UserWarning, match="it has 16777217 bytes, more than 16777216"):
@@ -249,8 +257,9 @@ def test_a_pipe_in_its_place_does_not_block(path):
 def test_a_directory_that_cannot_be_is_a_warning(tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / name))
-    with pytest.warns(UserWarning, match="are ignored: .*Not a directory"):
+    with pytest.warns(UserWarning, match="are ignored: .*Not a directory") as caught:
         assert measured.lookup(PROBLEM, DEVICE) is None
+    assert [warning.filename for warning in caught] == [__file__]  # the caller's, not measured.py
     with pytest.warns(UserWarning, match="are ignored|is not kept") as caught:
         assert measured.store(PROBLEM, DEVICE, RECORD) is None
     assert "is not kept" in str(caught[-1].message)

@@ -671,9 +671,19 @@ def test_columns_far_outside_the_input(algo, before):
     assert_exact(y, (x * (10 if before else 1)).astype("f8"), "float32")
 
 
-def test_sizes_that_no_memory_holds():
-    far = 2**40
-    with pytest.raises(fastconv.ConvError, match=r"padded elements must be below 2\*\*60"):
-        fastconv.conv2d(
-            np.ones((1, 2, 1, 1)), np.ones((2, 2, 2, 2)), padding=((far, 0), (far, 0)), dilation=(far, far)
-        )
+@pytest.mark.parametrize(
+    ("rule", "extent", "options"),
+    [
+        ("stride must be below 2**60, got 1152921504606846976 (n1", 1, {"stride": (1, 2**60)}),
+        ("dilation must be below 2**60, got 1152921504606846976 (n1", 1, {"dilation": (2**60, 1)}),
+        (
+            "elements of the padded input must be below 2**60, got 24178516392336563",
+            2,
+            {"padding": ((2**40, 0), (2**40, 0)), "dilation": 2**40},
+        ),
+        ("bytes of input, weight and output must be below 2**60, got 9223", 1, {"padding": 2**28}),
+    ],
+)
+def test_sizes_that_no_memory_holds(rule, extent, options):
+    with pytest.raises(fastconv.ConvError, match=f"^conv2d: {re.escape(rule)}"):
+        fastconv.conv2d(np.ones((1, 2, 1, 1)), np.ones((4, 2, extent, extent)), **options)

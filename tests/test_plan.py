@@ -96,6 +96,14 @@ class TestOrder:
         monkeypatch.setenv("FASTCONV_ALGO", "winograd")
         assert chosen(problem) == usual
 
+    def test_auto_in_the_environment_is_no_wish(self, monkeypatch):
+        usual = chosen()
+        monkeypatch.setenv("FASTCONV_ALGO", "auto")
+        assert chosen() == usual
+        remember(PROBLEM, "direct", possible_plans(PROBLEM, "direct")[0].tile)
+        assert chosen()[0] == "direct"
+        assert explain_problem(PROBLEM).reason == "measured fastest by tune"
+
     def test_a_measurement_of_another_problem_says_nothing(self):
         usual = chosen()
         shapes = PROBLEM.input_shape, PROBLEM.weight_shape
@@ -108,8 +116,9 @@ class TestOrder:
         remember(PROBLEM, "direct", "99x99")
         assert chosen() == usual
         remember(PROBLEM, "pointwise", possible_plans(PROBLEM, "direct")[0].tile)
-        with pytest.warns(UserWarning, match="'pointwise' cannot run"):
+        with pytest.warns(UserWarning, match="'pointwise' cannot run") as caught:
             assert chosen() == usual
+        assert {warning.filename for warning in caught} == {__file__}
 
     def test_what_tune_finds_is_taken(self, rng, monkeypatch):
         monkeypatch.setattr(importlib.import_module("fastconv.tune"), "BUDGET", 0.01)
@@ -118,6 +127,11 @@ class TestOrder:
         assert chosen(result.problem) == (result.best.algorithm, result.best.tile)
         monkeypatch.setenv("FASTCONV_CACHE", "/nowhere")
         assert make_plan(result.problem).cost() == min(plan.cost() for plan in plans_of(result.problem))
+
+
+def inexact_plan():
+    """A plan of Winograd F(4 x 4, 3 x 3)."""
+    return next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.problem, p.tile))
 
 
 class TestPrecision:
@@ -131,12 +145,12 @@ class TestPrecision:
         assert possible_plans(self.HIGHEST, "winograd"), "F(2) is as exact as a direct sum"
 
     def test_a_measurement_does_not_lower_it(self):
-        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        large = inexact_plan()
         remember(self.HIGHEST, "winograd", large.tile)
         assert chosen(self.HIGHEST) != ("winograd", str(large.tile))
 
     def test_nor_does_a_tile_by_name(self):
-        large = next(p for p in possible_plans(PROBLEM, "winograd") if not p.algorithm.exact(p.tile))
+        large = inexact_plan()
         with pytest.raises(ConvError, match=f"tile of winograd must be one of .*, got '{large.tile}'"):
             make_plan(self.HIGHEST, "winograd", tile=str(large.tile))
 
@@ -212,7 +226,8 @@ class TestWorkspace:
         with pytest.raises(ConvError) as caught:
             make_plan(PROBLEM)
         assert str(caught.value) == (
-            f"FASTCONV_WORKSPACE must be bytes, with K, M or G, such as 64M, got {text!r}"
+            "FASTCONV_WORKSPACE must be a whole number of bytes, or of kilo-, mega- or gigabytes with "
+            f"K, M or G, such as 64M, got {text!r}"
         )
 
     def test_more_threads_hold_more(self, monkeypatch):
@@ -245,7 +260,7 @@ class TestErrors:
         monkeypatch.setenv("FASTCONV_ALGO", "winogrd")
         with pytest.raises(ConvError) as caught:
             make_plan(PROBLEM)
-        assert str(caught.value) == f"conv2d: FASTCONV_ALGO must be one of {KNOWN}, got 'winogrd'"
+        assert str(caught.value) == f"conv2d: FASTCONV_ALGO must be one of auto, {KNOWN}, got 'winogrd'"
         assert chosen(PROBLEM, "direct")[0] == "direct"
 
     @pytest.mark.parametrize("tile", ["", "1x1", "8X3", "f4"])
@@ -358,6 +373,14 @@ class TestExplain:
         assert f"{device.name}: direct, measured fastest by tune" in str(explain_problem(PROBLEM))
         monkeypatch.setenv("FASTCONV_ALGO", "im2col")
         assert f"{device.name}: im2col, because FASTCONV_ALGO names it" in str(explain_problem(PROBLEM))
+
+    def test_a_wish_that_cannot_be_met_is_told(self, monkeypatch):
+        monkeypatch.setenv("FASTCONV_ALGO", "pointwise")
+        reason = "of the lowest estimate; FASTCONV_ALGO=pointwise cannot run it"
+        assert explain_problem(PROBLEM).reason == reason
+        remember(PROBLEM, "direct", possible_plans(PROBLEM, "direct")[0].tile)
+        reason = "measured fastest by tune; FASTCONV_ALGO=pointwise cannot run it"
+        assert explain_problem(PROBLEM).reason == reason
 
     def test_one_line_per_row_of_the_table_in_its_order(self):
         text = str(explain_problem(PROBLEM))

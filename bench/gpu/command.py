@@ -14,6 +14,7 @@ from bench import rows as files
 from bench.gpu import child, choice, results, table, targets
 from bench.gpu.clock import Deadline, share_of
 from bench.rows import Row, networks_of, of_kind
+from fastconv.gpu.cupy_driver import INSTALL
 
 SECONDS = 480.0  # for everything
 RESERVE = 20.0  # of these, to start, to stop what is late, and to write
@@ -35,9 +36,7 @@ RunPart = Callable[[str, float], Iterator[Row]]  # (target, seconds)
 def run_gpu(options: Namespace, arguments: Sequence[str]) -> int:
     """0 if everything passed, 1 if a check failed or there is no GPU; a missed target is no failure."""
     if importlib.util.find_spec("cupy") is None:
-        return _refuse(
-            "CuPy is not installed (pip install cupy-cuda13x, or cupy-cuda12x for a driver of CUDA 12)"
-        )
+        return _refuse(f"CuPy is not installed for {sys.executable} ({INSTALL})")
     deadline = Deadline(SECONDS - RESERVE)
     machine = describe(child.run)
     if "reason" in machine:

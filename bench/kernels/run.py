@@ -15,18 +15,27 @@ PAGE = "kernels.md"
 INSIDE = (75, 90)  # whose main loops are shown: without and with copies that go past the registers
 
 
-def compile_kernels(architectures: Sequence[int], every: bool, folder: Path, arguments: Sequence[str]) -> int:
+def compile_kernels(
+    architectures: Sequence[int], dtypes: Sequence[str], every: bool, folder: Path, arguments: Sequence[str]
+) -> int:
     """Compile kernels for the architectures; 1 if one of them spills or exceeds a limit.
 
     every  all kernels, not only as many as have every pair of settings: that takes an hour
     """
     console = show.make_console()
-    sets = [kernels_of(name, dtype) for name in algorithms() for dtype in instances.DTYPES]
+    sets = [kernels_of(name, dtype) for name in algorithms() for dtype in dtypes]
     known = sum(map(len, sets))
     kernels = [kernel for found in sets for kernel in (found if every else instances.cover(found))]
     inside = INSIDE if disassembly.find_nvdisasm() else ()
     if not inside:
         console.print(f"main loops are left out: {disassembly.MISSING}", markup=False)
+    console.print(
+        f"{len(kernels)} kernels, each for {', '.join(f'sm_{sm}' for sm in architectures)}: "
+        "about a second a kernel and architecture, on one core",
+        markup=False,
+    )
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    commit, dirty = read_commit()
     verdicts: list[instances.Verdict] = []
     with show.make_progress(console) as progress:
         task = progress.add_task("", total=len(kernels) * len(architectures))
@@ -35,10 +44,10 @@ def compile_kernels(architectures: Sequence[int], every: bool, folder: Path, arg
             for verdict in instances.judge(kernels, sm, look_inside=sm in inside):
                 verdicts.append(verdict)
                 progress.advance(task)
-    command = shlex.join(["python", "-m", "bench", *arguments])
-    commit, dirty = read_commit()
-    page = table.render(verdicts, known, command, commit + " with uncommitted changes" * dirty)
-    rows.replace(folder / PAGE, page)
+            page = table.render(verdicts, known, command, commit + " with uncommitted changes" * dirty)
+            rows.replace(
+                folder / PAGE, page
+            )  # after each, so that a run that is stopped has not been in vain
     console.print(page, markup=False, soft_wrap=True)
     console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
     return 1 if table.list_faults(verdicts) else 0

@@ -29,7 +29,9 @@ FLUSHED = 64 << 20
 """Bytes that are written before each timed run, at least: they clear the caches, and keep the device busy
 until all that is timed has been enqueued."""
 
-_INSTALL = 'pip install "fastconv[cuda13]", or "fastconv[cuda12]" for a driver of CUDA 12'
+INSTALL = 'pip install "cupy-cuda13x[ctk]", or "cupy-cuda12x[ctk]" for a driver of CUDA 12'
+"""What to do without CuPy, wherever fastconv itself came from; [ctk] brings NVRTC."""
+
 _checked_process: int | None = None
 
 
@@ -41,7 +43,7 @@ def why_unavailable() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"CUDA arrays need CuPy, which cannot be imported: {error} ({_INSTALL})"
+        return f"CUDA arrays need CuPy, which cannot be imported: {error} ({INSTALL})"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -28,6 +28,11 @@ class WindowTile(Tile):
         """What decides the order in which a sum's terms are added."""
         return self.is_gathered
 
+    @property
+    def packing(self) -> bool:
+        """What of the tile decides how a weight is packed."""
+        return self.is_gathered
+
     def __str__(self) -> str:
         return super().__str__() + "-gathered" * self.is_gathered
 

@@ -47,6 +47,11 @@ class Tile:
         return dtype != "float64" or self.is_for_double
 
     @property
+    def packing(self) -> Any:
+        """What of the tile decides how a weight is packed: nothing, so that it is done once for all."""
+        return None
+
+    @property
     def threads(self) -> int:
         return self.block_m * self.block_n // 64
 
@@ -69,12 +74,18 @@ class Tile:
 
 
 class Call:
-    """One run of an algorithm: what its kernels have in common."""
+    """One run of an algorithm: what its kernels have in common.
 
-    def __init__(self, algorithm: str, problem: ConvProblem, operands: Operands) -> None:
+    reads_weight  a kernel reads the weight where it lies, instead of a packed one
+    """
+
+    def __init__(
+        self, algorithm: str, problem: ConvProblem, operands: Operands, reads_weight: bool = False
+    ) -> None:
         o = operands
         self.algorithm, self.problem, self.operands = algorithm, problem, operands
-        arrays = (("x", o.x), ("y", o.out), ("r", o.residual), ("bias", o.bias))
+        weight = o.weight if reads_weight else None
+        arrays = (("x", o.x), ("w", weight), ("y", o.out), ("r", o.residual), ("bias", o.bias))
         strides = tuple([(name, None if array is None else array.strides) for name, array in arrays])
         self.conv, self.reach = describe(problem, strides, o.epilogue.slope)
 

@@ -1,4 +1,7 @@
-"""Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel."""
+"""Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel.
+
+Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5).
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WinogradTile(Tile):
-    """F(m x m, 3 x 3); a block computes block_m output channels of block_n tiles.
+    """Tiles of m outputs along an axis; a block computes block_m output channels of block_n of them.
 
-    is_fused  whether transforms and products are one kernel, without workspace
+    is_fused  whether transforms and products are one kernel, without workspace: of 3 x 3 filters
     """
 
     m: int = 4
     is_fused: bool = False
 
     @property
-    def bits(self) -> tuple[int, bool]:
-        """What decides the bits of a result."""
-        return self.m, self.is_fused
+    def bits(self) -> int:
+        """What decides the bits of a result; F(2x2) has the same fused or not: its transforms only add."""
+        return self.m
 
     @property
-    def places(self) -> int:
-        """The products of a tile and a channel."""
-        return (self.m + 2) ** 2
+    def packing(self) -> int:
+        """What of the tile decides how a weight is transformed."""
+        return self.m
 
     def __str__(self) -> str:
         return f"f{self.m}_fused" if self.is_fused else f"f{self.m}_{super().__str__()}"
@@ -50,6 +53,8 @@ TILES = (
     WinogradTile(64, 32, is_for_double=False, m=2, is_fused=True),
 )
 
+_UNFUSED = TILES[2]  # with the m of the fused one, where the filter is not 3 x 3
+
 FUSED_THREADS = 256  # each warp sums two of sixteen places
 FUSED_EFFICIENCY = 0.65  # of the peak: 0.73 of the main loop are multiply-adds, and one block fits an SM
 EFFICIENCY = 0.82  # of the peak; 0.89 to 0.91 of the main loops are multiply-adds
@@ -58,13 +63,15 @@ MOST_TRANSFORMED = 32 << 20  # bytes of V and products in one turn, where half t
 
 def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     """Return the estimated seconds."""
+    if tile != _possible(problem, tile):
+        return float("inf")
     tiles = _turn_tiles(problem, tile, device)
     turns = math.ceil(_tiles(problem, tile) / tiles)
     per_sm = -(-_blocks(problem, tile, tiles) // device.processors)
     work = turns * per_sm * _rows(problem) * 2 * tile.block_m * tile.block_n  # FLOP of an SM
     if tile.is_fused:
         rate = product.sm_rate(problem, device, FUSED_THREADS) * FUSED_EFFICIENCY
-        return max(tile.places * work / rate, problem.bytes / device.bandwidth) + product.LAUNCH
+        return max(_places(problem, tile) * work / rate, problem.bytes / device.bandwidth) + product.LAUNCH
     rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * EFFICIENCY
     filters = _filter_bytes(problem, tile) / device.bandwidth
     transformed = 2 * turns * tiles * _tile_bytes(problem, tile) / product.L2_SPEEDUP
@@ -74,6 +81,7 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of the transformed weight, and of one turn's transformed inputs and products."""
+    tile = _possible(problem, tile)
     tiles = 0 if tile.is_fused else _turn_tiles(problem, tile, device)
     return _filter_bytes(problem, tile) + tiles * _tile_bytes(problem, tile)
 
@@ -83,10 +91,12 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     if weight.ndim == 3:
         return weight
     rows, pitch = _rows(problem), product.pitch(problem)
-    U = launch.driver().empty((tile.places, problem.groups * rows, pitch), product.accumulator(problem))
+    shape = (_places(problem, tile), problem.groups * rows, pitch)
+    U = launch.driver().empty(shape, product.accumulator(problem))
     conv, reach = product.describe(problem, (("w", weight.strides),), 0.0)
     index = product.index_type(max(U.size, reach))
-    kernel = product.stage_kernel("winograd", "FILTER", problem.dtype, _constants(tile.m), THREADS, index)
+    constants = _constants(tile.m, problem.R, problem.S)
+    kernel = product.stage_kernel("winograd", "FILTER", problem.dtype, constants, THREADS, index)
     blocks = -(-problem.groups * rows * pitch // THREADS)
     launch.launch(kernel, blocks, weight=weight, U=U, conv=conv, rows=rows, pitch=pitch)
     return U
@@ -96,20 +106,22 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     """Convolve; the weight is prepared or as given."""
     U = prepare(problem, tile, device, operands.weight)
     call = Call("winograd", problem, operands)
+    tile = _possible(problem, tile)
     if tile.is_fused:
         _run_fused(call, tile, U)
         return
     tiles, most = _tiles(problem, tile), _turn_tiles(problem, tile, device)
     empty, dtype = launch.driver().empty, product.accumulator(problem)
-    V = empty((tile.places, problem.groups * _rows(problem), most), dtype)
-    products = empty((tile.places, problem.K, most), dtype)
+    places = _places(problem, tile)
+    V = empty((places, problem.groups * _rows(problem), most), dtype)
+    products = empty((places, problem.K, most), dtype)
     for first in range(0, tiles, most):
         _run_turn(call, tile, U, V, products, first, min(most, tiles - first))
 
 
 def _run_fused(call: Call, tile: WinogradTile, U: np.ndarray) -> None:
     blocks = _blocks(call.problem, tile, _tiles(call.problem, tile))
-    defines = {**_constants(tile.m), **_fused_defines(tile), **call.output}
+    defines = {**_constants(tile.m, 3, 3), **_fused_defines(tile), **call.output}
     call.launch(
         "FUSED", blocks, FUSED_THREADS, defines, U.size,
         x=call.operands.x, U=U, rows=_rows(call.problem), **call.ends,
@@ -120,7 +132,8 @@ def _run_turn(
     call: Call, tile: WinogradTile, U: np.ndarray, V: np.ndarray, products: np.ndarray, first: int, tiles: int
 ) -> None:
     """Transform inputs, multiply, and transform back, for `tiles` tiles from the first one on."""
-    problem, constants = call.problem, _constants(tile.m)
+    problem = call.problem
+    constants = _constants(tile.m, problem.R, problem.S)
     pitch, slices = -(-tiles // 4) * 4, _rows(problem) // SLICE
     largest = max(U.size, V.size, products.size)
     each = -(-tiles // 32) * 32  # threads of a channel
@@ -129,8 +142,8 @@ def _run_turn(
         x=call.operands.x, V=V, conv=call.conv, first=first, tiles=tiles, slices=slices,
     )  # fmt: skip
     call.launch(
-        "MULTIPLY", _blocks(problem, tile, pitch), tile.threads, {**constants, **_product_defines(tile)},
-        largest, U=U, V=V, products=products, conv=call.conv, pitch=pitch, slices=slices,
+        "MULTIPLY", _blocks(problem, tile, pitch), tile.threads, _product_defines(tile), largest,
+        U=U, V=V, products=products, conv=call.conv, places=len(V), pitch=pitch, slices=slices,
     )  # fmt: skip
     call.launch(
         "OUTPUT", -(-each * problem.K // THREADS), THREADS, {**constants, **call.output}, largest,
@@ -139,32 +152,36 @@ def _run_turn(
 
 
 def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
-    """Return the kernels of a tile, as product.kernels does."""
-    constants = _constants(tile.m)
+    """Return the kernels of a tile, as product.kernels does: for 3 x 3, and some for filters in a row."""
+    square = _constants(tile.m, 3, 3)
 
-    def of(stage: str, defines: dict[str, Any], threads: int, index: str = "int") -> Kernel:
-        return product.stage_kernel("winograd", stage, dtype, constants | defines, threads, index)
+    def of(stage: str, defines: dict[str, Any], threads: int = THREADS, index: str = "int") -> Kernel:
+        return product.stage_kernel("winograd", stage, dtype, defines, threads, index)
 
     end = {"ORDER": order, "ACTIVATION": "none"}
     ends = (end, "int"), (end | {"ACTIVATION": "gelu"}, "int"), (end, "long long")
-    filters = of("FILTER", {}, THREADS)
     if tile.is_fused:
-        fused = _fused_defines(tile)
-        return [filters, *(of("FUSED", fused | more, FUSED_THREADS, index) for more, index in ends)]
-    return [
-        filters,
-        *(of("INPUT", {"ORDER": order}, THREADS, index) for index in ("int", "long long")),
-        *(of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")),
-        *(of("OUTPUT", more, THREADS, index) for more, index in ends),
-    ]
+        fused = square | _fused_defines(tile)
+        return [of("FUSED", fused | more, FUSED_THREADS, index) for more, index in ends]
+    found = [of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")]
+    found.append(of("INPUT", square | {"ORDER": order}, index="long long"))
+    found += [of("OUTPUT", square | more, index=index) for more, index in ends[1:]]
+    for R, S in ((3, 3), (1, 5), (3, 1)):
+        constants = _constants(tile.m, R, S)
+        found += [
+            of("FILTER", constants),
+            of("INPUT", constants | {"ORDER": order}),
+            of("OUTPUT", constants | end),
+        ]
+    return found
 
 
-@lru_cache(maxsize=2)
-def _constants(m: int) -> dict[str, Any]:
-    """Return the defines that tell the kernels m and its matrices."""
-    of_m = matrices(m)
-    texts = {name: _initializer(matrix) for name, matrix in zip(("AT", "G", "BT"), of_m, strict=True)}
-    return {"WINOGRAD_M": m, **{f"WINOGRAD_{name}": text for name, text in texts.items()}}
+@lru_cache(maxsize=16)
+def _constants(m: int, R: int, S: int) -> dict[str, Any]:
+    """Return the defines that tell the kernels m, the filter and their matrices."""
+    found = matrices(m, max(R, S))._asdict()
+    texts = {f"WINOGRAD_{name}": _initializer(matrix) for name, matrix in found.items()}
+    return {"WINOGRAD_M": m, "FILTER_R": R, "FILTER_S": S, **texts}
 
 
 def _initializer(matrix: Matrix) -> str:
@@ -181,8 +198,25 @@ def _fused_defines(tile: WinogradTile) -> dict[str, Any]:
     return {"BLOCK_TILES": tile.block_n, "BLOCK_CHANNELS": tile.block_m}
 
 
+def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
+    """Return the tile, or the one that takes its place where the fused kernel has no such filter."""
+    return _UNFUSED if tile.is_fused and (problem.R, problem.S) != (3, 3) else tile
+
+
+def _outputs(problem: ConvProblem, tile: WinogradTile) -> tuple[int, int]:
+    """Return the rows and columns of a tile's outputs: an axis of one tap is not transformed."""
+    return (tile.m if problem.R > 1 else 1), (tile.m if problem.S > 1 else 1)
+
+
+def _places(problem: ConvProblem, tile: WinogradTile) -> int:
+    """Return the inputs of a tile, each with a matrix product of its own."""
+    rows, columns = _outputs(problem, tile)
+    return (rows + problem.R - 1) * (columns + problem.S - 1)
+
+
 def _tiles(problem: ConvProblem, tile: WinogradTile) -> int:
-    return problem.N * -(-problem.P // tile.m) * -(-problem.Q // tile.m)
+    rows, columns = _outputs(problem, tile)
+    return problem.N * -(-problem.P // rows) * -(-problem.Q // columns)
 
 
 def _rows(problem: ConvProblem) -> int:
@@ -193,11 +227,11 @@ def _rows(problem: ConvProblem) -> int:
 def _blocks(problem: ConvProblem, tile: WinogradTile, tiles: int) -> int:
     """Return the blocks that multiply so many tiles."""
     blocks = problem.groups * -(-problem.gemm_m // tile.block_m) * -(-tiles // tile.block_n)
-    return blocks if tile.is_fused else tile.places * blocks
+    return blocks if tile.is_fused else _places(problem, tile) * blocks
 
 
 def _filter_bytes(problem: ConvProblem, tile: WinogradTile) -> int:
-    return tile.places * product.packed_bytes(problem, _rows(problem))
+    return _places(problem, tile) * product.packed_bytes(problem, _rows(problem))
 
 
 def _turn_tiles(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
@@ -212,4 +246,4 @@ def _turn_tiles(problem: ConvProblem, tile: WinogradTile, device: Device) -> int
 def _tile_bytes(problem: ConvProblem, tile: WinogradTile) -> int:
     """Return the bytes of a tile's transformed inputs and products."""
     channels = problem.groups * _rows(problem) + problem.K
-    return tile.places * channels * product.accumulator(problem).itemsize
+    return _places(problem, tile) * channels * product.accumulator(problem).itemsize
