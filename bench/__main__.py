@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.command import run_gpu  # a machine with a GPU may lack what the other commands need
 
         return run_gpu(options, words)
+    if options.run == "run_fit":
+        from bench.gpu.fit import run_fit
+
+        return run_fit(options.file)
     try:
         from bench import commands  # here, because --help needs none of what it imports
     except ModuleNotFoundError as error:
@@ -81,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_kernels(commands)
     _add_gpu(commands)
+    _add_fit(commands)
     return parser
 
 
@@ -175,6 +180,16 @@ def _add_gpu(commands: Commands) -> None:
     parser.add_argument(
         "--output", type=Path, default=GPU_OUTPUT, metavar="DIR", help="where <gpu>.json goes"
     )
+
+
+def _add_fit(commands: Commands) -> None:
+    parser = _add_command(
+        commands,
+        "fit",
+        "from a file that gpu wrote: each algorithm's times over its estimates, what auto loses to the "
+        "fastest algorithm, and which constants to change",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="such as bench/results/<gpu>.json")
 
 
 def _part(text: str) -> str:

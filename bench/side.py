@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.timing import measure, settle
-from bench.workload import keywords, make_arrays, make_call
+from bench.workload import as_torch, make_arrays, make_call
 from fastconv.problem import ConvProblem
 
 Calls = dict[str, Callable[[], Any]]
@@ -80,8 +80,7 @@ def torch_calls(
 
     torch.set_num_threads(threads)
     function = getattr(torch.nn.functional, problem.op)
-    # Networks pad alike on both sides; were it otherwise, the check of the output would say so.
-    options = {**keywords(problem), "padding": [before for before, _ in keywords(problem)["padding"]]}
+    options, drop = as_torch(problem)
     tensors = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(w)
     orders = {"NCHW": torch.contiguous_format}
     if problem.ndim > 1:
@@ -92,7 +91,7 @@ def torch_calls(
 
         @torch.inference_mode()
         def call() -> Any:
-            return function(tx, tw, **options)
+            return drop(function(tx, tw, **options))
 
         return call
 

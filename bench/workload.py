@@ -49,6 +49,21 @@ def keywords(problem: ConvProblem) -> dict[str, Any]:
     }
 
 
+def as_torch(problem: ConvProblem) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The same for torch, whose convolutions pad alike on both sides, and what to do to its output.
+
+    Where there is less padding behind than before, as Mamba has it, as much is put there as before, and the
+    outputs that see it are dropped: a view, so it takes no time.
+    """
+    options = keywords(problem)
+    if any(before < after for before, after in options["padding"]):
+        raise ValueError(f"torch pads no more behind than before, got {problem}")
+    is_alike = all(before == after for before, after in options["padding"])
+    options["padding"] = [before for before, _ in options["padding"]]
+    kept = (..., *(slice(size) for size in problem.output_shape[2:]))
+    return options, (lambda y: y) if is_alike else (lambda y: y[kept])
+
+
 def make_call(
     problem: ConvProblem, x: np.ndarray, w: np.ndarray, algo: str, prepared: bool
 ) -> Callable[..., np.ndarray]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, check, compare, layers, machine, report, rows, show, summary, timing, workload
+from bench import cases, check, compare, layers, machine, report, rows, show, side, summary, timing, workload
 from bench.__main__ import main
+from fastconv import reference
 from fastconv.algorithms import TABLE, ErrorBound
 from fastconv.problem import make_problem
 
@@ -394,6 +395,15 @@ def test_compare_without_its_baseline_says_how_to_get_it(monkeypatch, capsys):
     assert "pip install torch" in capsys.readouterr().err
 
 
+def test_torch_computes_a_causal_convolution():
+    pytest.importorskip("torch", reason="the baseline of the comparison")
+    problem = make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6)
+    x, w = workload.make_arrays(problem)
+    (call,) = side.torch_calls(problem, x, w, "auto", prepared=False, threads=1).values()
+    expected = reference.conv1d(x, w, padding=((3, 0),), groups=6)
+    np.testing.assert_allclose(call().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_child_that_fails_is_heard(quick):
     settings = compare.Settings("torch", "auto", prepared=False, rounds=1, threads=1)
     with (
@@ -416,7 +426,7 @@ sys.exit(pytest.main(["bench", "--collect-only", "--quiet", "-p", "no:cacheprovi
 def test_help_names_every_run():
     command = [sys.executable, "-m", "bench", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in ("main", "layers", "photo", "networks", "compare", "report"):
+    for name in ("main", "layers", "photo", "networks", "compare", "report", "kernels", "gpu", "fit"):
         assert re.search(rf"^    {name}\b", shown, re.MULTILINE)
 
 

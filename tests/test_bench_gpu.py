@@ -1,12 +1,16 @@
 """The run on a GPU, without one: what it plans, what it makes of rows, and that no wrong result passes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,11 @@ from bench.__main__ import GPU_PARTS, main
 from bench.check import Oracle
 from bench.gpu import (
     child,
+    choice,
     command,
     compile,
     device,
+    fit,
     layers,
     repeat,
     results,
@@ -35,12 +41,13 @@ from bench.gpu.compile import Compiled
 from fastconv import reference
 from fastconv.algorithms import ErrorBound
 from fastconv.gpu import cupy_driver, launch
-from fastconv.plan import possible_plans
+from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ITEMSIZE, make_problem
 from tests.emulator import EmulatorDriver
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = make_problem("conv2d", (1, 4, 9, 9), (6, 4, 3, 3), padding=1)
+TINY_IN = {order: replace(TINY, order=order) for order in ("NCHW", "NHWC")}
 CASE = cases.Case(TINY, "4->6 3x3 @9x9", (("net", "conv1", 2),))
 MACHINE = {"kind": "machine", "gpu": "NVIDIA H100", "driver": "580", "commit": "abc"}
 
@@ -84,7 +91,7 @@ def emulated(monkeypatch):
 def ours(**changes):
     entry = {
         "order": "NCHW", "algorithm": "direct", "tile": "a", "auto": True, "call": "prepared",
-        "fused": False, "median": 1e-3, "min": 1e-3, "samples": 9,
+        "fused": False, "estimate": 1e-3, "median": 1e-3, "min": 1e-3, "samples": 9,
     }  # fmt: skip
     return {**entry, **changes}
 
@@ -97,13 +104,17 @@ def theirs(**changes):
     return {**entry, **changes}
 
 
+COPY = {"kind": "copy", "bytes": 1 << 28, "median": 1e-3, "gbs": 2.0}
+
+
 def layer(**changes):
     row = {
         "kind": "layer", "network": "resnet50", "layer": "conv1", "uses": [["resnet50", "conv1", 1]],
-        "label": "3->64 7x7", "key": "n1", "C": 64, "batch": 1, "flops": 10**9, "bytes": 10**6,
-        "fastconv": [ours()], "cudnn": [theirs()],
+        "label": "3->64 7x7", "key": "n1", "C": 64, "K": 64, "kernel": [3, 3], "groups": 1,
+        "dtype": "float32", "batch": 1, "flops": 10**9, "bytes": 10**6, "fastconv": [ours()],
+        "cudnn": [theirs()],
     }  # fmt: skip
-    return results.with_ratios({**row, **changes})
+    return results.with_ratios({**row, **changes}, COPY)
 
 
 class TestCommandLine:
@@ -185,7 +196,7 @@ class TestWholeRun:
         assert bench["machine"]["driver"] == "580"
         assert bench["command"] == f"python -m bench gpu --output {tmp_path}"
         assert bench["rows"][0]["fastconv"][0]["ratio"] == 2
-        assert len(bench["targets"]) == 10
+        assert len(bench["targets"]) == 2 * len(targets.TARGETS) == 22
         shown = capsys.readouterr().out
         assert "pytest: 9 passed" in shown
         assert "verify: passed" in shown
@@ -433,7 +444,9 @@ class TestResults:
         second = {**layer(), "fastconv": [], "cudnn": [theirs(tf32=True, median=5e-4)]}
         other = layer(key="n32")
         left_out = {"kind": "left_out", "reason": "late"}
-        joined, alone, last = results.merge([first, left_out, other, second])
+        joined, alone, copy, last = results.merge([first, {**COPY, "gbs": 0.5}, left_out, other, second])
+        assert joined["fastconv"][0]["copy_share"] == 2
+        assert copy["kind"] == "copy"
         assert [entry["tf32"] for entry in joined["cudnn"]] == [False, True]
         assert joined["fastconv"][0]["ratio_tf32"] == 0.5
         assert "ratio_tf32" not in alone["fastconv"][0]
@@ -507,7 +520,187 @@ class TestTargets:
 
     def test_means_of_networks(self):
         means = targets.find_means(self.layers(), ["vgg16", "zfnet"])
-        assert [(mean.what, mean.layers) for mean in means] == [("vgg16 batch 1", 6), ("vgg16 batch 32", 1)]
+        assert [(mean.what, mean.layers) for mean in means] == [
+            ("vgg16 batch 1 float32", 6),
+            ("vgg16 batch 32 float32", 1),
+        ]
+
+    def test_winograd_counts_whether_it_is_chosen_or_not(self):
+        entries = [ours(), ours(algorithm="winograd", auto=False, median=4e-3)]
+        vgg = {"uses": [["vgg16", "a", 2]], "fastconv": entries}
+        rows = [
+            layer(key="a", **vgg),
+            layer(key="b", C=3, **vgg),
+            layer(key="c", kernel=[5, 5], **vgg),
+            layer(key="d", dtype="float16", **vgg),
+            layer(key="e", uses=[["resnet50", "b", 1]], fastconv=entries),
+            layer(key="f", uses=[["vgg16", "b", 1]], fastconv=[ours()]),
+            layer(key="g", batch=32, **{**vgg, "fastconv": [ours(algorithm="winograd", auto=False)]}),
+        ]
+        small, large = (self.find(rows, f"winograd, vgg16, C >= 64, batch {batch}") for batch in (1, 32))
+        assert (small.mean.layers, small.mean.ratio, small.least) == (2, pytest.approx(0.5), 1.0)
+        assert (large.mean.layers, large.mean.ratio, large.least) == (2, pytest.approx(2), 1.3)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_depthwise_counts_on_depthwise_layers_of_its_dtype(self, dtype):
+        other = "float16" if dtype == "float32" else "float32"
+        entries = [ours(), ours(algorithm="depthwise", auto=False, median=5e-4)]
+        each = {"groups": 64, "fastconv": entries, "dtype": dtype}
+        rows = [
+            layer(key="a", **each, uses=[["mobilenet_v1", "a", 1]]),
+            layer(key="b", **each, uses=[["convnext_t", "a", 3]], kernel=[7, 7], batch=32),
+            layer(key="c", **each, uses=[["replknet_31b", "a", 2]], kernel=[31, 31]),
+            layer(key="d", **each, uses=[["mamba", "a", 9]]),
+            layer(key="e", **{**each, "groups": 32}, uses=[["convnext_t", "a", 9]]),
+            layer(key="f", **{**each, "dtype": other}, uses=[["convnext_t", "a", 9]]),
+            layer(key="g", **{**each, "groups": 1}, C=1, uses=[["convnext_t", "a", 9]]),
+        ]
+        target = self.find(rows, f"depthwise, {dtype}")
+        assert (target.mean.layers, target.mean.ratio, target.least) == (6, pytest.approx(4), 3.0)
+
+    @pytest.mark.parametrize(("network", "kernel"), [("mobilenet_v1", [3, 3]), ("mamba", [4])])
+    def test_depthwise_layers_against_a_copy(self, network, kernel):
+        """1 MB in 0.5 ms are 2 GB/s, as the copy has; without cuDNN too."""
+        entries = [ours(), ours(algorithm="depthwise", auto=False, median=1e-3)]
+        each = {"groups": 64, "fastconv": entries, "kernel": kernel, "cudnn": [], "uses": [[network, "a", 2]]}
+        rows = [layer(key="a", batch=32, **each), layer(key="b", **each)]
+        rows.append(layer(key="c", batch=32, **{**each, "groups": 1}))
+        target = self.find(rows, f"GB/s over a copy's, {network}, batch 32")
+        assert (target.mean.layers, target.mean.ratio, target.least) == (2, pytest.approx(0.5), 0.8)
+        assert target.verdict == "MISSED"
+
+
+def entries_of(**entries):
+    """A layer's entries in one order: algorithm=(estimate, median); the lowest estimate is auto's."""
+    least = min(entries, key=entries.get)
+    return [
+        ours(algorithm=name, estimate=estimate, median=median, auto=name == least)
+        for name, (estimate, median) in entries.items()
+    ]
+
+
+class TestChoice:
+    def test_the_mean_and_the_worst_of_each_batch_and_dtype(self):
+        right = entries_of(direct=(1, 2), im2col=(2, 3))
+        wrong = entries_of(direct=(1, 4), im2col=(2, 1))
+        rows = [
+            layer(key="a", fastconv=right, uses=[["resnet50", "a", 9]]),
+            layer(key="b", fastconv=wrong, layer="conv2"),
+            layer(key="c", fastconv=right, dtype="float16"),
+            layer(key="d", fastconv=right, batch=32),
+        ]
+        first, large, half = choice.find_distances(rows)
+        assert (first.batch, first.dtype, first.choices) == (1, "float32", 2)
+        assert (first.mean, first.worst) == (pytest.approx(2), 4)
+        assert first.where == "resnet50 conv2 NCHW: direct, not im2col"
+        assert (large.batch, large.dtype, large.mean, large.worst, large.where) == (32, "float32", 1, 1, "")
+        assert (half.batch, half.dtype) == (1, "float16")
+        shown = table.distance_table("auto", [first, large]).splitlines()
+        assert shown[1].split()[-5:] == ["2", "2.000", "<=", "1.05", "4.00"]
+        assert "conv2 NCHW: direct, not im2col" in shown[1]
+
+    def test_orders_are_choices_of_their_own_and_other_calls_do_not_count(self):
+        entries = [*entries_of(direct=(1, 2), im2col=(2, 3)), ours(call="plain", median=1e-9)]
+        other = [{**entry, "order": "NHWC"} for entry in entries_of(direct=(1, 6), im2col=(2, 3))]
+        (found,) = choice.find_distances([layer(fastconv=[*entries, *other])])
+        assert (found.choices, found.worst) == (2, 2)
+        assert "NHWC" in found.where
+
+    def test_a_layer_that_was_cut_short_does_not_count(self):
+        assert choice.find_distances([layer(fastconv=[ours(auto=False)]), layer(fastconv=[])]) == []
+
+    def test_the_report_says_it(self):
+        entry = command.finish_part("bench", [layer(fastconv=entries_of(direct=(1, 4), im2col=(2, 1)))], 1.0)
+        (line,) = [line for line in command.report_part("bench", entry, "H100") if "worst at" in line]
+        assert "auto over the fastest algorithm" in line
+        assert "resnet50 conv1 NCHW: direct, not im2col" in line
+
+
+class TestFit:
+    """direct is estimated at half of what it takes, so auto takes it where im2col is faster."""
+
+    ROWS = (
+        layer(key="a", fastconv=entries_of(direct=(2.0, 4.0), im2col=(3.0, 3.0))),
+        layer(key="b", fastconv=entries_of(direct=(1.0, 2.0), im2col=(5.0, 5.0))),
+        layer(key="c", batch=32, fastconv=entries_of(direct=(2.0, 4.0), im2col=(3.0, 3.0))),
+    )
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "nvidia-h100.json"
+        entry = command.finish_part("bench", list(self.ROWS), 1.0)
+        path.write_text(results.to_text({"gpu": "NVIDIA H100", "parts": {"bench": entry}}))
+        return path
+
+    def test_ratios_of_each_algorithm(self):
+        entries = [ours(key=n, median=(n + 1) * 1e-3) for n in range(20)]
+        rows = [layer(key=str(n), fastconv=[entry]) for n, entry in enumerate(entries)]
+        rows.append(layer(fastconv=[ours(algorithm="winograd", estimate=2.0, median=1.0)]))
+        rows.append(layer(fastconv=[ours(call="plain"), ours(call="prepared + bias + relu", fused=True)]))
+        direct, winograd = fit.find_fits(rows)
+        assert (direct.algorithm, direct.entries) == ("direct", 20)
+        assert (direct.low, direct.high) == (pytest.approx(2), pytest.approx(18))
+        assert direct.mean == pytest.approx(math.factorial(20) ** (1 / 20))
+        assert winograd == ("winograd", 1, 0.5, 0.5, 0.5)
+
+    def test_a_fit_mends_the_choice(self):
+        as_it_is = choice.find_distances(self.ROWS)
+        fitted = choice.find_distances(self.ROWS, fit.choose_by(fit.find_fits(self.ROWS)))
+        assert [found.worst for found in as_it_is] == [pytest.approx(4 / 3)] * 2
+        assert [(found.worst, found.choices) for found in fitted] == [(1, 2), (1, 1)]
+
+    def test_the_command(self, path, capsys):
+        assert main(["fit", str(path)]) == 0
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert lines[:3] == [
+            "measured over estimated entries mean 10 % 90 %",
+            "direct 3 2.00 2.00 2.00",
+            "im2col 3 1.00 1.00 1.00",
+        ]
+        at = "resnet50 conv1 NCHW: direct, not im2col"
+        assert lines[4:7] == [
+            "auto over the fastest, as it is worst at choices mean aim worst",
+            f"batch 1 float32 {at} 2 1.155 <= 1.05 1.33",
+            f"batch 32 float32 {at} 1 1.333 <= 1.05 1.33",
+        ]
+        assert lines[8:11] == [
+            "with estimates times their means worst at choices mean aim worst",
+            "batch 1 float32 2 1.000 <= 1.05 1.00",
+            "batch 32 float32 1 1.000 <= 1.05 1.00",
+        ]
+        assert "in fastconv/gpu/direct.py by 2.00, in fastconv/gpu/im2col.py by 1.00;" in lines[12]
+
+    def test_every_algorithm_has_the_constant_that_is_named(self):
+        for name in work.algorithms():
+            assert import_module(f"fastconv.gpu.{name}").EFFICIENCY
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "there is no such file"),
+            ('{"gpu": ', "not a file of results"),
+            ("[1]", "not a file of results"),
+            (
+                '{"gpu": "a", "parts": {"verify": {"rows": []}}}',
+                'has no part "bench"; make gpu PART=bench adds',
+            ),
+            ('{"gpu": "a", "parts": {"bench": {"rows": []}}}', 'its part "bench" has no estimates'),
+        ],
+    )
+    def test_a_file_with_nothing_to_fit(self, tmp_path, capsys, text, message):
+        path = tmp_path / "a.json"
+        if text is not None:
+            path.write_text(text)
+        assert main(["fit", str(path)]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"python -m bench fit: {path}: ")
+        assert message in shown
+        assert shown.count("\n") == 1
+
+    def test_entries_of_an_older_run_have_no_estimates(self, path):
+        path.write_text(path.read_text().replace('"estimate"', '"guess"', 1))
+        with pytest.raises(ValueError, match="has no estimates"):
+            fit.read_layers(path)
 
 
 class TestTable:
@@ -522,12 +715,20 @@ class TestTable:
             ours(call="plain", median=4e-3),
             ours(order="NHWC", median=5e-4),
         ]
-        row = layer(fastconv=entries, cudnn=[theirs(), theirs(tf32=True, median=1e-3, order="NHWC")])
+        cudnn = [theirs(), theirs(tf32=True, median=1e-3, order="NHWC")]
+        row = layer(label="7x7", fastconv=entries, cudnn=cudnn)
         assert [" ".join(line.split()) for line in table.layer_table([row]).splitlines()] == [
-            "layer tile batch order direct im2col us GFLOP/s GB/s cuDNN us in plain fused TF32",
-            "resnet50 conv1 3->64 7x7 direct a 1 NCHW 2.00* 1.00 1000.0 1000 1 2000.0 NCHW 0.50 - 1.00",
-            "resnet50 conv1 3->64 7x7 direct a 1 NHWC 4.00* - 500.0 2000 2 2000.0 NCHW - - 2.00",
+            "layer tile batch dtype order direct im2col us GFLOP/s GB/s cuDNN us in plain fused TF32",
+            "resnet50 conv1 7x7 direct a 1 float32 NCHW 2.00* 1.00 1000.0 1000 1 2000.0 NCHW 0.50 - 1.00",
+            "resnet50 conv1 7x7 direct a 1 float32 NHWC 4.00* - 500.0 2000 2 2000.0 NCHW - - 2.00",
         ]
+
+    def test_dtypes_stand_apart(self):
+        found = [layer(key="a", dtype="float16", batch=1), layer(key="b", batch=32)]
+        lines = [line.split() for line in table.layer_table(found).splitlines()[1:]]
+        assert [line[6:8] for line in lines] == [["32", "float32"], ["1", "float16"]]
+        means = targets.find_means(found, ["resnet50"])
+        assert [mean.what for mean in means] == ["resnet50 batch 32 float32", "resnet50 batch 1 float16"]
 
     def test_a_layer_without_cudnn(self):
         line = table.layer_table([layer(cudnn=[])]).splitlines()[1]
@@ -637,11 +838,23 @@ class TestVerify:
         (row,) = verify.check_cases([CASE], verify.NumpyJudge, Deadline(60))
         assert (row["kind"], row["layer"], row["batch"]) == ("left_out", "conv1", 1)
 
+    def test_what_is_timed_at_the_larger_batch_is_verified_too(self, monkeypatch):
+        pytest.importorskip("torch", reason="torch is not installed")
+        seen = []
+        monkeypatch.setattr(verify, "run_tests", lambda deadline: TESTS_PASSED)
+        monkeypatch.setattr(device, "has_torch", lambda: True)
+        monkeypatch.setattr(verify, "check_cases", lambda found, judge, deadline: seen.extend(found) or [])
+        list(verify.run(Deadline(9)))
+        large = {(case.network, case.problem.N) for case in seen if case.problem.N > 1}
+        assert large == {(name, 32) for name in (*layers.SUITE, *layers.GROUPED)}
+
     @pytest.mark.parametrize("reach", [0, 3])
     @pytest.mark.parametrize("problem", [
         TINY,
         make_problem("conv2d", (2, 6, 8, 9), (4, 3, 3, 2), stride=2, padding=(2, 1), groups=2, dilation=2),
         make_problem("conv1d", (2, 3, 17), (5, 3, 3), padding=1),
+        make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6),
+        make_problem("conv2d", (1, 2, 9, 8), (3, 2, 4, 3), padding=((3, 1), (2, 2)), stride=(2, 1)),
         make_problem("conv3d", (1, 2, 5, 6, 7), (3, 2, 3, 3, 3), padding=1),
     ], ids=str)  # fmt: skip
     def test_torch_judges_as_the_reference_does(self, problem, reach):
@@ -783,22 +996,60 @@ class TestSanitize:
 
 class TestLayers:
     def test_the_networks_of_the_targets_come_first_and_nothing_is_forgotten(self):
-        first, tf32, others, last = layers.passes(has_torch=True)
-        assert first.cases is tf32.cases
+        first, grouped, half, *tf32, others, last = layers.passes(has_torch=True)
+        assert [each.cases for each in tf32] == [first.cases, grouped.cases]
         assert others.cases is last.cases
-        assert list(first.sides) == ["fastconv", "cudnn"]
-        assert list(tf32.sides) == ["cudnn"]
+        for each in (first, grouped, half, others):
+            assert list(each.sides) == ["fastconv", "cudnn"]
+        assert [list(each.sides) for each in (*tf32, last)] == [["cudnn"]] * 3
         timed = {(use[0], case.problem.N) for case in first.cases for use in case.uses}
         assert {(name, batch) for name in layers.SUITE for batch in layers.BATCHES} <= timed
         counts = [count for case in first.cases for name, _, count in case.uses if name == "resnet50"]
         assert sum(counts) == 2 * 53
         every, _ = cases.collect(cases.all_networks())
-        small = [case for case in [*first.cases, *others.cases] if case.problem.N == 1]
+        small = [case for case in [*first.cases, *grouped.cases, *others.cases] if case.problem.N == 1]
         assert {case.problem for case in small} == {case.problem for case in every}
         assert len(small) == len(every)
 
+    def test_layers_with_groups_are_timed_at_both_batches(self):
+        _, grouped, half, *_ = layers.passes(has_torch=True)
+        depthwise = {"convnext_t": 18, "replknet_31b": 29, "mamba": 1}
+        for each, dtype, networks in (
+            (grouped, "float32", {**depthwise, "resnext50_32x4d": 16}),
+            (half, "float16", {**depthwise, "mobilenet_v1": 13}),
+        ):
+            assert self.counts(each, dtype) == {
+                (name, n): networks[name] for name in networks for n in (1, 32)
+            }
+        assert all(case.problem.groups == case.problem.C for case in half.cases)
+        large = [case for case in grouped.cases if case.problem.N == 32]
+        assert [case for case in layers.large_cases() if case.network in layers.GROUPED] == large
+
+    @staticmethod
+    def counts(each, dtype):
+        """How many layers of each network and batch a pass stands for."""
+        assert {case.problem.dtype for case in each.cases} == {dtype}
+        found = Counter()
+        for case in each.cases:
+            for name, _, count in case.uses:
+                found[name, case.problem.N] += count
+        return found
+
     def test_without_torch_fastconv_is_timed_alone(self):
-        assert [list(each.sides) for each in layers.passes(has_torch=False)] == [["fastconv"], ["fastconv"]]
+        sides = [list(each.sides) for each in layers.passes(has_torch=False)]
+        assert sides == [["fastconv"]] * 4
+
+    def test_the_copy_is_timed_as_a_layer_is_and_kept(self, clock, monkeypatch):
+        gpu = FakeGpu(clock)
+        monkeypatch.setattr(device, "make_copy", lambda size: lambda: gpu.enqueue(size / 1e12))
+        monkeypatch.setattr(device, "has_torch", lambda: False)
+        monkeypatch.setattr(device, "CudaEvents", lambda: gpu)
+        monkeypatch.setattr(layers, "measure", partial(stopwatch.measure, clock=clock))
+        monkeypatch.setattr(layers, "passes", lambda has_torch: [])
+        _, copy = layers.run(Deadline(9, clock))
+        assert copy == {"kind": "copy", "bytes": 1 << 28, "median": 2.684e-4, "gbs": 2000}
+        assert gpu.flushed > 5
+        assert "copy of 256 MiB: 2000 GB/s" in table.summary_lines([copy])
 
     @pytest.fixture
     def timed(self, emulated, monkeypatch, clock):
@@ -822,7 +1073,8 @@ class TestLayers:
     def test_a_row_holds_the_times_of_both_sides(self, timed, clock):
         each = self.one_pass(fastconv=[lambda: 1e-3], cudnn=[lambda: 2e-3, lambda: 3e-3])
         (row,) = layers.run_pass(each, None, Deadline(9, clock))
-        assert (row["batch"], row["C"], row["key"]) == (1, 4, TINY.key)
+        assert (row["batch"], row["C"], row["K"], row["key"]) == (1, 4, 6, TINY.key)
+        assert (row["kernel"], row["groups"], row["dtype"]) == ([3, 3], 1, "float32")
         assert [entry["median"] for entry in row["fastconv"]] == [1e-3]
         assert [entry["min"] for entry in row["cudnn"]] == [2e-3, 3e-3]
 
@@ -874,6 +1126,28 @@ class TestLayers:
         assert ["cudnn_convolution_relu" in missing["reason"] for missing in left_out] == [True, True]
         assert len(table.layer_table([row]).splitlines()) == 3
 
+    def test_a_causal_layer_in_float16_has_its_row(self, emulated, monkeypatch):
+        """Both sides for real again; every entry of fastconv computes the same as torch."""
+        pytest.importorskip("torch", reason="torch is not installed")
+        outputs = []
+
+        def measure(gpu, call):
+            outputs.append(np.asarray(call(), np.float32))
+            return stopwatch.Times((1e-3,))
+
+        monkeypatch.setattr(layers, "measure", measure)
+        shapes = (2, 6, 17), (6, 1, 4)
+        causal = make_problem("conv1d", *shapes, padding=((3, 0),), groups=6, dtype="float16")
+        each = layers.passes(has_torch=True)[2]._replace(cases=[replace(CASE, problem=causal)])
+        (row,) = results.merge(list(layers.run_pass(each, None, Deadline(600))))
+        assert row["dtype"] == "float16"
+        entries = row["fastconv"] + row["cudnn"]
+        assert [entry["call"] for entry in row["cudnn"]] == ["conv", "relu_(conv + bias)"]
+        for fused in (False, True):
+            same = [y for y, entry in zip(outputs, entries, strict=True) if entry["fused"] == fused]
+            for y in same[:-1]:
+                np.testing.assert_allclose(y, same[-1], rtol=1e-2, atol=4e-3)
+
     def test_calls_of_fastconv(self, emulated):
         found = list(layers.fastconv_calls(CASE, *device.make_arrays(TINY)))
         expected = np.maximum(reference.conv2d(*workload.make_arrays(TINY), padding=1) + 1, 0)
@@ -883,6 +1157,11 @@ class TestLayers:
             accepting = [name for name in work.algorithms() if possible_plans(TINY, name, "gpu")]
             assert [entry["algorithm"] for entry in prepared] == accepting
             assert sum(entry["auto"] for entry in prepared) == 1
+            for entry in entries:
+                plan = make_plan(TINY_IN[order], entry["algorithm"], "gpu")
+                assert entry["estimate"] == pytest.approx(plan.cost(), rel=1e-3)
+            (chosen,) = (entry["estimate"] for entry in prepared if entry["auto"])
+            assert chosen == min(entry["estimate"] for entry in prepared)
             assert [entry["call"] for entry in entries[len(prepared) :]] == [
                 "plain",
                 "prepared + bias + relu",
@@ -911,3 +1190,22 @@ class TestLayers:
                 np.testing.assert_allclose(call().numpy(), expected, rtol=1e-4, atol=1e-4)
             elif columns["call"] == "relu_(conv + bias)":
                 np.testing.assert_allclose(call().numpy(), np.maximum(expected + 1, 0), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_cudnn_computes_a_causal_convolution_in_the_dtype_of_the_case(self, dtype):
+        torch_side = pytest.importorskip("bench.gpu.torch_side", reason="torch is not installed")
+        problem = make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6, dtype=dtype)
+        x, weight = workload.make_arrays(problem)
+        bias = np.ones(problem.K, dtype)
+        expected = reference.conv1d(x, weight, padding=((3, 0),), groups=6)
+        found = list(torch_side.cudnn_calls(problem, x, weight, bias, tf32=False))
+        assert [columns["call"] for columns, _ in found] == ["conv", "relu_(conv + bias)"]
+        for columns, call in found:
+            y = call().numpy()
+            assert y.dtype == dtype
+            wanted = np.maximum(expected + 1, 0) if columns["fused"] else expected
+            np.testing.assert_allclose(y, wanted, rtol=1e-2, atol=2e-3 if dtype == "float16" else 1e-4)
+
+    def test_torch_does_not_pad_more_behind(self):
+        with pytest.raises(ValueError, match="torch pads no more behind than before"):
+            workload.as_torch(make_problem("conv1d", (2, 6, 17), (6, 6, 4), padding=((0, 3),)))

@@ -51,12 +51,15 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet50": 25_557_032,
     "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
     "mobilenet_v1": 4_231_976,
+    "convnext_t": 28_589_128,
     "yolo_v1": 271_703_550,
     "unet": 31_030_658,
     "vit_b16_patches": 590_592,
     "keras_mnist": 93_322,
     "mnist1d": 2_050,
+    "mamba": 7_680,
 }
 
 GIGAMACS = {  # torchvision's "GFLOPS" count multiply-adds
@@ -67,13 +70,17 @@ GIGAMACS = {  # torchvision's "GFLOPS" count multiply-adds
     "resnet18": 1.814,
     "resnet50": 4.089,
     "resnet152": 11.514,
+    "resnext50_32x4d": 4.230,
     "mobilenet_v1": 0.569,  # Howard et al. 2017, table 8
+    "convnext_t": 4.456,
+    "replknet_31b": 15.354,  # 15.3 in the official README
 }
 
 CONVOLUTIONS = {
     "lenet5": 3, "alexnet": 5, "zfnet": 5, "vgg16": 13, "vgg19": 16, "googlenet": 57, "googlenet_2014": 57,
-    "resnet18": 20, "resnet50": 53, "resnet152": 155, "mobilenet_v1": 27, "yolo_v1": 24, "deconvnet": 30,
-    "unet": 23, "vit_b16_patches": 1, "keras_mnist": 3, "mnist1d": 3,
+    "resnet18": 20, "resnet50": 53, "resnet152": 155, "resnext50_32x4d": 53, "mobilenet_v1": 27,
+    "convnext_t": 58, "replknet_31b": 130, "yolo_v1": 24, "deconvnet": 30, "unet": 23, "vit_b16_patches": 1,
+    "keras_mnist": 3, "mnist1d": 3, "mamba": 1,
 }  # fmt: skip
 
 
@@ -82,7 +89,7 @@ def test_published_parameters(name):
     assert sum(row.parameters for row in rows(name).values()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("name", "millions"), [("zfnet", 62.4), ("deconvnet", 252)])
+@pytest.mark.parametrize(("name", "millions"), [("zfnet", 62.4), ("deconvnet", 252), ("replknet_31b", 79.5)])
 def test_published_parameters_in_millions(name, millions):
     total = sum(row.parameters for row in rows(name).values())
     assert total / 1e6 == pytest.approx(millions, rel=1e-3)
@@ -148,6 +155,23 @@ def test_layers_ready_for_benchmarking():
     assert (up.op, up.weight_shape, up.output_spatial) == ("conv_transpose2d", (1024, 512, 2, 2), (56, 56))
     assert up.label == "unet up4 1024->512 2x2/2 transposed @28x28"
     assert get_network("mnist1d").convolutions()[0].op == "conv1d"
+    (causal,) = get_network("mamba").convolutions()
+    assert (causal.op, causal.kernel, causal.padding, causal.groups) == ("conv1d", (4,), ((3, 0),), 1536)
+    assert causal.output_spatial == causal.spatial == (2048,)
+
+
+@pytest.mark.parametrize(
+    ("network", "found"),
+    [  # (channels, kernel, map, how many) in the official code
+        ("replknet_31b", [(128, 31, 56, 2), (256, 29, 28, 2), (512, 27, 14, 18), (1024, 13, 7, 2)]),
+        ("convnext_t", [(96, 7, 56, 3), (192, 7, 28, 3), (384, 7, 14, 9), (768, 7, 7, 3)]),
+    ],
+)
+def test_large_kernels_per_channel(network, found):
+    large = [layer for layer in get_network(network).convolutions() if layer.kernel[0] > 4]
+    assert [(layer.groups, layer.kernel[0], layer.spatial[0], layer.count) for layer in large] == found
+    assert all(layer.groups == layer.C == layer.K for layer in large)
+    assert all(layer.output_spatial == layer.spatial for layer in large)
 
 
 # Sizes --------------------------------------------------------------------------------------------
@@ -170,7 +194,14 @@ OUTPUTS = {
         "conv1": (64, 112, 112), "layer1.2.add": (256, 56, 56), "layer2.3.add": (512, 28, 28),
         "layer3.5.add": (1024, 14, 14), "layer4.2.add": (2048, 7, 7), "avgpool": (2048, 1, 1),
     },
+    "resnext50_32x4d": {  # Xie et al. 2017, table 1
+        "conv1": (64, 112, 112), "layer1.2.relu2": (128, 56, 56), "layer1.2.add": (256, 56, 56),
+        "layer4.2.relu2": (1024, 7, 7), "layer4.2.add": (2048, 7, 7),
+    },
     "mobilenet_v1": {"conv1": (32, 112, 112), "conv14.pw": (1024, 7, 7)},
+    "convnext_t": {"features.0.0": (96, 56, 56), "features.7.2.add": (768, 7, 7)},
+    "replknet_31b": {"stem.3.nonlinear": (128, 56, 56), "stages.3.blocks.3.add": (1024, 7, 7)},
+    "mamba": {"mixer.act": (1536, 2048)},
     "yolo_v1": {
         "conv1": (64, 224, 224), "pool1": (64, 112, 112), "pool2": (192, 56, 56), "pool3": (512, 28, 28),
         "pool4": (1024, 14, 14), "conv24": (1024, 7, 7), "fc25": (4096,), "grid": (30, 7, 7),
@@ -210,7 +241,10 @@ def torch_twin(torch, node, shape):
     if isinstance(node, Conv):
         kind = getattr(torch.nn, f"Conv{'Transpose' * node.transposed}{ndim}d")
         options = {"dilation": node.dilation, "groups": node.groups, "bias": node.bias, "device": "meta"}
-        module = kind(shape[0], node.channels, node.kernel, node.stride, node.padding, **options)
+        padding = node.padding
+        if isinstance(padding, tuple) and isinstance(padding[0], tuple):  # torch's modules pad alike
+            empty, padding = torch.nn.functional.pad(empty, sum(reversed(padding), ())), 0
+        module = kind(shape[0], node.channels, node.kernel, node.stride, padding, **options)
     else:
         kind = getattr(torch.nn, f"{node.mode.capitalize()}Pool{ndim}d")
         module = kind(node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode)
@@ -219,6 +253,7 @@ def torch_twin(torch, node, shape):
 
 NODES = [
     Conv(8, 3, (2, 1), (1, 2), dilation=(1, 3), groups=4),
+    Conv(8, (3, 4), (2, 1), ((2, 0), (1, 5))),
     ConvTranspose(8, (3, 4), (2, 3), padding=1, dilation=(2, 1), groups=2, bias=False),
     *(Pool("max", *options, ceil_mode=True) for options in [(2, 2), (3, 2), (3, 2, 1), (2, 3, 1), (2, 4, 1)]),
     Pool("avg", (3, 2), (1, 2), (1, 0)),
@@ -288,7 +323,8 @@ def positions_read(node, o, size):
         return [i for i in range(size) if o - i * node.stride in taps]
     if isinstance(node, Conv | Pool):
         dilation = getattr(node, "dilation", 1)
-        return [o * node.stride - node.padding + dilation * t for t in range(node.kernel)]
+        before = node.padding[0][0] if isinstance(node.padding, tuple) else node.padding
+        return [o * node.stride - before + dilation * t for t in range(node.kernel)]
     if isinstance(node, MaxUnpool):
         return [o // node.size]
     if isinstance(node, AdaptivePool):
@@ -342,6 +378,7 @@ def strange_network(*nodes, skip=None):
         strange_network(Conv(1, 5), AdaptivePool(59), Conv(1, 3), Flatten()),
         strange_network(ConvTranspose(1, 3, 2), ConvTranspose(1, 3, 3), Conv(1, 7, 6), Conv(1, 3)),
         strange_network(Conv(1, 3, 2, 1), ConvTranspose(1, 2, 2), skip=Conv(1, 9, padding=4)),
+        strange_network(Conv(1, 4, padding=((3, 0),)), Conv(1, 5, 2), skip=Conv(1, 7, 2, ((1, 0),))),
     ],
     ids=lambda network: f"{network.name}{len(network.layers)}",
 )  # fmt: skip
@@ -386,6 +423,12 @@ def test_parameters_have_the_names_of_torchvision():
     resnet = get_network("resnet50").parameters()
     assert resnet["layer2.0.downsample.0.weight"] == (512, 256, 1, 1)
     assert resnet["layer2.0.downsample.1.bias"] == (512,)
+    assert get_network("resnext50_32x4d").parameters()["layer1.0.conv2.weight"] == (128, 4, 3, 3)
+    convnext = get_network("convnext_t").parameters()
+    assert convnext["features.1.0.layer_scale"] == (96, 1, 1)
+    assert convnext["features.5.8.block.2.weight"] == (384,)
+    assert convnext["features.2.1.weight"] == (192, 96, 2, 2)
+    assert convnext["classifier.2.weight"] == (1000, 768)
     assert "layer2.0.conv1.bias" not in resnet
     assert get_network("googlenet").parameters()["inception3a.branch3.1.conv.weight"] == (32, 16, 3, 3)
     assert get_network("alexnet").parameters()["classifier.1.weight"] == (4096, 9216)
@@ -393,7 +436,7 @@ def test_parameters_have_the_names_of_torchvision():
 
 
 def test_unknown_network_lists_the_known_ones():
-    with pytest.raises(ConvError, match=r"must be one of lenet5, alexnet, .*, mnist1d, got 'resnet5'"):
+    with pytest.raises(ConvError, match=r"must be one of lenet5, alexnet, .*, mamba, got 'resnet5'"):
         get_network("resnet5")
 
 

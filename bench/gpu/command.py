@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from time import monotonic
 
 from bench import rows as files
-from bench.gpu import child, results, table, targets
+from bench.gpu import child, choice, results, table, targets
 from bench.gpu.clock import Deadline, share_of
 from bench.rows import Row, networks_of, of_kind
 from fastconv.gpu.cupy_driver import INSTALL
@@ -107,6 +107,7 @@ def report_part(name: str, entry: Row, gpu: str) -> list[str]:
         means = targets.find_means(layers, networks_of(layers))
         lines += [table.layer_table(layers), "", table.LEGEND, ""]
         lines += [table.mean_table(means), "", table.target_table(targets.find_targets(layers), gpu), ""]
+        lines += [table.distance_table("auto over the fastest algorithm", choice.find_distances(layers)), ""]
     lines += table.summary_lines(entry["rows"])
     verdict = "passed" if entry["passed"] else "FAILED"
     return [*lines, f"{name}: {verdict} in {entry['seconds']:.0f} s"]

@@ -140,6 +140,14 @@ def free_memory() -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+def make_copy(size: int) -> Callable[[], None]:
+    """A call that enqueues a copy of so many bytes within the device's memory."""
+    import cupy
+
+    source, target = (cupy.zeros(size, dtype=np.uint8) for _ in range(2))
+    return lambda: target.data.copy_from_device_async(source.data, size)
+
+
 class CudaEvents:
     """The GPU of a stopwatch; everything goes to the default stream, which is torch's too."""
 

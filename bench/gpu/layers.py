@@ -1,7 +1,8 @@
 """Times the layers of the networks: every algorithm of fastconv, and cuDNN through torch.
 
-A row per layer and pass leaves; `results.merge` joins the passes. Order of passes: the two networks of the
-targets and MobileNet with TF32 off, then with TF32 on, then the other networks, as far as the time reaches.
+A row per layer and pass leaves; `results.merge` joins the passes. Order of passes: the dense networks of the
+targets and MobileNet with TF32 off, depthwise and grouped layers, depthwise layers in float16, the same with
+TF32 on, then the other networks, as far as the time reaches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from fastconv.algorithms import TABLE
 from fastconv.plan import make_plan, why_refused
 
 SUITE = ("resnet50", "vgg16", "mobilenet_v1")
+GROUPED = ("convnext_t", "replknet_31b", "resnext50_32x4d", "mamba")  # their layers that have groups
+HALF = ("mobilenet_v1", "convnext_t", "replknet_31b", "mamba")  # their depthwise layers, in float16
 BATCHES = (1, 32)
+COPIED = 256 << 20  # bytes
 
 Call = Callable[[], Any]
 Side = Callable[[Case, Any, Any, Any], Iterator[tuple[Row, Call]]]  # (case, x, weight, bias)
@@ -50,27 +54,57 @@ def run(deadline: Deadline) -> Iterator[Row]:
             "reason": "there is no torch that can use the GPU, so nothing to compare with",
         }
     gpu = device.CudaEvents()
+    yield time_copy(gpu)
     with tempfile.TemporaryDirectory(prefix="fastconv-") as store:
         os.environ["FASTCONV_CACHE"] = store  # auto is then the table's choice, not what this user has tuned
         for each in passes(has_torch):
             yield from run_pass(each, gpu, deadline)
 
 
+def time_copy(gpu: Gpu) -> Row:
+    """A `copy` row: the rate at which the GPU's memory is read and written, timed as the layers are."""
+    seconds = measure(gpu, device.make_copy(COPIED)).median
+    rate = _short(2 * COPIED / seconds / 1e9)  # each byte is read and written
+    return {"kind": "copy", "bytes": COPIED, "median": _short(seconds), "gbs": rate}
+
+
 def passes(has_torch: bool) -> list[Pass]:
     """All there is to time, the most asked-for first."""
-    small, _ = collect(list(dict.fromkeys([*SUITE, *all_networks()])))
-    large, _ = collect(SUITE, BATCHES[1])
-    suite = [case for case in small if case.network in SUITE] + large
-    others = [case for case in small if case.network not in SUITE]
-    found = []
-    for name, cases in (("suite", suite), ("other networks", others)):
-        first: dict[str, Side] = {"fastconv": fastconv_calls}
-        if has_torch:
-            first["cudnn"] = _cudnn_side(tf32=False)
-        found.append(Pass(f"{name}, TF32 off", cases, first))
-        if has_torch:
-            found.append(Pass(f"{name}, TF32 on", cases, {"cudnn": _cudnn_side(tf32=True)}))
-    return found
+    small, _ = collect(list(dict.fromkeys([*SUITE, *GROUPED, *all_networks()])))
+    cases = [*small, *large_cases()]
+    suite = [case for case in cases if case.network in SUITE]
+    grouped = [case for case in cases if _is_grouped(case)]
+    others = [case for case in small if case.network not in SUITE and not _is_grouped(case)]
+    first: dict[str, Side] = {"fastconv": fastconv_calls}
+    if has_torch:
+        first["cudnn"] = _cudnn_side(tf32=False)
+    again = {"cudnn": _cudnn_side(tf32=True)}
+    found = [
+        Pass("suite, TF32 off", suite, first),
+        Pass("depthwise and grouped, TF32 off", grouped, first),
+        Pass("depthwise, float16", half_cases(), first),
+        Pass("suite, TF32 on", suite, again),
+        Pass("depthwise and grouped, TF32 on", grouped, again),
+        Pass("other networks, TF32 off", others, first),
+        Pass("other networks, TF32 on", others, again),
+    ]
+    return [each for each in found if has_torch or each.sides is first]
+
+
+def large_cases() -> list[Case]:
+    """What is timed in float32 at the larger batch."""
+    cases, _ = collect([*SUITE, *GROUPED], BATCHES[1])
+    return [case for case in cases if case.network in SUITE or _is_grouped(case)]
+
+
+def half_cases() -> list[Case]:
+    """What is timed in float16, at either batch."""
+    cases = [case for batch in BATCHES for case in collect(HALF, batch, "float16")[0]]
+    return [case for case in cases if case.problem.groups == case.problem.C > 1]
+
+
+def _is_grouped(case: Case) -> bool:
+    return case.network in GROUPED and case.problem.groups > 1
 
 
 def run_pass(each: Pass, gpu: Gpu, deadline: Deadline) -> Iterator[Row]:
@@ -88,7 +122,9 @@ def run_case(each: Pass, case: Case, gpu: Gpu, deadline: Deadline) -> Iterator[R
     """One row with the times of all calls, and a `left_out` row per reason why some are missing."""
     times, missing = time_sides(each, case, gpu, deadline)
     device.free_memory()
-    yield {"kind": "layer", **case.columns(), "C": case.problem.C, "batch": case.problem.N, **times}
+    p = case.problem
+    sizes = {"C": p.C, "K": p.K, "kernel": list(p.weight_shape[2:]), "groups": p.groups}
+    yield {"kind": "layer", **case.columns(), **sizes, "dtype": p.dtype, "batch": p.N, **times}
     for reason in missing:
         yield _left_out(case, f"{each.name}: {reason}")
 
@@ -156,7 +192,7 @@ def _bind(layer: Callable[[Any], Any], x: Any) -> Call:
 def _ours(plan: Any, call: str, is_auto: bool) -> Row:
     return {
         "order": plan.problem.order, "algorithm": plan.algorithm.name, "tile": str(plan.tile),
-        "auto": is_auto, "call": call, "fused": "relu" in call,
+        "auto": is_auto, "call": call, "fused": "relu" in call, "estimate": _short(plan.cost()),
     }  # fmt: skip
 
 

@@ -12,10 +12,12 @@ tests       pytest: its exit status and its last line
 checked     a layer and an algorithm: the worst error of all tiles and orders, in units of its bound
 repeated    an algorithm, a tile, a problem: how many of the runs differed from the first
 sanitized   a tool of compute-sanitizer: its exit status and summary
+copy        a copy within the GPU's memory: bytes, median in seconds, gbs (read and written)
 layer       a layer at a batch size; "uses": [network, layer, how often]; per entry of the two lists:
-            "fastconv"  order, algorithm, tile, auto (whether the table chooses it), call, fused, median and
-                        min in seconds, samples, gflops, gbs; ratio and ratio_tf32: the least median of
-                        cuDNN's calls in either order, equally fused, over this one, TF32 off and on
+            "fastconv"  order, algorithm, tile, auto (whether the table chooses it), call, fused, estimate,
+                        median and min in seconds, samples, gflops, gbs, copy_share (gbs over the copy's);
+                        ratio and ratio_tf32: the least median of cuDNN's calls in either order, equally
+                        fused, over this one, TF32 off and on
             "cudnn"     order, tf32, call, fused, median, min, samples
 left_out    what was not done, and why
 failure     what went wrong
@@ -29,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import Row, bandwidth, gflops
+from bench.rows import Row, bandwidth, gflops, of_kind
 
 WIDTH = 160  # characters of a line of the file
 
@@ -51,7 +53,9 @@ def read(path: Path, gpu: str) -> Row:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a file of results: {error}") from error
-    return dict(found)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a file of results")
+    return found
 
 
 def to_text(value: Any, indent: int = 0) -> str:
@@ -88,15 +92,18 @@ def merge(rows: Sequence[Row]) -> list[Row]:
             }
         else:
             layers[row["key"]] = row
-    return [*(with_ratios(row) for row in layers.values()), *others]
+    copy = next(iter(of_kind(others, "copy")), None)
+    return [*(with_ratios(row, copy) for row in layers.values()), *others]
 
 
-def with_ratios(layer: Row) -> Row:
+def with_ratios(layer: Row, copy: Row | None = None) -> Row:
     """The layer's row with rates and ratios in the entries of fastconv."""
     entries = []
     for entry in layer["fastconv"]:
         seconds = entry["median"]
         found = {"gflops": gflops(layer, seconds), "gbs": bandwidth(layer, seconds)}
+        if copy:
+            found["copy_share"] = found["gbs"] / copy["gbs"]
         for name, tf32 in (("ratio", False), ("ratio_tf32", True)):
             best = best_cudnn(layer, tf32, entry["fused"])
             if best:

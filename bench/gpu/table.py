@@ -6,18 +6,20 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from bench.gpu.choice import AIM, Distance
 from bench.gpu.results import best_cudnn
 from bench.gpu.targets import Mean, Target, find_auto
 from bench.rows import Row, layer_name, networks_of, of_kind
 from fastconv.algorithms import TABLE
-from fastconv.problem import ORDERS
+from fastconv.problem import ITEMSIZE, ORDERS
 
 LEGEND = """\
 Ratios are cuDNN's median time over fastconv's, more than 1 means that fastconv is faster: against the faster
 of cuDNN's two memory orders ("in") with TF32 off. Below an algorithm's name stands its ratio, with a star if
 the table chooses it; tile, us, GFLOP/s and GB/s are that one's, with its weight prepared. plain: auto, the
 weight prepared in every call. fused: auto with bias and ReLU, against the faster of cuDNN's two ways. TF32:
-against cuDNN with TF32 on. Medians of CUDA events, with a cold L2."""
+against cuDNN with TF32 on. Medians of CUDA events, with a cold L2. The means of a network are over those of
+its layers that were timed."""
 
 _SHOWN = 12  # failures and reasons of a kind that are printed in full
 
@@ -43,10 +45,15 @@ def layer_table(layers: Sequence[Row]) -> str:
     """One line per layer, batch and order of fastconv's arrays; a shared layer under its first network."""
     present = {entry["algorithm"] for layer in layers for entry in layer["fastconv"]}
     names = [name for name in TABLE if name in present]
-    header = ["layer", "tile", "batch", "order", *names, "us", "GFLOP/s", "GB/s", "cuDNN us", "in"]
+    header = ["layer", "tile", "batch", "dtype", "order", *names, "us", "GFLOP/s", "GB/s", "cuDNN us", "in"]
     lines = []
     networks = networks_of(layers)
-    for layer in sorted(layers, key=lambda row: (networks.index(row["network"]), int(row["batch"]))):
+    dtypes = list(ITEMSIZE)
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return networks.index(row["network"]), dtypes.index(row["dtype"]), int(row["batch"])
+
+    for layer in sorted(layers, key=place):
         name = f"{layer['network']} {layer_name(layer, layer['network'])}"
         lines += [_cells(layer, name, order, names) for order in ORDERS if find_auto(layer, order)]
     return format_table([*header, "plain", "fused", "TF32"], lines, left=2)
@@ -62,7 +69,7 @@ def _cells(layer: Row, name: str, order: str, names: Sequence[str]) -> list[str]
     cudnn = best_cudnn(layer, tf32=False, fused=False)
     ratios = [_ratio(prepared.get(each)) + "*" * (each == auto["algorithm"]) for each in names]
     return [
-        name, f"{auto['algorithm']} {auto['tile']}", str(layer["batch"]), order, *ratios,
+        name, f"{auto['algorithm']} {auto['tile']}", str(layer["batch"]), layer["dtype"], order, *ratios,
         f"{auto['median'] * 1e6:.1f}", f"{auto['gflops']:.0f}", f"{auto['gbs']:.0f}",
         f"{cudnn['median'] * 1e6:.1f}" if cudnn else "-", cudnn["order"] if cudnn else "-",
         _ratio(find_auto(layer, order, "plain")),
@@ -91,6 +98,16 @@ def target_table(targets: Sequence[Target], gpu: str) -> str:
     return format_table([title, "order", "layers", "least", "ratio", ""], lines)
 
 
+def distance_table(title: str, distances: Sequence[Distance]) -> str:
+    """How far a choice is from the fastest algorithm, a line per batch and dtype."""
+    lines = [
+        [f"batch {each.batch} {each.dtype}", each.where, str(each.choices), f"{each.mean:.3f}",
+         f"<= {AIM}", f"{each.worst:.2f}"]
+        for each in distances
+    ]  # fmt: skip
+    return format_table([title, "worst at", "choices", "mean", "aim", "worst"], lines, left=2)
+
+
 def _number(ratio: float) -> str:
     return "-" if math.isnan(ratio) else f"{ratio:.2f}"
 
@@ -98,7 +115,7 @@ def _number(ratio: float) -> str:
 def summary_lines(rows: Sequence[Row]) -> list[str]:
     """What a part found: what passed in a few lines, then every failure, then what was left out."""
     return [*_compiled(rows), *_tests(rows), *_checked(rows), *_repeated(rows), *_sanitized(rows),
-            *_failures(rows), *_left_out(rows)]  # fmt: skip
+            *_copied(rows), *_failures(rows), *_left_out(rows)]  # fmt: skip
 
 
 def _compiled(rows: Sequence[Row]) -> list[str]:
@@ -137,6 +154,10 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
 
 def _sanitized(rows: Sequence[Row]) -> list[str]:
     return [f"{row['tool']}: {row['plans']} plans, {row['summary']}" for row in of_kind(rows, "sanitized")]
+
+
+def _copied(rows: Sequence[Row]) -> list[str]:
+    return [f"copy of {row['bytes'] >> 20} MiB: {row['gbs']:.0f} GB/s" for row in of_kind(rows, "copy")]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bench.check import WRONG, Verdict
 from bench.rows import Row
-from bench.workload import keywords
+from bench.workload import as_torch
 from fastconv.algorithms import ErrorBound
 from fastconv.problem import ConvProblem
 
@@ -30,9 +30,9 @@ class TorchJudge:
     def __init__(self, problem: ConvProblem, x: Any, weight: Any):
         self.problem = problem
         self.x, self.weight = torch.from_dlpack(x).double(), torch.from_dlpack(weight).double()
-        self.options = _options(problem)
+        self.options, self.drop = as_torch(problem)
         self.convolve = CONVOLUTIONS[problem.ndim]
-        self.expected = self.convolve(self.x, self.weight, **self.options)
+        self.expected = self.drop(self.convolve(self.x, self.weight, **self.options))
         self.scales: dict[int, torch.Tensor] = {}
 
     def judge(self, y: Any, bound: ErrorBound) -> Verdict:
@@ -60,16 +60,8 @@ class TorchJudge:
             if reach:
                 x = POOLINGS[self.problem.ndim](x, 2 * reach + 1, stride=1, padding=reach)
             options = {**self.options, "padding": 0}
-            self.scales[reach] = self.convolve(x, self.weight.abs(), **options)
+            self.scales[reach] = self.drop(self.convolve(x, self.weight.abs(), **options))
         return self.scales[reach]
-
-
-def _options(problem: ConvProblem) -> dict[str, Any]:
-    """Stride, padding, dilation and groups as torch takes them; networks pad alike on both sides."""
-    options = keywords(problem)
-    if any(before != after for before, after in options["padding"]):
-        raise ValueError(f"torch pads alike on both sides, got {problem}")
-    return {**options, "padding": [before for before, _ in options["padding"]]}
 
 
 def set_up() -> None:
@@ -83,14 +75,18 @@ def cudnn_calls(
 ) -> Iterator[tuple[Row, Call]]:
     """Yield every way to call cuDNN: columns, and the call; TF32 is set as asked when it is yielded."""
     torch.backends.cudnn.allow_tf32 = tf32
-    options, convolve = _options(problem), CONVOLUTIONS[problem.ndim]
+    (options, drop), convolve = as_torch(problem), CONVOLUTIONS[problem.ndim]
     tensors = [torch.from_dlpack(array) for array in (x, weight)]
     b = torch.from_dlpack(bias)
     for order in ("NCHW", "NHWC") if problem.ndim in CHANNELS_LAST else ("NCHW",):
         memory = torch.contiguous_format if order == "NCHW" else CHANNELS_LAST[problem.ndim]
         tx, tw = (tensor.contiguous(memory_format=memory) for tensor in tensors)
         for name, is_fused, call in _ways(convolve, tx, tw, b, options):
-            yield {"order": order, "tf32": tf32, "call": name, "fused": is_fused}, call
+            yield {"order": order, "tf32": tf32, "call": name, "fused": is_fused}, _then(drop, call)
+
+
+def _then(drop: Callable[[Any], Any], call: Call) -> Call:
+    return lambda: drop(call())
 
 
 def _ways(

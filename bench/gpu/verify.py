@@ -1,7 +1,8 @@
 """Runs the tests that want a GPU, then every layer of every network with every algorithm, tile and order.
 
 The layers' reference is torch in float64 on the GPU, where torch is there: then the layers that are timed at
-a larger batch follow. Else it is the NumPy reference, the smallest layers first, as far as the time reaches.
+the larger batch follow. Else it is the NumPy reference, the smallest layers first, as far as the time
+reaches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bench.cases import Case, all_networks, collect
 from bench.check import Oracle, Verdict
 from bench.gpu import device, work
 from bench.gpu.clock import Deadline
-from bench.gpu.layers import BATCHES, SUITE
+from bench.gpu.layers import large_cases
 from bench.rows import Row
 from bench.versions import CHECKOUT
 from fastconv.algorithms import TABLE, ErrorBound
@@ -63,8 +64,7 @@ def run(deadline: Deadline) -> Iterator[Row]:
     if device.has_torch():
         from bench.gpu.torch_side import TorchJudge
 
-        large, _ = collect(SUITE, BATCHES[1])
-        yield from check_cases(cases + large, TorchJudge, deadline)
+        yield from check_cases([*cases, *large_cases()], TorchJudge, deadline)
     else:
         cases.sort(key=lambda case: case.problem.flops)
         yield from check_cases(cases, NumpyJudge, deadline)

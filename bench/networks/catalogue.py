@@ -22,6 +22,8 @@ from bench.networks.nodes import (
     Crop,
     Dropout,
     Flatten,
+    LayerNorm,
+    LayerScale,
     Linear,
     LocalResponseNorm,
     MaxUnpool,
@@ -33,6 +35,7 @@ from bench.networks.nodes import (
 from fastconv.problem import ConvError
 
 RELU = Activation("relu")
+GELU = Activation("gelu")
 # alpha = 1e-4 in Krizhevsky et al. 2012, who do not divide the sum by the number of channels, as torch does.
 NORM = LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
 
@@ -195,24 +198,30 @@ def _add_inception(net: Draft, name: str, unit: Callable[..., str], filters: Fil
     net.add(f"{name}.concat", Concat(), *ends)
 
 
-def _resnet(name: str, blocks: tuple[int, ...], *, bottleneck: bool) -> Network:
+MakeBlock = Callable[[int, int], list[Conv]]  # (width, stride)
+RESNET = "He et al. 2016, Deep residual learning for image recognition"
+RESNEXT = "Xie et al. 2017, Aggregated residual transformations for deep neural networks"
+
+
+def _resnet(name: str, blocks: tuple[int, ...], make_block: MakeBlock, source: str = RESNET) -> Network:
     """ResNet with that many blocks in its four stages; a bottleneck strides in its 3x3 (version 1.5)."""
-    net = Draft(3, 224, 224)
+    net, channels = Draft(3, 224, 224), 64
     _add_normalised(net, "conv1", "bn1", Conv(64, 7, 2, 3, bias=False))
     net.add("relu", RELU)
     net.add("maxpool", Pool("max", 3, 2, padding=1))
     for stage, (width, count) in enumerate(zip((64, 128, 256, 512), blocks)):
         for block in range(count):
             stride = 2 if stage and not block else 1
-            # The first block of a stage has a projection on its shortcut, unless the shape stays the same.
-            projected = not block and (bottleneck or stage > 0)
-            convs = _bottleneck(width, stride) if bottleneck else _basic(width, stride)
-            projection = Conv(convs[-1].channels, 1, stride, bias=False) if projected else None
+            convs = make_block(width, stride)
+            wide = convs[-1].channels
+            # A block has a projection on its shortcut, unless the shape stays the same.
+            projection = Conv(wide, 1, stride, bias=False) if stride > 1 or wide != channels else None
             _add_residual(net, f"layer{stage + 1}.{block}", convs, projection)
+            channels = wide
     net.add("avgpool", AdaptivePool(1))
     net.add("flatten", Flatten())
     net.add("fc", Linear(1000))
-    return net.network(name, "He et al. 2016, Deep residual learning for image recognition; torchvision")
+    return net.network(name, f"{source}; torchvision")
 
 
 def _basic(width: int, stride: int) -> list[Conv]:
@@ -222,6 +231,12 @@ def _basic(width: int, stride: int) -> list[Conv]:
 def _bottleneck(width: int, stride: int) -> list[Conv]:
     narrow, wide = Conv(width, 1, bias=False), Conv(4 * width, 1, bias=False)
     return [narrow, Conv(width, 3, stride, 1, bias=False), wide]
+
+
+def _aggregated(width: int, stride: int) -> list[Conv]:
+    """The bottleneck of ResNeXt 32x4d: twice as wide inside, its 3x3 in 32 groups."""
+    narrow, wide = Conv(2 * width, 1, bias=False), Conv(4 * width, 1, bias=False)
+    return [narrow, Conv(2 * width, 3, stride, 1, groups=32, bias=False), wide]
 
 
 def _add_residual(net: Draft, name: str, convs: list[Conv], projection: Conv | None) -> None:
@@ -260,6 +275,82 @@ def _mobilenet_v1() -> Network:
     net.add("flatten", Flatten())
     net.add("fc", Linear(1000))
     return net.network("mobilenet_v1", "Howard et al. 2017, MobileNets; table 1, width 1, resolution 224")
+
+
+def _convnext_t() -> Network:
+    """ConvNeXt-T: 7x7 per channel, then two 1x1, which torchvision writes as linear layers over channels."""
+    net = Draft(3, 224, 224)
+    net.add("features.0.0", Conv(96, 4, stride=4))
+    net.add("features.0.1", LayerNorm())
+    for stage, (channels, count) in enumerate(zip((96, 192, 384, 768), (3, 3, 9, 3))):
+        if stage:
+            net.add(f"features.{2 * stage}.0", LayerNorm())
+            net.add(f"features.{2 * stage}.1", Conv(channels, 2, stride=2))
+        for index in range(count):
+            start, name = net.last, f"features.{2 * stage + 1}.{index}"
+            net.add(f"{name}.block.0", Conv(channels, 7, padding=3, groups=channels))
+            net.add(f"{name}.block.2", LayerNorm())
+            net.add(f"{name}.block.3", Conv(4 * channels, 1))
+            net.add(f"{name}.block.4", GELU)
+            net.add(f"{name}.block.5", Conv(channels, 1))
+            scaled = net.add(name, LayerScale())
+            net.add(f"{name}.add", Add(), start, scaled)
+    net.add("avgpool", AdaptivePool(1))
+    net.stack("classifier", [LayerNorm(), Flatten(), Linear(1000)])
+    return net.network("convnext_t", "Liu et al. 2022, A ConvNet for the 2020s; torchvision convnext_tiny")
+
+
+def _replknet_31b() -> Network:
+    """RepLKNet-31B as it is run: the 5x5 kernels that help its training are merged into the large ones."""
+
+    def unit(name: str, conv: Conv, activation: Node | None = None) -> str:
+        _add_normalised(net, f"{name}.conv", f"{name}.bn", conv)
+        return net.add(f"{name}.nonlinear", activation) if activation else net.last
+
+    def depthwise(channels: int, stride: int) -> Conv:
+        return Conv(channels, 3, stride, 1, groups=channels, bias=False)
+
+    net = Draft(3, 224, 224)
+    stem = (Conv(128, 3, 2, 1, bias=False), depthwise(128, 1), Conv(128, 1, bias=False), depthwise(128, 2))
+    for index, conv in enumerate(stem):
+        unit(f"stem.{index}", conv, RELU)
+    for stage, (channels, kernel, count) in enumerate(
+        zip((128, 256, 512, 1024), (31, 29, 27, 13), (2, 2, 18, 2))
+    ):
+        if stage:
+            unit(f"transitions.{stage - 1}.0", Conv(channels, 1, bias=False), RELU)
+            unit(f"transitions.{stage - 1}.1", depthwise(channels, 2), RELU)
+        narrow, wide = Conv(channels, 1, bias=False), Conv(4 * channels, 1, bias=False)
+        for index in range(count):
+            start, name = net.last, f"stages.{stage}.blocks.{2 * index}"
+            net.add(f"{name}.prelkb_bn", BatchNorm())
+            unit(f"{name}.pw1", narrow, RELU)
+            large = Conv(channels, kernel, padding=kernel // 2, groups=channels)
+            net.add(f"{name}.large_kernel.lkb_reparam", large)
+            net.add(f"{name}.lk_nonlinear", RELU)
+            start = net.add(f"{name}.add", Add(), start, unit(f"{name}.pw2", narrow))
+            name = f"stages.{stage}.blocks.{2 * index + 1}"
+            net.add(f"{name}.preffn_bn", BatchNorm())
+            unit(f"{name}.pw1", wide, GELU)
+            net.add(f"{name}.add", Add(), start, unit(f"{name}.pw2", narrow))
+    net.add("norm", BatchNorm())
+    net.add("avgpool", AdaptivePool(1))
+    net.add("flatten", Flatten())
+    net.add("head", Linear(1000))
+    source = "Ding et al. 2022, Scaling up your kernels to 31x31; github.com/DingXiaoH/RepLKNet-pytorch"
+    return net.network("replknet_31b", source)
+
+
+def _mamba() -> Network:
+    """The short causal convolution in each of the 24 mixers of Mamba-130m, on 2,048 tokens.
+
+    The official code pads both ends by 3 and drops the last 3 outputs, which is the same.
+    """
+    net = Draft(1536, 2048)
+    net.add("mixer.conv1d", Conv(1536, 4, padding=((3, 0),), groups=1536))
+    net.add("mixer.act", Activation("silu"))
+    source = "Gu and Dao 2023, Mamba: linear-time sequence modeling; github.com/state-spaces/mamba"
+    return net.network("mamba", source)
 
 
 def _yolo_v1() -> Network:
@@ -386,15 +477,19 @@ NETWORKS: dict[str, Network] = {
         _vgg("vgg19", (2, 2, 4, 4, 4)),
         _googlenet(),
         _googlenet_2014(),
-        _resnet("resnet18", (2, 2, 2, 2), bottleneck=False),
-        _resnet("resnet50", (3, 4, 6, 3), bottleneck=True),
-        _resnet("resnet152", (3, 8, 36, 3), bottleneck=True),
+        _resnet("resnet18", (2, 2, 2, 2), _basic),
+        _resnet("resnet50", (3, 4, 6, 3), _bottleneck),
+        _resnet("resnet152", (3, 8, 36, 3), _bottleneck),
+        _resnet("resnext50_32x4d", (3, 4, 6, 3), _aggregated, RESNEXT),
         _mobilenet_v1(),
+        _convnext_t(),
+        _replknet_31b(),
         _yolo_v1(),
         _deconvnet(),
         _unet(),
         _vit_b16_patches(),
         _keras_mnist(),
         _mnist1d(),
+        _mamba(),
     )
 }

@@ -16,6 +16,7 @@ from fastconv.problem import ConvError, output_size
 
 Shape = tuple[int, ...]
 PerAxis = int | tuple[int, ...]
+Pad = int | tuple[int, int]  # before and after alike, or a pair
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class ConvLayer:
     output            (N, K, *output_spatial)
     ================  ==============================================================
 
-    `kernel`, `stride`, `padding` (the same before and after) and `dilation` are in elements per axis. `macs`
-    are for one sample and one layer: the network spends count * macs.
+    `kernel`, `stride`, `padding` (a pair where before and after differ) and `dilation` are in elements per
+    axis. `macs` are for one sample and one layer: the network spends count * macs.
 
     >>> image = ConvLayer("example", "blur", 1, 2, 3, (512, 512), 1, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     >>> image.macs
@@ -45,7 +46,7 @@ class ConvLayer:
     K: int
     kernel: Shape
     stride: Shape
-    padding: Shape
+    padding: tuple[Pad, ...]
     dilation: Shape
     groups: int
     transposed: bool = False
@@ -75,10 +76,10 @@ class ConvLayer:
     @property
     def output_spatial(self) -> Shape:
         """Extents of the output; a transposed convolution undoes the sizes of the convolution it mirrors."""
-        axes = zip(self.spatial, self.kernel, self.stride, self.padding, self.dilation)
+        axes = zip(self.spatial, self.kernel, self.stride, map(_pair, self.padding), self.dilation)
         if self.transposed:
-            return tuple((size - 1) * s - 2 * p + d * (k - 1) + 1 for size, k, s, p, d in axes)
-        return tuple(output_size(size, k, s, p, p, d) for size, k, s, p, d in axes)
+            return tuple((size - 1) * s - sum(pads) + d * (k - 1) + 1 for size, k, s, pads, d in axes)
+        return tuple(output_size(size, k, s, *pads, d) for size, k, s, pads, d in axes)
 
     @property
     def macs(self) -> int:
@@ -127,7 +128,7 @@ class Conv(Node):
     channels: int
     kernel: PerAxis
     stride: PerAxis = 1
-    padding: PerAxis = 0
+    padding: int | tuple[Pad, ...] = 0
     dilation: PerAxis = 1
     groups: int = 1
     bias: bool = True
@@ -138,7 +139,8 @@ class Conv(Node):
         (channels, *spatial), ndim = shape, len(shape) - 1
         return ConvLayer(
             network, name, 1, ndim, channels, tuple(spatial), self.channels, _per_axis(self.kernel, ndim),
-            _per_axis(self.stride, ndim), _per_axis(self.padding, ndim), _per_axis(self.dilation, ndim),
+            _per_axis(self.stride, ndim), tuple(self._pads(axis) for axis in range(ndim)),
+            _per_axis(self.dilation, ndim),
             self.groups, self.transposed,
         )  # fmt: skip
 
@@ -153,13 +155,16 @@ class Conv(Node):
         return self.workload(shape).macs
 
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
-        first = o * _on(self.stride, axis) - _on(self.padding, axis)
+        first = o * _on(self.stride, axis) - _pair(self._pads(axis))[0]
         return first, first + self._reach(axis)
 
     def describe(self, ndim: int) -> str:
         groups = f" groups {self.groups}" if self.groups > 1 else ""
         kind = "transposed conv" if self.transposed else "conv"
         return f"{kind} {_kernel_text(self.kernel, self.stride, ndim)}{groups}"
+
+    def _pads(self, axis: int) -> Pad:
+        return self.padding if isinstance(self.padding, int) else self.padding[axis]
 
     def _reach(self, axis: int) -> int:
         """Distance from the first to the last tap."""
@@ -173,7 +178,7 @@ class ConvTranspose(Conv):
     transposed: ClassVar[bool] = True
 
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
-        stride, position = _on(self.stride, axis), o + _on(self.padding, axis)
+        stride, position = _on(self.stride, axis), o + _pair(self._pads(axis))[0]
         return -((self._reach(axis) - position) // stride), position // stride
 
     def phases(self, axis: int) -> int:
@@ -293,6 +298,24 @@ class BatchNorm(Node):
 
 
 @dataclass(frozen=True)
+class LayerNorm(Node):
+    """Normalisation over the channels of each pixel (Ba et al. 2016) with a trained scale and shift."""
+
+    eps: float = 1e-6
+
+    def parameters(self, shape: Shape) -> dict[str, Shape]:
+        return {"weight": shape[:1], "bias": shape[:1]}
+
+
+@dataclass(frozen=True)
+class LayerScale(Node):
+    """A trained factor per channel (Touvron et al. 2021)."""
+
+    def parameters(self, shape: Shape) -> dict[str, Shape]:
+        return {"layer_scale": (shape[0], 1, 1)}
+
+
+@dataclass(frozen=True)
 class LocalResponseNorm(Node):
     """Division by (k + alpha * mean of squares over `size` neighbouring channels) ** beta, as in torch."""
 
@@ -366,6 +389,10 @@ class Concat(Node):
         if len({shape[1:] for shape in inputs}) != 1:
             raise ConvError(f"concat: spatial sizes of the inputs must be equal, got {inputs}")
         return (sum(shape[0] for shape in inputs), *inputs[0][1:])
+
+
+def _pair(pad: Pad) -> tuple[int, int]:
+    return (pad, pad) if isinstance(pad, int) else pad
 
 
 def _on(value: PerAxis, axis: int) -> int:
