@@ -778,6 +778,13 @@ class TestCompile:
         assert row["reason"] == "k2: CompileException: line 3"
         assert other["passed"]
 
+    def test_every_pair_of_settings_is_compiled_before_the_rest(self):
+        found = [kernel.name for _, kernel in compile.find_kernels()]
+        sets = [work.kernels_of(name, dtype) for name in work.algorithms() for dtype in ITEMSIZE]
+        covers = [kernel.name for kernels in sets for kernel in work.cover(kernels)]
+        assert found[: len(covers)] == covers
+        assert sorted(found) == sorted(kernel.name for kernels in sets for kernel in kernels)
+
     def test_nothing_to_compile_is_a_failure(self, monkeypatch):
         monkeypatch.setattr(compile, "algorithms", list)
         assert [row["kind"] for row in compile.run(Deadline(1))] == ["failure"]

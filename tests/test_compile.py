@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.work import algorithms, kernels_of
+from bench.gpu.work import algorithms, cover, kernels_of, settings
 from bench.kernels import instances, nvrtc, occupancy
 from bench.kernels.nvrtc import CompileError, Resources
 from bench.kernels.table import list_faults
@@ -43,25 +43,25 @@ def assert_faultless(kernels, sm: int) -> None:
 
 @pytest.mark.parametrize("algorithm", algorithms())
 def test_kernels_compile_without_spills(algorithm):
-    assert_faultless(instances.cover(kernels_of(algorithm, "float32")), PAIRS)
+    assert_faultless(cover(kernels_of(algorithm, "float32")), PAIRS)
 
 
 @pytest.mark.parametrize("algorithm", algorithms())
 @pytest.mark.parametrize("sm", instances.ARCHITECTURES)
 def test_kernels_compile_for_every_architecture_without_spills(sm, algorithm):
     kernels = [kernel for dtype in instances.DTYPES for kernel in kernels_of(algorithm, dtype)]
-    assert_faultless(instances.cover(kernels, together=1), sm)
+    assert_faultless(cover(kernels, together=1), sm)
 
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_a_cover_leaves_out_no_setting(together):
     def groups(kernels):
-        return {group for kernel in kernels for group in combinations(instances.settings(kernel), together)}
+        return {group for kernel in kernels for group in combinations(settings(kernel), together)}
 
     kernels = kernels_of("im2col", "float32")
-    cover = instances.cover(kernels, together)
-    assert len(cover) < len(kernels) / 2
-    assert groups(cover) == groups(kernels)
+    some = cover(kernels, together)
+    assert len(some) < len(kernels) / 2
+    assert groups(some) == groups(kernels)
 
 
 def test_every_cuda_source_is_compiled_here():

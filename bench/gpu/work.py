@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import combinations
 from typing import Any
 
 from fastconv import arrays
@@ -35,6 +36,24 @@ def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
     tiles = [tile for tile in module.TILES if tile.takes(dtype)]
     kernels = (kernel for order in ORDERS for tile in tiles for kernel in module.kernels(dtype, order, tile))
     return list(dict.fromkeys(kernels))
+
+
+def cover(kernels: Sequence[Kernel], together: int = 2) -> list[Kernel]:
+    """Return some of the kernels: any `together` settings of one are together in one of those returned."""
+    groups = {kernel: set(combinations(settings(kernel), together)) for kernel in kernels}
+    missing = set().union(*groups.values())
+    chosen = []
+    while missing:
+        best = max(kernels, key=lambda kernel: len(groups[kernel] & missing))
+        chosen.append(best)
+        missing -= groups[best]
+    return chosen
+
+
+def settings(kernel: Kernel) -> list[object]:
+    """Return what makes a kernel special: dtype, algorithm and stage, the whole tile, and each define."""
+    tile = [value for name, value in kernel.defines if name.startswith("BLOCK_")]
+    return [kernel.name.split("__")[0], ("tile", *tile), *kernel.defines]
 
 
 def sample_plans(dtypes: tuple[str, ...]) -> Iterator[Plan]:

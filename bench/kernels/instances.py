@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
 from typing import NamedTuple
 
 from bench.kernels import banks, disassembly, nvrtc, occupancy, ptx
@@ -37,24 +36,6 @@ class Verdict(NamedTuple):
         if self.resources is None:
             return [self.refusal]
         return occupancy.faults(self.resources, self.kernel.threads, self.sm)
-
-
-def cover(kernels: Sequence[Kernel], together: int = 2) -> list[Kernel]:
-    """Return some of the kernels: any `together` settings of one are together in one of those returned."""
-    groups = {kernel: set(combinations(settings(kernel), together)) for kernel in kernels}
-    missing = set().union(*groups.values())
-    chosen = []
-    while missing:
-        best = max(kernels, key=lambda kernel: len(groups[kernel] & missing))
-        chosen.append(best)
-        missing -= groups[best]
-    return chosen
-
-
-def settings(kernel: Kernel) -> list[object]:
-    """Return what makes a kernel special: dtype, algorithm and stage, the whole tile, and each define."""
-    tile = [value for name, value in kernel.defines if name.startswith("BLOCK_")]
-    return [kernel.name.split("__")[0], ("tile", *tile), *kernel.defines]
 
 
 def judge(kernels: Iterable[Kernel], sm: int, look_inside: bool = False) -> Iterator[Verdict]:

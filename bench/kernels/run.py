@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import rows, show
-from bench.gpu.work import algorithms, kernels_of
+from bench.gpu.work import algorithms, cover, kernels_of
 from bench.kernels import disassembly, instances, table
 from bench.versions import read_commit
 
@@ -25,7 +25,7 @@ def compile_kernels(
     console = show.make_console()
     sets = [kernels_of(name, dtype) for name in algorithms() for dtype in dtypes]
     known = sum(map(len, sets))
-    kernels = [kernel for found in sets for kernel in (found if every else instances.cover(found))]
+    kernels = [kernel for found in sets for kernel in (found if every else cover(found))]
     inside = INSIDE if disassembly.find_nvdisasm() else ()
     if not inside:
         console.print(f"main loops are left out: {disassembly.MISSING}", markup=False)
