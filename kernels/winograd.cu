@@ -17,7 +17,7 @@
 // makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; BLOCK_M, BLOCK_N (see tile.cuh) of MULTIPLY, which needs nothing
 // of these; BLOCK_TILES, BLOCK_CHANNELS of FUSED.
 
-#ifdef STAGE_INPUT
+#if defined(STAGE_INPUT)
 #define RESIDENT 1  // left to itself, ptxas spills a register or two so that a block more is resident
 #endif
 #include "gemm.cuh"

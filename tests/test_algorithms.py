@@ -30,14 +30,21 @@ from tests.kernels import (
 )
 
 
-def exact_forms(backend):
-    """The forms whose sums of small integers are exact in `mixed_case`."""
-    pairs = ((way, mixed_case(way.algorithm)) for way in forms(backend))
-    return [way for way, problem in pairs if TABLE[way.algorithm].exact(problem, tile_of(way, "float32"))]
+def mixed_case(algorithm, **changes):
+    """A problem with several channels, rows and samples that an algorithm accepts."""
+    names = ("padded_3x3", "pointwise", "depthwise")
+    cases = [case for case in CASES if case.name in names]
+    return Way(algorithm, "").problems(cases, **changes)[0]
 
 
 def tile_of(way, dtype):
     return next(tile for tile in tiles(way.algorithm, way.backend, dtype) if str(tile) == way.tile)
+
+
+def exact_forms(backend):
+    """The forms whose sums of small integers are exact in `mixed_case`."""
+    pairs = ((way, mixed_case(way.algorithm)) for way in forms(backend))
+    return [way for way, problem in pairs if TABLE[way.algorithm].exact(problem, tile_of(way, "float32"))]
 
 
 every_way = on_backends(ways, dtypes=True)
@@ -48,13 +55,6 @@ every_cpu_way = on_backends(ways, backends=[CPU])
 every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_order = pytest.mark.parametrize("order", ORDERS)
-
-
-def mixed_case(algorithm, **changes):
-    """A problem with several channels, rows and samples that an algorithm accepts."""
-    names = ("padded_3x3", "pointwise", "depthwise")
-    cases = [case for case in CASES if case.name in names]
-    return Way(algorithm, "").problems(cases, **changes)[0]
 
 
 def tile_sizes(way, dtype):

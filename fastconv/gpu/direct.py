@@ -29,10 +29,11 @@ class PatchTile(product.Tile):
         return f"{self.block_m}x{self.block_p}x{self.block_q}"
 
 
-TILES = (
-    PatchTile(8, 512, block_p=16, block_q=32),  # for groups of few channels
-    *(PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))),
+_FOR_FEW = PatchTile(8, 512, block_p=16, block_q=32)  # output channels of a group
+_FOR_MANY = tuple(
+    PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))
 )
+TILES = (_FOR_FEW, *_FOR_MANY)
 
 # kRows and kPatch of kernels/direct.cu, in bytes; a row is of 64 output channels.
 ROW_BYTES = 16384
@@ -62,6 +63,8 @@ class Stage(NamedTuple):
 
 def cost(problem: ConvProblem, tile: PatchTile, device: Device) -> float:
     """Return the estimated seconds."""
+    if tile != _possible(problem, tile):
+        return math.inf
     stage = _stage(problem)
     efficiency = WINDOW_EFFICIENCY if any(_window(problem, stage)) else EFFICIENCY
     blocks = _blocks(problem, tile)
@@ -88,6 +91,7 @@ def run(problem: ConvProblem, tile: PatchTile, device: Device, operands: Operand
     """Convolve; the weight is prepared or as given."""
     packed = prepare(problem, tile, device, operands.weight)
     call = Call("direct", problem, operands)
+    tile = _possible(problem, tile)
     stage, blocks = _stage(problem), _blocks(problem, tile)
     defines = {**_defines(tile, _window(problem, stage)), **call.output}
     behind = max(tile.block_p * problem.stride[1], tile.block_q * problem.stride[2])  # the last pixels
@@ -117,13 +121,23 @@ def _blocks(problem: ConvProblem, tile: PatchTile) -> int:
     return problem.N * problem.O * problem.groups * patches * -(-problem.gemm_m // tile.block_m)
 
 
+def _possible(problem: ConvProblem, tile: PatchTile) -> PatchTile:
+    """Return the tile, or one in its place where shared memory has no room for its patch."""
+    stage = _stage(problem)
+    room = PATCH_BYTES // product.accumulator(problem).itemsize
+    return tile if stage.channels * _area(problem, stage, tile) <= room else _FOR_MANY[-1]
+
+
 @lru_cache(maxsize=4096)
 def _stage(problem: ConvProblem) -> Stage:
-    """Return the largest stage that fits with every tile: the order of terms must not depend on the tile."""
+    """Return the largest stage that fits with every tile for many channels.
+
+    It depends on no tile, and so the order of terms and the packed weight do not.
+    """
     item = product.accumulator(problem).itemsize
     taps = (problem.R, problem.S)
     for shared in (taps, (1, problem.S), (1, 1)):
-        area = max(_area(problem, Stage(1, *shared), tile) for tile in TILES)
+        area = max(_area(problem, Stage(1, *shared), tile) for tile in _FOR_MANY)
         channels = min(ROW_BYTES // (64 * item) // math.prod(shared), PATCH_BYTES // item // area)
         if channels:
             break
