@@ -83,7 +83,7 @@ struct Place {
     }
 };
 
-// Load the patch of every plane that the taps from (t, r, s) on see.
+// Load the patch of every plane that the taps from (t, r, s) on see; behind the last plane it comes again.
 DEVICE void load_patch(ACC* to, const Patch& patch, const STORAGE* x, const PlaneTile& tile, INDEX t, INDEX r, INDEX s,
                        const Conv& conv)
 {
@@ -97,9 +97,8 @@ DEVICE void load_patch(ACC* to, const Patch& patch, const STORAGE* x, const Plan
         const int at = BLOCK_C == 1 ? i : ORDER == NHWC ? i / BLOCK_C : i % size;
         const INDEX h = first_h + at / patch.pitch * patch.rows.input_step;
         const INDEX w = first_w + at % patch.pitch * patch.columns.input_step;
-        const INDEX k = tile.k + plane, c = conv.K == 1 ? k : k / conv.K;
-        const bool is_plane = c < conv.groups && is_within(d, conv.D);
-        to[plane * patch.area + at] = element_of(x + c * conv.x_c, h, w, is_plane, conv);
+        const INDEX k = smaller<INDEX>(tile.k + plane, conv.groups * conv.K - 1), c = conv.K == 1 ? k : k / conv.K;
+        to[plane * patch.area + at] = element_of(x + c * conv.x_c, h, w, is_within(d, conv.D), conv);
     }
 }
 
@@ -216,9 +215,11 @@ DEVICE void load_filters(ACC* to, const Filters& filters, int count, const STORA
     for (int i = threadIdx.x; i < BLOCK_C * count * width; i += THREADS) {
         const int plane = i / width / count, row = i / width % count, column = i % width;
         const INDEX k = tile.k + plane;
-        const INDEX at = k * conv.w_k + t * conv.w_t + (r + row) * conv.w_r + (s + column) * conv.w_s;
-        const bool is_tap = k < conv.groups * conv.K && column < filters.taps_s;
-        to[plane * filters.apart + filters.at(row, column)] = is_tap ? widen(weight[at]) : ACC(0);
+        ACC tap = 0;
+        if (k < conv.groups * conv.K && column < filters.taps_s) {
+            tap = widen(weight[k * conv.w_k + t * conv.w_t + (r + row) * conv.w_r + (s + column) * conv.w_s]);
+        }
+        to[plane * filters.apart + filters.at(row, column)] = tap;
     }
 }
 
@@ -350,7 +351,7 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
 
 #ifdef STAGE_CHANNELS
 constexpr int kTaps = FILTER_R * FILTER_S;
-constexpr int kSpan = THREADS * LANES + 4;  // + 4: the taps of a channel lie in different banks
+constexpr int kSpan = THREADS * LANES + 4;  // + 4: eight taps of a channel lie in eight banks
 
 // What a thread computes: threads count n, o, strips of rows, strips of columns, channels, the last fastest.
 struct ChannelTile {

@@ -125,8 +125,11 @@ KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ packed, const Conv 
     for (int i = threadIdx.x / kSide; i < kSide; i += THREADS / kSide) {
         const INDEX k = first_k + i, c = (first + lane) / taps, tap = (first + lane) % taps;
         const INDEX s = tap % conv.S, r = tap / conv.S % conv.R, t = tap / conv.S / conv.R;
-        const INDEX at = (group * conv.K + k) * conv.w_k + c * conv.w_c + t * conv.w_t + r * conv.w_r + s * conv.w_s;
-        square[i][lane] = k < conv.K && c < conv.C ? widen(weight[at]) : ACC(0);
+        square[i][lane] = 0;
+        if (k < conv.K && c < conv.C) {
+            const INDEX of_k = (group * conv.K + k) * conv.w_k, of_c = c * conv.w_c;
+            square[i][lane] = widen(weight[of_k + of_c + t * conv.w_t + r * conv.w_r + s * conv.w_s]);
+        }
     }
     __syncthreads();
     for (int i = threadIdx.x / kSide; i < kSide; i += THREADS / kSide) {

@@ -17,7 +17,7 @@
 // makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; BLOCK_M, BLOCK_N (see tile.cuh) of MULTIPLY, which needs nothing
 // of these; BLOCK_TILES, BLOCK_CHANNELS of FUSED.
 
-#if defined(STAGE_INPUT)
+#ifdef STAGE_INPUT
 #define RESIDENT 1  // left to itself, ptxas spills a register or two so that a block more is resident
 #endif
 #include "gemm.cuh"
@@ -107,7 +107,7 @@ KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv,
     if (thread >= size) return;
     const INDEX k = thread % pitch, c = thread / pitch % rows, group = thread / pitch / rows;
     const bool exists = k < conv.K && c < conv.C;
-    weight += (group * conv.K + k) * conv.w_k + c * conv.w_c;
+    weight += (group * conv.K + smaller(k, conv.K - 1)) * conv.w_k + smaller(c, conv.C - 1) * conv.w_c;
     ACC w[FILTER_R][FILTER_S], u[kInH][kInW];
 #pragma unroll
     for (int i = 0; i < FILTER_R * FILTER_S; ++i) {

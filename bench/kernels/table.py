@@ -13,8 +13,8 @@ INTRODUCTION = """\
 
 The kernels as NVRTC compiles them; nothing here was run. Written by `{command}` at commit {commit}.
 
-{shown} kernels of {known} that the algorithms list: for each dtype, every pair of settings occurs in
-one of them. {compilers}.
+Of {known} kernels that the algorithms list: {shown}. Unless these are all, every setting of each algorithm
+and dtype occurs in one of them, and for sm_90 every pair of settings. {compilers}.
 
 {faults}
 
@@ -39,7 +39,9 @@ def render(verdicts: Sequence[Verdict], known: int, command: str, commit: str) -
     head = INTRODUCTION.format(
         command=command,
         commit=commit,
-        shown=len({verdict.kernel for verdict in verdicts}),
+        shown=", ".join(
+            f"{sum(verdict.sm == sm for verdict in verdicts)} for sm_{sm}" for sm in _architectures(verdicts)
+        ),
         known=known,
         compilers=", ".join(f"sm_{sm} by NVRTC {_version(sm)}" for sm in _architectures(verdicts)),
         faults="\n".join(f"- {fault}" for fault in list_faults(verdicts)) or FAULTLESS,
@@ -72,13 +74,17 @@ def _resource_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
     rows = [["kernel", "threads", "shared", *(f"sm_{sm}" for sm in architectures)]]
     found = {(verdict.kernel.name, verdict.sm): verdict for verdict in verdicts}
     for kernel in sorted({verdict.kernel for verdict in verdicts}, key=lambda kernel: kernel.name):
-        here = [found[kernel.name, sm] for sm in architectures]
-        shared = max((verdict.resources.shared for verdict in here if verdict.resources), default=0)
+        here = [found.get((kernel.name, sm)) for sm in architectures]
+        shared = max(
+            (verdict.resources.shared for verdict in here if verdict and verdict.resources), default=0
+        )
         rows.append([kernel.name, str(kernel.threads), str(shared), *map(_resource_cell, here)])
     return rows
 
 
-def _resource_cell(verdict: Verdict) -> str:
+def _resource_cell(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
     if verdict.resources is None:
         return "not compiled"
     arguments = (verdict.resources, verdict.kernel.threads, verdict.sm)

@@ -25,15 +25,29 @@ class PatchTile(product.Tile):
     block_p: int = 0
     block_q: int = 0
 
+    @property
+    def is_for_few(self) -> bool:
+        """Whether the tile is for groups of few output channels."""
+        return self.block_m == 8
+
+    @property
+    def bits(self) -> bool:
+        """What decides the order in which a sum's terms are added."""
+        return self.is_for_few
+
+    @property
+    def packing(self) -> bool:
+        """What of the tile decides how a weight is packed."""
+        return self.is_for_few
+
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_p}x{self.block_q}"
 
 
-_FOR_FEW = PatchTile(8, 512, block_p=16, block_q=32)  # output channels of a group
-_FOR_MANY = tuple(
-    PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))
+TILES = (
+    PatchTile(8, 512, block_p=16, block_q=32),
+    *(PatchTile(m, p * q, block_p=p, block_q=q) for m in (64, 32) for p, q in ((1, 128), (4, 32), (8, 8))),
 )
-TILES = (_FOR_FEW, *_FOR_MANY)
 
 # kRows and kPatch of kernels/direct.cu, in bytes; a row is of 64 output channels.
 ROW_BYTES = 16384
@@ -45,7 +59,6 @@ WINDOWS = ((3, 1), (3, 2), (5, 1), (7, 2))
 # Of the peak; the main loops' shares of multiply-adds are 0.87 to 0.93 with windows, 0.67 to 0.74 without.
 WINDOW_EFFICIENCY = 0.75
 EFFICIENCY = 0.5
-RESIDENT = 5  # blocks of an SM at most: their shared memory permits no more
 LOAD_CYCLES = 40  # to find an element of a patch, load and store it
 
 
@@ -63,13 +76,11 @@ class Stage(NamedTuple):
 
 def cost(problem: ConvProblem, tile: PatchTile, device: Device) -> float:
     """Return the estimated seconds."""
-    if tile != _possible(problem, tile):
-        return math.inf
-    stage = _stage(problem)
+    stage = _stage(problem, tile.is_for_few)
     efficiency = WINDOW_EFFICIENCY if any(_window(problem, stage)) else EFFICIENCY
     blocks = _blocks(problem, tile)
     per_sm = -(-blocks // device.processors)
-    rate = product.sm_rate(problem, device, min(per_sm, RESIDENT, tile.resident) * tile.threads) * efficiency
+    rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * efficiency
     arithmetic = per_sm * problem.gemm_k * 2 * tile.block_m * tile.block_n / rate
     stages = -(-problem.gemm_k // stage.terms)
     loads = stages * stage.channels * _area(problem, stage, tile) * LOAD_CYCLES / (128 * device.clock)
@@ -78,12 +89,14 @@ def cost(problem: ConvProblem, tile: PatchTile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: PatchTile, device: Device) -> int:
     """Return the bytes of the packed weight."""
-    return product.packed_bytes(problem, product.packed_rows(problem, _stage(problem).channels))
+    return product.packed_bytes(
+        problem, product.packed_rows(problem, _stage(problem, tile.is_for_few).channels)
+    )
 
 
 def prepare(problem: ConvProblem, tile: PatchTile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return the packed weight."""
-    channels = _stage(problem).channels
+    channels = _stage(problem, tile.is_for_few).channels
     return product.pack("direct", problem, weight, channels, product.packed_rows(problem, channels))
 
 
@@ -91,8 +104,7 @@ def run(problem: ConvProblem, tile: PatchTile, device: Device, operands: Operand
     """Convolve; the weight is prepared or as given."""
     packed = prepare(problem, tile, device, operands.weight)
     call = Call("direct", problem, operands)
-    tile = _possible(problem, tile)
-    stage, blocks = _stage(problem), _blocks(problem, tile)
+    stage, blocks = _stage(problem, tile.is_for_few), _blocks(problem, tile)
     defines = {**_defines(tile, _window(problem, stage)), **call.output}
     behind = max(tile.block_p * problem.stride[1], tile.block_q * problem.stride[2])  # the last pixels
     largest = max(packed.size, blocks, call.reach + behind)
@@ -121,23 +133,14 @@ def _blocks(problem: ConvProblem, tile: PatchTile) -> int:
     return problem.N * problem.O * problem.groups * patches * -(-problem.gemm_m // tile.block_m)
 
 
-def _possible(problem: ConvProblem, tile: PatchTile) -> PatchTile:
-    """Return the tile, or one in its place where shared memory has no room for its patch."""
-    stage = _stage(problem)
-    room = PATCH_BYTES // product.accumulator(problem).itemsize
-    return tile if stage.channels * _area(problem, stage, tile) <= room else _FOR_MANY[-1]
-
-
 @lru_cache(maxsize=4096)
-def _stage(problem: ConvProblem) -> Stage:
-    """Return the largest stage that fits with every tile for many channels.
-
-    It depends on no tile, and so the order of terms and the packed weight do not.
-    """
+def _stage(problem: ConvProblem, is_for_few: bool) -> Stage:
+    """Return the largest stage that fits with every such tile, so that all add the terms in one order."""
+    tiles = [tile for tile in TILES if tile.is_for_few == is_for_few]
     item = product.accumulator(problem).itemsize
     taps = (problem.R, problem.S)
     for shared in (taps, (1, problem.S), (1, 1)):
-        area = max(_area(problem, Stage(1, *shared), tile) for tile in _FOR_MANY)
+        area = max(_area(problem, Stage(1, *shared), tile) for tile in tiles)
         channels = min(ROW_BYTES // (64 * item) // math.prod(shared), PATCH_BYTES // item // area)
         if channels:
             break

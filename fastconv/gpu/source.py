@@ -34,6 +34,7 @@ _SCALARS = {"int": np.int32, "long long": np.int64, "float": np.float32, "double
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
 _FIELD = re.compile(r"^    (int|INDEX|ACC) ([\w, ]+);", re.MULTILINE)
+_STAGE = re.compile(r"^#ifdef STAGE_", re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*")
 
 
@@ -114,8 +115,9 @@ def _read(name: str) -> str:
 
 def _parameter_words(text: str, stage: str) -> list[list[str]]:
     """Return the words of each parameter of the kernel of a stage."""
-    start = text.index("KERNEL(", text.index(f"#ifdef STAGE_{stage}\n"))
-    inside = _COMMENT.sub("", text[start + len("KERNEL(") : text.index("\n{", start)])
+    sections = (section for section in _STAGE.split(text) if section.startswith(f"{stage}\n"))
+    (kernel,) = (section.split("KERNEL(")[1] for section in sections if "KERNEL(" in section)
+    inside = _COMMENT.sub("", kernel[: kernel.index("\n{")])
     return [part.split() for part in inside.rstrip().removesuffix(")").split(",")]
 
 

@@ -53,7 +53,7 @@ TILES = (
     WinogradTile(64, 32, is_for_double=False, m=2, is_fused=True),
 )
 
-_UNFUSED = TILES[2]  # with the m of the fused one, where the filter is not 3 x 3
+_UNFUSED = WinogradTile(64, 64, m=2)  # in place of the fused one, where the filter is not 3 x 3
 
 FUSED_THREADS = 256  # each warp sums two of sixteen places
 FUSED_EFFICIENCY = 0.65  # of the peak: 0.73 of the main loop are multiply-adds, and one block fits an SM
@@ -73,8 +73,9 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
         rate = product.sm_rate(problem, device, FUSED_THREADS) * FUSED_EFFICIENCY
         return max(_places(problem, tile) * work / rate, problem.bytes / device.bandwidth) + product.LAUNCH
     rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * EFFICIENCY
-    filters = _filter_bytes(problem, tile) / device.bandwidth
-    transformed = 2 * turns * tiles * _tile_bytes(problem, tile) / product.L2_SPEEDUP
+    filters = turns * _filter_bytes(problem, tile) / device.bandwidth
+    speedup = product.L2_SPEEDUP if device.l2 >= MOST_TRANSFORMED else 1.0
+    transformed = 2 * turns * tiles * _tile_bytes(problem, tile) / speedup
     transforms = (problem.bytes + transformed) / device.bandwidth
     return max(work / rate, filters) + transforms + 3 * turns * product.LAUNCH
 
@@ -120,10 +121,11 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
 
 
 def _run_fused(call: Call, tile: WinogradTile, U: np.ndarray) -> None:
-    blocks = _blocks(call.problem, tile, _tiles(call.problem, tile))
+    tiles = _tiles(call.problem, tile)
+    blocks = _blocks(call.problem, tile, tiles)
     defines = {**_constants(tile.m, 3, 3), **_fused_defines(tile), **call.output}
     call.launch(
-        "FUSED", blocks, FUSED_THREADS, defines, U.size,
+        "FUSED", blocks, FUSED_THREADS, defines, max(U.size, tiles + tile.block_n),
         x=call.operands.x, U=U, rows=_rows(call.problem), **call.ends,
     )  # fmt: skip
 
@@ -235,7 +237,7 @@ def _filter_bytes(problem: ConvProblem, tile: WinogradTile) -> int:
 
 
 def _turn_tiles(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
-    """Return how many tiles go through all stages in one turn, so that they stay in the level-2 cache."""
+    """Return how many tiles go through all stages in one turn: they stay in a large level-2 cache."""
     strips = -(-_tiles(problem, tile) // tile.block_n)
     if not tile.is_fused:
         room = max(device.l2 // 2, MOST_TRANSFORMED)
