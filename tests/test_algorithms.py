@@ -69,7 +69,7 @@ def tile_sizes(way, dtype):
 @every_way
 class TestTile:
     def test_cases(self, way, dtype, order, rng):
-        for turn, problem in enumerate(way.problems(some_cases(way, rng), dtype=dtype, order=order)):
+        for turn, problem in enumerate(some_problems(way, rng, dtype=dtype, order=order)):
             plan, even = way.plan(problem), turn % 2 == 0
             layers = [make_layer(rng, problem, integers), make_layer(rng, problem, normals)]
             layers[even] = without_operands(way, layers[even])
@@ -99,15 +99,15 @@ def around_tile_of(way, dtype, order, rng):
     if way.backend is CPU:
         return [problem for turn, problems in enumerate(found) for problem in problems[turn % 3 :: 3]]
     every = list(itertools.chain(*found))
-    return [every[i] for i in rng.permutation(len(every))[:12]]
+    return [every[i] for i in rng.permutation(len(every))[:6]]
 
 
-def some_cases(way, rng):
-    """All cases; on an emulated GPU, which takes its time, a third of them, another third in every test."""
+def some_problems(way, rng, **changes):
+    """All cases; on an emulated GPU, which takes its time, a few of them, others in every test."""
     if way.backend is not EMULATOR:
-        return CASES + TALL
-    light = [case for case in CASES + TALL if case not in HEAVY]
-    return [light[i] for i in rng.permutation(len(light))[::3]]
+        return way.problems(CASES + TALL, **changes)
+    light = way.problems([case for case in CASES + TALL if case not in HEAVY], **changes)
+    return [light[i] for i in rng.permutation(len(light))[: max(len(light) // 6, 4)]]
 
 
 def without_operands(way, layer):
