@@ -4,7 +4,7 @@
 //
 //   lane: rows 4 * (lane / 8) + {0..3, 16..19}, columns 4 * (lane % 8) + {0..3, 32..35}
 //   so the 8 lanes that shared memory serves together read one 16-byte word of a, and 128 bytes in a row of b.
-//   With BLOCK_M 8, for groups of few channels, a warp computes 8 x 256: rows 0..7, columns 4 * lane + {0..3, 128..131}.
+//   With BLOCK_M 8, for groups of few channels, a warp computes 8 x 256: rows 0..7, columns 4 * lane + {0..3, 128 ..}.
 //
 // Set by the host: BLOCK_M (8, 32, 64, 128), BLOCK_N (a multiple of what a warp computes).
 

@@ -14,8 +14,8 @@
 //   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, rows, columns.
 //
 // Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4) and what fastconv/winograd_math.py
-// makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; BLOCK_M, BLOCK_N (see tile.cuh) of MULTIPLY, which needs nothing
-// of these; BLOCK_TILES, BLOCK_CHANNELS of FUSED.
+// makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED
+// BLOCK_TILES and BLOCK_CHANNELS too.
 
 #ifdef STAGE_INPUT
 #define RESIDENT 1  // left to itself, ptxas spills a register or two so that a block more is resident
@@ -223,7 +223,8 @@ KERNEL(const ACC* __restrict__ products, const STORAGE* __restrict__ bias, const
 #endif
 
 #ifdef STAGE_FUSED
-static_assert(kOutH == 2 && kInW == 4 && BLOCK_TILES == 32 && BLOCK_CHANNELS == 64 && THREADS == 256, "each warp sums two places");
+static_assert(kOutH == 2 && kInW == 4, "16 places");
+static_assert(BLOCK_TILES == 32 && BLOCK_CHANNELS == 64 && THREADS == 256, "each warp sums two of them");
 
 constexpr int kSlice = 4;  // channels that are in shared memory at a time, twice
 
@@ -359,7 +360,7 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ U, const STORAGE* 
         wait_async();
         __syncthreads();
     }
-    // Each warp has two of a tile's sixteen products: by way of shared memory a thread gets all of one tile and channel.
+    // Each warp has two of a tile's sixteen products: through shared memory a thread gets all of one tile and channel.
     auto* products = reinterpret_cast<ACC(*)[8][32]>(shared.U);
     const INDEX tile = first_tile + swap_place(place.row_of(warp));
 #pragma unroll

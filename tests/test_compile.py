@@ -13,8 +13,8 @@ from bench.session import CommandError
 from fastconv.gpu import source
 from tests.specimens import install, specimen
 
-# There are about 1,400 kernels. Of those of float32 as many are compiled here as have every pair of
-# settings, for one architecture; else as many as have every setting. `python -m bench kernels` compiles more.
+# Of all kernels of float32 as many are compiled here as have every pair of settings, for one architecture;
+# else as many as have every setting. `python -m bench kernels` compiles more.
 PAIRS = 90
 
 

@@ -230,6 +230,14 @@ class TestWinograd:
         layer.judge(plan, whole)
         assert whole.tobytes() == turns.tobytes()
 
+    @pytest.mark.parametrize(("l2", "most", "turns"), [(1 << 26, 1, 1), (1, 1 << 26, 1), (1, 1, 6)])
+    def test_a_turn_fills_half_the_cache_or_what_is_set(self, l2, most, turns, monkeypatch):
+        monkeypatch.setattr(winograd, "MOST_TRANSFORMED", most)
+        with EMULATOR.running():
+            plan = with_device(Way("winograd", "f4_64x64", EMULATOR).plan(TILED.problem()), l2=l2)
+        tiles = winograd._turn_tiles(plan.problem, plan.tile, plan.device)
+        assert -(-tiles_of(plan) // tiles) == turns
+
     @every_order
     @on_backends(fused_or_not, backends=[EMULATOR, GPU])
     def test_fused_or_not_the_bits_are_the_same(self, way, order, rng):
@@ -237,15 +245,32 @@ class TestWinograd:
         fused = layer.run(Way("winograd", "f2_fused", way.backend).plan(layer.problem))
         assert layer.run(way.plan(layer.problem)).tobytes() == fused.tobytes()
 
-    @on_backends(transforming, backends=[EMULATOR])
-    def test_indices_count_what_is_transformed(self, way, rng, monkeypatch, launched):
-        """V is larger than the input: its offsets can need 64 bits where those of the input do not."""
-        problem = TILED.problem()
-        plan = way.plan(problem)
-        most = np.prod(problem.input_shape) * 2  # less than the elements of V
-        monkeypatch.setattr(product, "_FIRST_LONG", int(most))
-        make_layer(rng, problem, integers).check(plan)
-        assert ["_long" in name for name in launched] == [False, True, True, True]
+    @pytest.mark.parametrize(
+        ("input_shape", "K", "largest"),
+        [((3, 5, 41, 43), 7, "V"), ((1, 1, 41, 43), 65, "products"), ((1, 128, 4, 4), 128, "U")],
+    )
+    def test_indices_count_what_is_transformed(self, input_shape, K, largest, rng, monkeypatch, launched):
+        """It is larger than input and output, and its offsets can need 64 bits where theirs do not."""
+        problem = make_problem("conv2d", input_shape, (K, input_shape[1], 3, 3), padding=1)
+        with EMULATOR.running():
+            plan = Way("winograd", "f4_64x64", EMULATOR).plan(problem)
+            rows, tiles = winograd._rows(problem), winograd._turn_tiles(problem, plan.tile, plan.device)
+            sizes = {
+                "U": 36 * rows * product.pitch(problem),
+                "V": 36 * rows * tiles,
+                "products": 36 * K * tiles,
+            }
+            assert max(sizes, key=sizes.get) == largest
+            monkeypatch.setattr(product, "_FIRST_LONG", sizes[largest])
+            make_layer(rng, problem, integers).check(plan)
+        assert ["_long" in name for name in launched] == [largest == "U", True, True, True]
+
+    def test_indices_count_the_tiles_of_the_last_block(self, rng, monkeypatch, launched):
+        problem = make_problem("conv2d", (2000, 1, 1, 1), (1, 1, 3, 3), padding=1)
+        monkeypatch.setattr(product, "_FIRST_LONG", 2000 + 32)
+        with EMULATOR.running():
+            make_layer(rng, problem, integers).check(Way("winograd", "f2_fused", EMULATOR).plan(problem))
+        assert ["_long" in name for name in launched] == [False, True]
 
 
 class TestStages:
@@ -365,6 +390,14 @@ class TestDepthwise:
             layer.with_array(x=shifted(layer.x, shift)).check(way.plan(problem))
             assert f"_lanes{lanes}_" in launched[-1], (channels, multiplier, dtype, shift)
 
+    @pytest.mark.parametrize("axis", [0, 2, 3])
+    @on_backends(lambda backend: depthwise_tiles(backend)[-3:], backends=[EMULATOR, GPU])
+    def test_lanes_whose_steps_are_not_in_fours(self, way, axis, rng, launched):
+        problem = make_problem("conv2d", (2, 8, 5, 6), (8, 1, 3, 3), groups=8, padding=1, order="NHWC")
+        layer = make_layer(rng, problem, integers)
+        layer.with_array(x=one_more_between(layer.x, axis)).check(way.plan(problem))
+        assert "_lanes1_" in launched[-1]
+
     @on_backends(lambda backend: depthwise_tiles(backend)[-3:], backends=[EMULATOR, GPU])
     def test_tiles_of_channels_fall_back_on_planes(self, way, rng, launched):
         for problem in way.problems([self.SMALL[4], self.LARGE[1]]):
@@ -391,6 +424,19 @@ class TestDepthwise:
         make_layer(rng, problem, integers).check(way.plan(problem))
         tile = depthwise_tile(way.tile)
         assert isinstance(tile, depthwise.ChannelTile) or ("_long" in launched[-1]) == (tile.block_q >= 64)
+
+
+def one_more_between(array, axis):
+    """The same values with channels last, and an element more between neighbours along an axis."""
+    steps, step = [0, 1, 0, 0], array.shape[1]
+    for at in (3, 2, 0):
+        steps[at] = step + (at == axis)
+        step = steps[at] * array.shape[at]
+    far = np.lib.stride_tricks.as_strided(
+        np.full(step, np.nan, array.dtype), array.shape, [array.itemsize * step for step in steps]
+    )
+    far[...] = array
+    return far
 
 
 def shifted(array, count):

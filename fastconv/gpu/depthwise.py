@@ -100,6 +100,7 @@ MOST_WINDOW = 32  # inputs that 4 x 4 outputs may see along either axis if the f
 MOST_PIXELS = 80  # that four neighbouring outputs may see: 70 if the filter is of 7 x 7, with stride 1
 MOST_TAPS_OF_FOUR = 9  # of the filters of four channels in registers
 SHARED = (16384, 32768, 49152)  # bytes that LARGE is compiled with
+RESERVED = 1024  # bytes of shared memory that each block costs beside its own
 
 # Filters whose kernels stand for those of others.
 KNOWN = (Filter(1, 4), Filter(3, 3), Filter(3, 3, 2, 2), Filter(5, 5, 2, 2), Filter(7, 7))
@@ -173,8 +174,7 @@ def _run_planes(call: Call, tile: PlaneTile) -> None:
         _launch(call, "PLANES", tile, _plane_defines(tile, filter), _plane_blocks(call.problem, tile))
         return
     stage = _stage(call.problem, tile)
-    shared = next(size for size in SHARED if stage.size * itemsize <= size)
-    defines = _large_defines(tile, shared, _slides(call.problem))
+    defines = _large_defines(tile, _declared(stage.size * itemsize), _slides(call.problem))
     blocks = _plane_blocks(call.problem, tile)
     _launch(call, "LARGE", tile, defines, blocks, taps_r=stage.taps_r, taps_s=stage.taps_s)
 
@@ -281,6 +281,11 @@ def _stage(problem: ConvProblem, tile: PlaneTile) -> Stage:
     return _make_stage(problem, tile, -(-R // turns), S)
 
 
+def _declared(size: int) -> int:
+    """Return the bytes that LARGE is compiled with for a stage of some bytes."""
+    return next(shared for shared in SHARED if size <= shared)
+
+
 def _make_stage(problem: ConvProblem, tile: PlaneTile, taps_r: int, taps_s: int) -> Stage:
     patch = _patch_size(tile, _filter(problem)._replace(FILTER_R=taps_r, FILTER_S=taps_s))
     filters = 4 * (taps_r * -(-taps_s // 4) | 1)  # struct Filters of kernels/depthwise.cu
@@ -337,24 +342,28 @@ def _plane_seconds(problem: ConvProblem, tile: PlaneTile, device: Device) -> flo
     filter, itemsize = _filter(problem), product.accumulator(problem).itemsize
     if _fits(tile, filter, itemsize):
         size, stages, efficiency = tile.block_m * _patch_size(tile, filter), 1, EFFICIENCY
+        declared = size * itemsize
     else:
         stage = _stage(problem, tile)
         size, stages = stage.size, -(-problem.R // stage.taps_r) * -(-problem.S // stage.taps_s)
+        declared = _declared(size * itemsize)
         efficiency = SLIDING_EFFICIENCY if _slides(problem) else PLAIN_EFFICIENCY
     loads = problem.T * stages * size
     # Of channels that lie together, as many come as a sector holds, whether the block needs them or not.
     spread = 1.0 if problem.order == "NCHW" else max(SECTOR / (tile.block_m * problem.itemsize), 1.0)
     outputs = tile.block_m * tile.block_n
-    resident = min(device.shared_per_sm // (size * itemsize), MOST_RESIDENT)
+    resident = min(device.shared_per_sm // (declared + RESERVED), MOST_RESIDENT)
     work = _Work(outputs, loads * PATCH_LOAD + outputs * STORE, loads * spread, efficiency, resident)
     return _seconds(problem, tile, device, _plane_blocks(problem, tile), work)
 
 
 def _channel_seconds(problem: ConvProblem, tile: ChannelTile, device: Device) -> float:
     lanes, filter = _most_lanes(problem), _filter(problem)
-    pixels = problem.T * tile.threads * math.prod(filter.window(tile.block_p, tile.block_q))
+    seen = problem.T * tile.threads * math.prod(filter.window(tile.block_p, tile.block_q))
+    read = problem.T * tile.threads * tile.block_p * filter.FILTER_R * filter.window(1, tile.block_q)[1]
     weights = problem.T * tile.threads * lanes * filter.taps
     outputs = tile.threads * lanes * tile.block_n
-    instructions = pixels * PIXEL_LOAD + weights * PATCH_LOAD + outputs * STORE
-    work = _Work(outputs, instructions, pixels * lanes, EFFICIENCY, MOST_RESIDENT)
+    # One row of outputs after the other: what two of them see is read twice.
+    instructions = read * PIXEL_LOAD + weights * PATCH_LOAD + outputs * STORE
+    work = _Work(outputs, instructions, seen * lanes, EFFICIENCY, MOST_RESIDENT)
     return _seconds(problem, tile, device, _channel_blocks(problem, tile, lanes), work)
