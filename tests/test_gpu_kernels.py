@@ -255,13 +255,9 @@ class TestWinograd:
         with EMULATOR.running():
             plan = Way("winograd", "f4_64x64", EMULATOR).plan(problem)
             rows, tiles = winograd._rows(problem), winograd._turn_tiles(problem, plan.tile, plan.device)
-            sizes = {
-                "U": 36 * rows * product.pitch(problem),
-                "V": 36 * rows * tiles,
-                "products": 36 * K * tiles,
-            }
+            sizes = {"U": rows * product.pitch(problem), "V": rows * tiles, "products": K * tiles}
             assert max(sizes, key=sizes.get) == largest
-            monkeypatch.setattr(product, "_FIRST_LONG", sizes[largest])
+            monkeypatch.setattr(product, "_FIRST_LONG", 36 * sizes[largest])
             make_layer(rng, problem, integers).check(plan)
         assert ["_long" in name for name in launched] == [largest == "U", True, True, True]
 
