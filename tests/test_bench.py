@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -418,8 +419,9 @@ def test_micro_benchmarks_need_no_torch():
 import sys, pytest
 sys.modules["torch"] = None  # importing it raises ImportError
 sys.exit(pytest.main(["bench", "--collect-only", "--quiet", "-p", "no:cacheprovider"]))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no xdist
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "test_layer[" in done.stdout
 
 

@@ -197,14 +197,14 @@ def test_the_page_of_all_kernels(specimens, nvdisasm, monkeypatch, tmp_path, cap
     monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
     assert main(["kernels", "--architectures", "80,90", "--output", str(tmp_path)]) == 0
     page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
-    assert "8 kernels of 8 that the algorithms list" in page
+    assert "Of 8 kernels that the algorithms list: 8 for sm_80, 8 for sm_90." in page
     assert ". sm_80 by NVRTC 13." in page.replace("\n", " ")
     assert "No spill, no stack frame, nothing over a limit." in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| fastconv_")]
     assert [row[1:3] for row in rows[:8]] == 4 * [["1024", "4096"], ["1024", "4224"]]
     assert [row[-1] for row in rows[8:]] == 4 * ["32 |", "1 |"]  # the conflicts of the tiles
     shown = capsys.readouterr().out
-    assert shown.startswith("8 kernels, each for sm_80, sm_90: about a second a kernel")
+    assert shown.startswith("16 kernels, 8 for sm_80, 8 for sm_90: about a second each")
     assert page in shown
 
 
@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_keeps_the_architectures_it_has_done(specimens, mo
         main(["kernels", "--architectures", "80,90", "--output", str(tmp_path)])
     page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
     assert "| sm_80 |" in page
-    assert "sm_90" not in page
+    assert "for sm_80. Unless" in page
 
 
 def test_kernels_of_one_dtype(specimens, monkeypatch, tmp_path):
@@ -230,7 +230,8 @@ def test_kernels_of_one_dtype(specimens, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "kernels_of", lambda name, dtype: kernels_of_specimens(dtype))
     command = ["kernels", "--architectures", "80", "--dtypes", "float32", "--output", str(tmp_path)]
     assert main(command) == 0
-    assert "2 kernels of 2 that the algorithms list" in (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    page = (tmp_path / "kernels.md").read_text(encoding="utf-8")
+    assert "Of 2 kernels that the algorithms list: 2 for sm_80." in page
 
 
 def test_a_kernel_that_spills_ends_the_run_with_status_1(specimens, monkeypatch, tmp_path):
