@@ -88,23 +88,27 @@ def forms(backend: Backend) -> list[Way]:
 
 
 def on_backends(
-    choose: Callable[[Backend], list[Way]], dtypes: bool = False, backends: Iterable[Backend] = BACKENDS
+    choose: Callable[[Backend], list[Way]],
+    dtypes: bool | Iterable[str] = False,
+    backends: Iterable[Backend] = BACKENDS,
 ) -> pytest.MarkDecorator:
     """Parametrize a test by `way`, and by `dtype` if asked for; the backend's name is a mark of the test.
 
     choose  backend -> its ways
+    dtypes  True for all of the backend's, or which ones of them
     """
-    params = []
+    params, count = [], 2 if dtypes else 1
     for backend in backends:
         marks, reason = [getattr(pytest.mark, backend.name)], why_absent(backend)
         if reason is not None:
             marks.append(pytest.mark.skip(reason=reason))
-            params.append(pytest.param(*(None, "")[: 1 + dtypes], id=backend.name, marks=marks))
+            params.append(pytest.param(*(None, "")[:count], id=backend.name, marks=marks))
             continue
-        pairs = (pair for pair in product(choose(backend), backend.dtypes) if pair[0].takes(pair[1]))
+        wanted = [dtype for dtype in backend.dtypes if dtypes is True or (dtypes and dtype in dtypes)]
+        pairs = (pair for pair in product(choose(backend), wanted) if pair[0].takes(pair[1]))
         chosen = pairs if dtypes else zip(choose(backend))
         params += [pytest.param(*one, id="-".join(map(str, one)), marks=marks) for one in chosen]
-    return pytest.mark.parametrize(("way", "dtype")[: 1 + dtypes], params, indirect=["way"])
+    return pytest.mark.parametrize(("way", "dtype")[:count], params, indirect=["way"])
 
 
 def largest_tile(algorithm: str) -> Way:

@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 class TestReference:
-    @settings(max_examples=300)
+    @settings(max_examples=200)
     @given(any_problem, seeds, st.data())
     def test_any_plan(self, problem, seed, data):
         """Any problem with every algorithm, any tile and cache sizes, all or some of the operands."""
