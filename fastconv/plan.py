@@ -241,9 +241,12 @@ def _device(backend: str) -> Any:
 
 
 def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list[Plan]:
-    """Return those of `possible_plans` that keep to FASTCONV_WORKSPACE."""
+    """Return those of `possible_plans` that keep to FASTCONV_WORKSPACE, each with the tile it names.
+
+    A tile that does not suit a problem is run by another one; its cost is infinite.
+    """
     limit = workspace_limit()
-    plans = possible_plans(problem, algo, backend)
+    plans = [plan for plan in possible_plans(problem, algo, backend) if plan.cost() < math.inf]
     return plans if limit is None else [plan for plan in plans if plan.workspace() <= limit]
 
 
