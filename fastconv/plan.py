@@ -23,6 +23,7 @@ from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm, ErrorBound
 from fastconv.problem import ConvError, ConvProblem, Epilogue, Operands
 
 LARGEST = 1 << 60  # kernels count elements in 64-bit integers
+TYPICAL_BATCHES = (1, 32)  # samples; what is best for both decides what no batch may decide by itself
 _CHOICES = ("auto", *TABLE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -253,15 +254,22 @@ def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list
 def _cheapest(problem: ConvProblem, algo: str, backend: str) -> list[Plan]:
     """Return the plan with the cheapest tile, or nothing.
 
-    Where a tile decides the bits of a result it is chosen for a single sample: the result of a sample then
-    does not depend on its batch.
+    Where a tile decides the bits of a result, the batch has no say in which bits: the result of a sample
+    then does not depend on its batch.
     """
-    plans = fitting_plans(problem, algo, backend)
-    if not plans:
+    by_bits: dict[Any, list[Plan]] = {}
+    for plan in fitting_plans(problem, algo, backend):
+        by_bits.setdefault(_bits_of(plan), []).append(plan)
+    if not by_bits:
         return []
-    sample = replace(problem, N=min(problem.N, 1))
-    bits = _bits_of(min(plans, key=lambda plan: replace(plan, problem=sample).cost()))
-    return [min((plan for plan in plans if _bits_of(plan) == bits), key=Plan.cost)]
+    best = min(by_bits.values(), key=lambda plans: math.prod(_least_cost(plans, n) for n in TYPICAL_BATCHES))
+    return [min(best, key=Plan.cost)]
+
+
+def _least_cost(plans: list[Plan], batch: int) -> float:
+    """Return the seconds of the cheapest plan, if the problem were of so many samples."""
+    problem = replace(plans[0].problem, N=batch)
+    return min(replace(plan, problem=problem).cost() for plan in plans)
 
 
 def _bits_of(plan: Plan) -> Any:

@@ -27,12 +27,14 @@ class Matrices(NamedTuple):
 
 @lru_cache(maxsize=8)
 def matrices(m: int, taps: int = 3) -> Matrices:
-    """Return the matrices of F(m, taps) for up to eight inputs.
+    """Return the matrices of F(m, taps); raise ValueError beyond eight inputs.
 
     >>> matrices(2).BT[0] == (1, 0, -1, 0)
     True
     """
     a = m + taps - 1
+    if a > len(POINTS) + 1:
+        raise ValueError(f"F({m}, {taps}) must have at most {len(POINTS) + 1} inputs, got {a}")
     points = list(POINTS[: a - 1])
     AT = tuple(tuple(p**i for p in points) + (Fraction(int(i == m - 1)),) for i in range(m))
     G = [tuple(p**i / _others(points, p) for i in range(taps)) for p in points]

@@ -114,6 +114,11 @@ class TestMatrices:
         assert (len(BT), len(BT[0])) == (m + 2, m + 2)
 
 
+def test_no_more_points_than_there_are():
+    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have at most 8 inputs, got 9$"):
+        matrices(4, 6)
+
+
 def sign(ours, published):
     """1 or -1, by which the published row must be multiplied."""
     factor = next(s for s in (1, -1, None) if s is None or np.array_equal(ours, s * published))

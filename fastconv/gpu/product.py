@@ -236,12 +236,17 @@ class Division:
 def divide(
     problem: ConvProblem, tile: Tile, device: Device, slices: int, parts: int, columns: int
 ) -> Division:
-    """Divide a product of `columns` pixels: parts go to blocks of their own while SMs would stand idle."""
+    """Divide a product of `columns` pixels: parts go to blocks of their own while SMs would stand idle.
+
+    Not if their sums would leave the level-2 cache: to write and read them takes longer than some idle SMs.
+    """
     blocks = problem.groups * -(-problem.gemm_m // tile.block_m) * -(-columns // tile.block_n)
-    is_idle = blocks < device.processors * tile.resident
+    split = Division(slices, parts, blocks * parts, is_split=True)
+    is_idle = blocks < device.processors * tile.resident and partial_bytes(problem, split) <= device.l2
     # One block can add its parts by itself only in float32: twice 64 sums in float64 are too many registers.
-    is_split = parts > 1 and (is_idle or problem.compute_dtype == "float64")
-    return Division(slices, parts, blocks * parts if is_split else blocks, is_split)
+    if parts > 1 and (is_idle or problem.compute_dtype == "float64"):
+        return split
+    return Division(slices, parts, blocks, is_split=False)
 
 
 def count_parts(problem: ConvProblem, slices: int, device: Device) -> int:
@@ -270,7 +275,9 @@ def seconds(problem: ConvProblem, tile: Tile, device: Device, division: Division
     terms = SLICE * division.slices / (division.parts if division.is_split else 1)
     arithmetic = per_sm * terms * 2 * tile.block_m * tile.block_n / rate
     loaded = division.blocks * terms * (tile.block_m + tile.block_n) * accumulator(problem).itemsize
-    moved = problem.bytes + (loaded + 2 * partial_bytes(problem, division)) / L2_SPEEDUP
+    partial = partial_bytes(problem, division)
+    speedup = L2_SPEEDUP if partial <= device.l2 else 1.0
+    moved = problem.bytes + loaded / L2_SPEEDUP + 2 * partial / speedup
     return max(arithmetic, moved / device.bandwidth) + LAUNCH * (1 + division.is_split)
 
 

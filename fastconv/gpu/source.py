@@ -26,9 +26,6 @@ _TYPES = {
     "float16": ("f16", "Half", "float"),
     "bfloat16": ("bf16", "BFloat16", "float"),
 }
-# defines that a kernel's name need not say, because they follow from others
-_UNNAMED = ("THREADS", "WINOGRAD_AT", "WINOGRAD_G", "WINOGRAD_BT")
-
 _SCALARS = {"int": np.int32, "long long": np.int64, "float": np.float32, "double": np.float64}
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
@@ -74,7 +71,7 @@ def make_kernel(algorithm: str, stage: str, dtype: str, defines: tuple[tuple[str
     """
     word, storage, accumulator = _TYPES[dtype]
     named = dict(defines)
-    suffix = "_".join(_describe(key, value) for key, value in defines if key not in _UNNAMED)
+    suffix = "_".join(_describe(key, value) for key, value in defines if _is_named(key, value))
     name = f"fastconv_{word}_{algorithm}_{stage.lower()}__{suffix}"
     fixed = {"STORAGE": storage, "ACC": accumulator, f"STAGE_{stage}": 1, "KERNEL_NAME": name}
     head = "".join(f"#define {key} {value}\n" for key, value in {**fixed, **named}.items())
@@ -83,6 +80,11 @@ def make_kernel(algorithm: str, stage: str, dtype: str, defines: tuple[tuple[str
     types = {**scalars, **_structs(text, scalars)}
     parameters = tuple(_parse_parameter(words, types, dtype) for words in _parameter_words(text, stage))
     return Kernel(name, head + text, parameters, int(named["THREADS"]), defines)
+
+
+def _is_named(key: str, value: int | str) -> bool:
+    """Say whether a kernel's name says a define: not if it follows from others, as a matrix does."""
+    return key != "THREADS" and not str(value).startswith("{")
 
 
 def _describe(key: str, value: int | str) -> str:
