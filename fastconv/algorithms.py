@@ -57,7 +57,7 @@ class Algorithm:
         (Higham and Mary 2019, doi:10.1137/18M1226312): 29.7 was measured for 4,608 taps of one sign, where
         sqrt(n) is 67.9.
         """
-        factor = max(self.error_factor(problem, tile), math.sqrt(problem.gemm_k))
+        factor = max(self.error_factor(problem, tile), math.sqrt(problem.terms))
         return ErrorBound(factor, self.reach(problem, tile))
 
 
@@ -66,6 +66,8 @@ def _accepts_all(problem: ConvProblem, backend: str = "cpu") -> str | None:
 
 
 def _winograd_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
+    if problem.direction == "grad_weight":
+        return "has no gradient of the weight"
     filters, words = [(3, 3)], "a 3 x 3 kernel"
     if backend == "gpu":
         filters += [(1, 3), (3, 1), (1, 5), (5, 1)]
@@ -94,6 +96,8 @@ def _is_like_direct(problem: ConvProblem, tile: Any) -> bool:
 def _depthwise_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
     if problem.groups != problem.C:
         return f"needs groups = C = {problem.C}"
+    if problem.direction == "grad_input" and problem.K != problem.C:
+        return f"needs K = C = {problem.C} for the gradient of the input"
     return None
 
 

@@ -30,6 +30,18 @@ ArrayT = TypeVar("ArrayT")
 Array = Any
 Activation = str | tuple[str, float] | None
 Shape = tuple[int, ...]
+
+
+class Shapes(NamedTuple):
+    """Of the arrays of a convolution, as the caller has them; None where there is none."""
+
+    input: Shape
+    weight: Shape
+    bias: Shape | None = None
+    residual: Shape | None = None
+    grad_output: Shape | None = None
+
+
 Options = tuple[Any, ...]  # the values of _NUMBERS, then layout and flip
 
 LAYOUTS = {"conv1d": ("NCL", "NLC"), "conv2d": ("NCHW", "NHWC"), "conv3d": ("NCDHW", "NDHWC")}
@@ -233,8 +245,10 @@ def bind(
     kind = arrays.adapt(op, given)
     dtype = arrays.common_dtype(op, given)
     epilogue = _NO_EPILOGUE if activation is None else make_epilogue(op, activation)
-    bias_shape = _shape(given.get("bias"))
-    frame = _find_frame(op, given, given["weight"].shape, bias_shape, dtype, options, kind.backend)
+    input = given["input"]
+    bias, residual = _shape(given.get("bias")), _shape(given.get("residual"))
+    shapes = Shapes(input.shape, given["weight"].shape, bias, residual)
+    frame = find_frame(op, "forward", input, shapes, dtype, options, kind.backend)
     return Call(kind, given, frame, epilogue)
 
 
@@ -276,28 +290,36 @@ def _run(
     input, residual, out = given["input"], given.get("residual"), given.get("out")
     compute = frame.compute
     if out is not None:
-        arrays.check_out(op, given, frame.output_shape)
+        arrays.check_out(op, given, frame.result_shape)
     work = out if out is not None and arrays.is_computable(out, compute) else frame.allocate(kind)
     if frame.problem.N:
         input5 = frame.view5(arrays.to_computable(input, compute))
         residual5 = None if residual is None else frame.view5(arrays.to_computable(residual, compute))
         plan.run(input5, weight, bias, residual5, epilogue, frame.view5(work))
+    return finish(work, out, input.dtype)
+
+
+def finish(work: np.ndarray, out: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Return what was computed, in `out` or in the dtype of the caller's arrays."""
     if out is None:
-        return arrays.to_storage(work, input.dtype)
+        return arrays.to_storage(work, dtype)
     return work if work is out else arrays.store(work, out)
 
 
 class Frame(NamedTuple):
-    """How the caller's arrays lie in the rank-5, channels-first problem, and how the result is allocated."""
+    """How the caller's arrays lie in the rank-5, channels-first problem, and how the result is allocated.
+
+    The result is the output, or the gradient that the problem's direction names.
+    """
 
     problem: ConvProblem
     compute: np.dtype  # what the backend's kernels read and write: those of the GPU know half types
     channels_first: Shape | None  # transposition of the caller's axes; None if they are in this order
     insert: tuple[Any, ...]  # index that adds the absent axes
     weight_insert: tuple[Any, ...]  # the same for the weight; reverses its taps for a true convolution
-    output_shape: Shape
-    memory_shape: Shape  # of the output, axes in the order of memory
-    memory_axes: Shape | None  # transposition from there to output_shape
+    result_shape: Shape
+    memory_shape: Shape  # of the result, axes in the order of memory
+    memory_axes: Shape | None  # transposition from there to result_shape
 
     def view5(self, array: np.ndarray) -> np.ndarray:
         if self.channels_first is not None:
@@ -309,27 +331,20 @@ class Frame(NamedTuple):
         return array if self.memory_axes is None else array.transpose(self.memory_axes)
 
 
-def _find_frame(
-    op: str,
-    given: arrays.Given,
-    weight_shape: Shape,
-    bias_shape: Shape | None,
-    dtype: str,
-    options: Options,
-    backend: str,
+def find_frame(
+    op: str, direction: str, leader: np.ndarray, shapes: Shapes, dtype: str, options: Options, backend: str
 ) -> Frame:
+    """Return the frame of a call; the strides of `leader` say in which order memory is computed."""
     *numbers, layout, flip = options
     is_last = _is_channels_last(op, layout)
     _check_flip(op, flip)
-    input = given["input"]
     order = ORDERS[is_last]
-    if not input.flags.c_contiguous:
+    if not leader.flags.c_contiguous:
         sample = slice(-OPERATIONS[op] - 1, None)
-        order = arrays.memory_order(input.shape[sample], input.strides[sample], -is_last, order)
-    shapes = (input.shape, weight_shape, bias_shape, _shape(given.get("residual")))
+        order = arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, order)
     plain = _plain(numbers)
     make = _make_frame.__wrapped__ if plain is None else _make_frame
-    return make(op, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
+    return make(op, direction, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
 
 
 def _is_channels_last(op: str, layout: str) -> bool:
@@ -359,7 +374,8 @@ def _plain(value: Any) -> Any:
 @lru_cache(maxsize=1024)
 def _make_frame(
     op: str,
-    shapes: tuple[Shape, Shape, Shape | None, Shape | None],
+    direction: str,
+    shapes: Shapes,
     dtype: str,
     order: str,
     is_last: bool,
@@ -368,32 +384,36 @@ def _make_frame(
     backend: str,
 ) -> Frame:
     ndim = OPERATIONS[op]
-    is_single = len(shapes[0]) == ndim + 1
-    problem = _make_problem(op, shapes, dtype, order, is_last, is_single, numbers)
+    is_single = len(shapes.input) == ndim + 1
+    problem = _make_problem(op, direction, shapes, dtype, order, is_last, is_single, numbers)
     absent = (None,) * (3 - ndim)
     taps = slice(None, None, -1 if flip else None)
     channel, *pixels = range(0 if is_single else 1, ndim + 2 - is_single)
     batch = [] if is_single else [0]
     to_last = (*batch, *pixels, channel)  # transposition from channels first
     to_first = (*batch, pixels[-1], channel, *pixels[:-1])  # and back
-    first_shape = problem.output_shape[is_single:]
+    first_shape = (problem.input_shape if direction == "grad_input" else problem.output_shape)[is_single:]
     last_shape = tuple(first_shape[axis] for axis in to_last)
     is_memory_last = order == "NHWC"
-    return Frame(
+    frame = Frame(
         problem=problem,
         compute=np.dtype(problem.compute_dtype if backend == "cpu" else dtype),
         channels_first=to_first if is_last else None,
         insert=(None if is_single else slice(None), slice(None), *absent),
         weight_insert=(slice(None), slice(None), *absent, *(taps,) * ndim),
-        output_shape=last_shape if is_last else first_shape,
+        result_shape=last_shape if is_last else first_shape,
         memory_shape=last_shape if is_memory_last else first_shape,
         memory_axes=None if is_memory_last == is_last else to_last if is_last else to_first,
     )
+    if direction != "grad_weight":
+        return frame
+    return frame._replace(result_shape=shapes.weight, memory_shape=shapes.weight, memory_axes=None)
 
 
 def _make_problem(
     op: str,
-    shapes: tuple[Shape, Shape, Shape | None, Shape | None],
+    direction: str,
+    shapes: Shapes,
     dtype: str,
     order: str,
     is_last: bool,
@@ -401,18 +421,21 @@ def _make_problem(
     numbers: tuple[Any, ...],
 ) -> ConvProblem:
     """State the problem with a batch and channels first; an error tells where that differs from the call."""
-    input_shape, weight_shape, bias_shape, residual_shape = shapes
-    if residual_shape is not None:
-        residual_shape = _to_channels_first(residual_shape, is_single, is_last)
+    images = (shapes.input, shapes.residual, shapes.grad_output)
+    input_shape, residual_shape, grad_shape = (
+        None if shape is None else _to_channels_first(shape, is_single, is_last) for shape in images
+    )
     try:
         return make_problem(
             op,
-            _to_channels_first(input_shape, is_single, is_last),
-            weight_shape,
+            input_shape,  # type: ignore[arg-type]
+            shapes.weight,
             dtype=dtype,
             order=order,
-            bias_shape=bias_shape,
+            bias_shape=shapes.bias,
             residual_shape=residual_shape,
+            direction=direction,
+            grad_shape=grad_shape,
             **dict(zip(_NUMBERS, numbers)),
         )
     except (ConvError, TypeError) as error:
@@ -420,7 +443,9 @@ def _make_problem(
         message = str(error).replace(f"order {order!r}", f"order {LAYOUTS[op][ORDERS.index(order)]!r}")
         notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
         notes += ["for an input without a batch N = 1 is listed"] * is_single
-        taken_for_channels = not is_last and len(weight_shape) > 1 and input_shape[-1:] == weight_shape[1:2]
+        taken_for_channels = (
+            not is_last and len(shapes.weight) > 1 and shapes.input[-1:] == shapes.weight[1:2]
+        )
         notes += [f"if the channels are last, say layout={LAYOUTS[op][1]!r}"] * taken_for_channels
         raise type(error)("; ".join([message, *notes])) from None
 
@@ -461,8 +486,9 @@ class _Conv:
         numbers = (stride, padding, dilation, groups, precision)
         self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
-        shapes = (self._weight_shape, _shape(bias))
-        frame = _stand_in_frame(op, *shapes, self._dtype, self._options, self._kind.backend)
+        frame = _stand_in_frame(
+            op, self._weight_shape, _shape(bias), self._dtype, self._options, self._kind.backend
+        )
         if algo != "auto":
             shown = frame.problem.key.partition("_")[2]  # behind the sizes of the input, which is to come
             planning.check_accepted(frame.problem, op, algo, self._kind.backend, shown)
@@ -481,7 +507,8 @@ class _Conv:
         if kind != self._kind or dtype != self._dtype:
             rule = f"input must be a {self._kind} of dtype {self._dtype} like weight"
             raise TypeError(f"{op}: {rule}, got a {kind} of dtype {dtype} ({arrays.describe(given)})")
-        frame = _find_frame(op, given, self._weight_shape, None, dtype, self._options, kind.backend)
+        shapes = Shapes(given["input"].shape, self._weight_shape, residual=_shape(given.get("residual")))
+        frame = find_frame(op, "forward", given["input"], shapes, dtype, self._options, kind.backend)
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
@@ -536,9 +563,11 @@ def _stand_in_frame(
     if isinstance(groups, (int, np.integer)) and groups > 0:
         channels *= int(groups)
     input_shape = (1, channels, *(_UNKNOWN_SIZE,) * OPERATIONS[op])
-    shapes = (input_shape, weight_shape, bias_shape, None)
+    shapes = Shapes(input_shape, weight_shape, bias_shape)
     try:
-        return _make_frame.__wrapped__(op, shapes, dtype, "NCHW", False, flip, tuple(numbers), backend)
+        return _make_frame.__wrapped__(
+            op, "forward", shapes, dtype, "NCHW", False, flip, tuple(numbers), backend
+        )
     except (ConvError, TypeError) as error:
         raise type(error)(str(error).replace(f"input {input_shape}, ", "")) from None
 
@@ -623,7 +652,7 @@ def explain(
     options = (stride, padding, dilation, groups, precision, layout, flip)
     call = bind(op, input, weight, bias, options, activation, residual, out)
     if out is not None:
-        arrays.check_out(op, call.given, call.frame.output_shape)
+        arrays.check_out(op, call.given, call.frame.result_shape)
     with call.kind.serve(call.given.values()):
         return planning.explain_problem(call.frame.problem, algo, call.kind.backend)
 

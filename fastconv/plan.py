@@ -13,12 +13,11 @@ import os
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastconv import measured
+from fastconv import grad_input, measured
 from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm, ErrorBound
 from fastconv.problem import ConvError, ConvProblem, Epilogue, Operands
 
@@ -37,12 +36,12 @@ class Plan:
     algorithm: Algorithm
     tile: Any
     device: Any
-    module: ModuleType
+    module: Any
 
     def prepare(self, weight: np.ndarray) -> Any:
         """Return the weight (K, C // groups, T, R, S) packed or transformed, to be passed to `run` often.
 
-        It fits every plan with the same `weight_form`.
+        It fits every plan with the same `weight_form`. There is none for the gradient of the weight.
         """
         return self.module.prepare(self.problem, self.tile, self.device, weight)
 
@@ -65,6 +64,10 @@ class Plan:
         x (N, C, D, H, W), weight (K, C // groups, T, R, S) or prepared, bias (K,), residual and out
         (N, K, O, P, Q): native, aligned, with any strides of whole elements; on the CPU of the problem's
         compute_dtype, on a GPU of its dtype and in the device's memory.
+
+        grad_input: x is the gradient with respect to the output, out that with respect to the input, to which
+        bias (C,) and residual belong. grad_weight: weight is the gradient with respect to the output, out
+        that with respect to the weight; bias, residual and activation are not applied.
         """
         operands = Operands(x, weight, bias, residual, epilogue, out)
         if self.problem.N:
@@ -206,8 +209,8 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
 def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | None:
     """Return why an algorithm cannot run a problem on a backend, in words, or None."""
     reason = TABLE[algo].refuses(problem, backend)
-    if reason is None and not _is_written(backend, algo):
-        return "has no CUDA kernel yet"
+    if reason is None and not _is_written(backend, algo, problem.direction):
+        return f"has no kernel for {problem.direction} on the {backend.upper()} yet"
     return reason
 
 
@@ -223,17 +226,29 @@ def possible_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> lis
     if why_refused(problem, algo, backend) is not None:
         return []
     row, device = TABLE[algo], _device(backend)
-    module = importlib.import_module(f"fastconv.{backend}.{algo}")
+    module = _find_module(backend, algo, problem.direction)
     tiles = (tile for tile in module.TILES if device.fits(tile, problem.compute_dtype))
     plans = (Plan(problem, backend, row, tile, device, module) for tile in tiles)
     is_any = problem.precision != "highest"
     return [plan for plan in plans if is_any or row.error_factor(problem, plan.tile) <= DIRECT_ERROR]
 
 
+def _find_module(backend: str, algo: str, direction: str) -> Any:
+    """Return what computes one pass of an algorithm on a backend: TILES, cost, workspace, prepare, run."""
+    if direction == "grad_input":
+        return grad_input.turn(backend, algo)
+    return importlib.import_module(_module_name(backend, algo, direction))
+
+
+def _module_name(backend: str, algo: str, direction: str) -> str:
+    folder = ".grad_weight" if direction == "grad_weight" else ""
+    return f"fastconv.{backend}{folder}.{algo}"
+
+
 @lru_cache(maxsize=64)
-def _is_written(backend: str, algo: str) -> bool:
-    """Say whether a backend has a file for a row of the table: the GPU does not have all yet."""
-    return importlib.util.find_spec(f"fastconv.{backend}.{algo}") is not None
+def _is_written(backend: str, algo: str, direction: str) -> bool:
+    """Say whether a backend has a file for a row of the table and a pass."""
+    return importlib.util.find_spec(_module_name(backend, algo, direction)) is not None
 
 
 def _device(backend: str) -> Any:

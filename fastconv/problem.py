@@ -22,6 +22,8 @@ Pair = tuple[int, int]
 Value = TypeVar("Value")
 
 OPERATIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+DIRECTIONS = {"forward": "", "grad_input": "_input", "grad_weight": "_weight"}
+"""The three passes, and what each adds to the name of an operation, as in torch.nn.grad."""
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 ORDERS = ("NCHW", "NHWC")
 PRECISIONS = ("highest", "high", "medium")
@@ -32,6 +34,7 @@ _WEIGHT_AXES = "TRS"
 _DEFAULTS: dict[str, object] = {
     "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
     "dtype": "float32", "order": "NCHW", "precision": "high", "bias": None, "residual": None,
+    "grad_output": None,
 }  # fmt: skip
 
 
@@ -72,7 +75,9 @@ class ConvProblem:
 
     A 1-D or 2-D convolution is a 3-D one whose outer axes have extent 1, stride 1 and no padding. `stride`
     and `dilation` are in elements along (d, h, w); `padding` is ((before, after), ...) along the same axes.
-    Shapes always list the channels second; `order` says how input and output lie in memory.
+    Shapes always list the channels second; `order` says how input and output lie in memory. `direction` says
+    what is computed: the output ("forward"), or the gradient with respect to input or weight ("grad_input",
+    "grad_weight") of a convolution whose sizes these are.
 
     >>> problem = make_problem("conv2d", (8, 64, 56, 56), (128, 64, 3, 3), padding=1)
     >>> problem.output_shape, problem.macs
@@ -197,8 +202,15 @@ class ConvProblem:
         return math.prod(self.weight_shape5[1:])
 
     @property
+    def terms(self) -> int:
+        """Length of each sum of this pass: gemm_k; output channels and taps; or all output pixels."""
+        if self.direction == "grad_weight":
+            return self.gemm_n
+        return self.gemm_k if self.direction == "forward" else self.gemm_m * math.prod(self.weight_shape5[2:])
+
+    @property
     def macs(self) -> int:
-        """Multiply-adds of a direct sum, those with padding included."""
+        """Multiply-adds of a direct sum, those with padding included; the same in every pass."""
         return self.groups * self.gemm_m * self.gemm_n * self.gemm_k
 
     @cached_property
@@ -291,6 +303,8 @@ def make_problem(
     precision: str = "high",
     bias_shape: Sequence[SupportsIndex] | None = None,
     residual_shape: Sequence[SupportsIndex] | None = None,
+    direction: str = "forward",
+    grad_shape: Sequence[SupportsIndex] | None = None,
 ) -> ConvProblem:
     """Check shapes and options and return the problem they state.
 
@@ -302,6 +316,8 @@ def make_problem(
                   "same" (output ceil(size / stride), an odd element of padding goes after)
     dtype         "float32", "float64", "float16" or "bfloat16"
     order         "NCHW" (channels first in memory) or "NHWC" (channels last), whatever the rank
+    direction     "forward", "grad_input" or "grad_weight"
+    grad_shape    of the gradient with respect to the output, for the last two
     ============  ================================================================================
 
     Raises ConvError for a value that breaks a rule and TypeError for one of the wrong type.
@@ -315,9 +331,10 @@ def make_problem(
     options = {
         "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "dtype": dtype,
         "order": order, "precision": precision, "bias": bias_shape, "residual": residual_shape,
+        "grad_output": grad_shape,
     }  # fmt: skip
-    call = _Call(op, input_shape, weight_shape, options)
-    _check_words(call)
+    call = _Call(f"{op}{DIRECTIONS[direction]}", input_shape, weight_shape, options)
+    _check_words(call, op)
     ndim = OPERATIONS[op]
     inputs, weights = _check_shapes(call, ndim)
     strides, dilations = _per_axis(call, "stride", ndim), _per_axis(call, "dilation", ndim)
@@ -326,10 +343,10 @@ def make_problem(
     d, h, w = _with_absent(inputs[2:], 1)
     t, r, s = _with_absent(weights[2:], 1)
     problem = ConvProblem(
-        op=op, ndim=ndim, N=inputs[0], C=inputs[1], D=d, H=h, W=w, K=weights[0], T=t, R=r, S=s,
+        op=call.op, ndim=ndim, N=inputs[0], C=inputs[1], D=d, H=h, W=w, K=weights[0], T=t, R=r, S=s,
         stride=_with_absent(strides, 1), dilation=_with_absent(dilations, 1),
         padding=_with_absent(pads, (0, 0)), groups=checked_groups,
-        dtype=dtype, order=order, precision=precision,
+        dtype=dtype, order=order, precision=precision, direction=direction,
     )  # fmt: skip
     _check_windows(call, problem)
     _check_operands(call, problem)
@@ -375,9 +392,9 @@ def _show(value: object) -> str:
     return _quote.repr(tuple(value) if isinstance(value, tuple) else value)
 
 
-def _check_words(call: _Call) -> None:
-    if call.op not in OPERATIONS:
-        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {_show(call.op)}")
+def _check_words(call: _Call, op: str) -> None:
+    if op not in OPERATIONS:
+        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {_show(op)}")
     for name, known in (("dtype", tuple(ITEMSIZE)), ("order", ORDERS), ("precision", PRECISIONS)):
         value = call.options[name]
         rule = f"{name} must be one of {', '.join(known)}"
@@ -433,7 +450,8 @@ def _check_windows(call: _Call, problem: ConvProblem) -> None:
 
 
 def _check_operands(call: _Call, problem: ConvProblem) -> None:
-    expected = {"bias": ("(K,)", (problem.K,)), "residual": ("output.shape", problem.output_shape)}
+    output = ("output.shape", problem.output_shape)
+    expected = {"bias": ("(K,)", (problem.K,)), "residual": output, "grad_output": output}
     for name, (rule, shape) in expected.items():
         given = call.options[name]
         if given is not None and (actual := _integers(call, name, given)) != shape:

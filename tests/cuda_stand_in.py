@@ -104,6 +104,11 @@ class StandInDriver:
     def launch(self, kernel, blocks, arguments):
         self.kernels.launch(kernel, blocks, arguments)
 
+    def zeros(self, shape, dtype):
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
     def copy(self, array):
         self.copied.append(array)
         target = self.empty(array.shape, array.dtype)

@@ -141,6 +141,11 @@ class TestParts:
         layer.judge(plan, split)
         assert split.tobytes() == inside.tobytes()
 
+    @on_backends(with_parts, backends=[EMULATOR, GPU])
+    def test_sums_that_would_leave_the_level_2_cache_stay_in_one_block(self, way, layer, launched):
+        layer.check(with_device(way.plan(layer.problem), processors=1000, l2=0))
+        assert_parts(launched, reduced=False)
+
     @on_backends(large_tiles, backends=[EMULATOR, GPU])
     def test_float64_is_always_split(self, way, rng, launched):
         """Twice 64 sums in float64 are more than a thread's registers hold."""

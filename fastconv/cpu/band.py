@@ -117,11 +117,8 @@ def make_block(problem: ConvProblem, tile: Tile, device: Device, form: str = "ro
 @lru_cache(maxsize=256)
 def plan_bands(problem: ConvProblem, tile: Tile, cache: int, workers: int) -> tuple[Geometry, Tables]:
     """Divide a problem into bands whose packed input takes about `cache` bytes, and those among threads."""
-    (_, sh, sw), (_, dh, dw) = problem.stride, problem.dilation
-    row_phases = sorted({r * dh % sh for r in range(problem.R)})
-    column_phases = sorted({s * dw % sw for s in range(problem.S)})
-    halo_h, halo_w = (problem.R - 1) * dh // sh, (problem.S - 1) * dw // sw
     C, K = problem.C // problem.groups, problem.K // problem.groups
+    (row_phases, halo_h), (column_phases, halo_w) = _phases(problem, 1), _phases(problem, 2)
     planes = C * problem.T * len(row_phases) * len(column_phases)
     budget = cache // (itemsize(problem) * planes)  # elements of each
     cols = even_share(problem.Q, max(64, budget // (1 + halo_h) - halo_w))
@@ -130,6 +127,19 @@ def plan_bands(problem: ConvProblem, tile: Tile, cache: int, workers: int) -> tu
         problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, tile.rows, workers
     )
     return geometry, _tap_tables(problem, geometry, row_phases, column_phases)
+
+
+def cut_bands(problem: ConvProblem, C: int, rows: int, cols: int) -> tuple[Geometry, Tables]:
+    """Cut the output pixels of a problem into bands of rows x cols, each with its input of C channels."""
+    (row_phases, halo_h), (column_phases, halo_w) = _phases(problem, 1), _phases(problem, 2)
+    g = make_geometry(problem, 1, C, problem.gemm_m, rows, cols, rows + halo_h, cols + halo_w, 1, workers=1)
+    return g, _tap_tables(problem, g, row_phases, column_phases)
+
+
+def _phases(problem: ConvProblem, axis: int) -> tuple[list[int], int]:
+    """Return the rests modulo the stride that an axis' taps have, and how far those with one rest reach."""
+    stride, dilation, taps = problem.stride[axis], problem.dilation[axis], problem.weight_shape5[2 + axis]
+    return sorted({tap * dilation % stride for tap in range(taps)}), (taps - 1) * dilation // stride
 
 
 def make_geometry(
@@ -256,7 +266,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         else:
             b = band
             if here != held:
-                _pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
+                pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
                 held = here
         origin = (n, channel, o, p, q)
         multiply(
@@ -289,7 +299,7 @@ def locate(block, view, at):
 
 
 @part
-def _pack_band(block, band, image, x, g, tables, o, p, q, rows):
+def pack_band(block, band, image, x, g, tables, o, p, q, rows):
     """Copy what output rows p ... p+rows-1, columns q ... read into the packed band, zeros for padding."""
     at = 0
     deep = g.Hb - g.rows + rows

@@ -73,10 +73,14 @@ class Geometry(NamedTuple):
 
 def _geometry(problem: ConvProblem, tile: Tile, device: Device) -> Geometry:
     """Divide the pixels of an output plane into blocks whose columns take at most half of L2."""
-    C, K = problem.C // problem.groups, problem.K // problem.groups
     width = tile.vectors * device.lanes(problem.compute_dtype)
     most = max(1, device.l2 // 2 // itemsize(problem) // problem.gemm_k // width) * width
-    columns = min(most, math.ceil(problem.P * problem.Q / width) * width)
+    return make_geometry(problem, min(most, math.ceil(problem.P * problem.Q / width) * width))
+
+
+def make_geometry(problem: ConvProblem, columns: int) -> Geometry:
+    """Return the geometry of blocks of so many pixels."""
+    C, K = problem.C // problem.groups, problem.K // problem.groups
     return Geometry(
         problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
         problem.T, problem.R, problem.S, *problem.stride, *problem.padding_before, *problem.dilation,
@@ -132,7 +136,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
         n, group = divmod(rest, g.groups)
         pixel = index * g.columns
         count = min(g.columns, g.P * g.Q - pixel)
-        _gather(block, columns, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, o, pixel, count)
+        gather(block, columns, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, o, pixel, count)
         channel = group * g.K
         multiply(
             block, advance(pointer(block, w), channel * taps), g.K, table(a_taps),
@@ -149,7 +153,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
 
 
 @part
-def _gather(block, columns, image, x, g, o, pixel, count):
+def gather(block, columns, image, x, g, o, pixel, count):
     """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to columns[tap, 0 ... count-1]."""
     at = 0
     for c in range(g.C):

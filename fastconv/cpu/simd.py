@@ -38,13 +38,13 @@ CACHE_LINE = 64  # bytes
 
 
 def _digest() -> str:
-    """Return a digest of the sources of this folder and of the Winograd constants.
+    """Return a digest of the sources of this folder, of those in it and of the Winograd constants.
 
     Numba's disk cache looks at the file of a function, not at those it calls; the digest is part of
     every kernel's argument types, so that an edited helper never runs as a stale binary.
     """
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "winograd_math.py"]
+    files = [*sorted(here.rglob("*.py")), here.parent / "winograd_math.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
@@ -105,9 +105,11 @@ class Tile(NamedTuple):
         return f"{self.rows}x{self.vectors}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
     """A tile for one dtype and vector width: the compile-time part of a kernel's arguments.
+
+    Numba's cache holds blocks that an older version has pickled: a new field needs a default.
 
     dtype    "float32" or "float64"
     rows     rows of the tile
@@ -117,7 +119,8 @@ class Block:
              "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
              "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
              "plane"        no A: one row of outputs of a plane, under one filter (`convolve_plane`)
-    m        Winograd: outputs along one side of a tile
+    adds     whether a tile adds to what is in C, in place of a bias
+    m        Winograd: outputs along one side of a tile; of `split_columns`, how many vectors are regrouped
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
     extents  "plane": (R, S) of the filter
     rolling  "plane": whether stride and dilation are 1 along the rows, so that a row serves R outputs
@@ -128,6 +131,7 @@ class Block:
     vectors: int
     lanes: int
     form: str = "rows"
+    adds: bool = False
     m: int = 0
     step: int = 1
     extents: tuple[int, int] = (0, 0)
@@ -323,7 +327,7 @@ def _keep_rolled(branch: Any) -> None:
 
 
 def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
-    """Emit the loop over the taps for a tile of `vectors` vectors, from loading the bias to storing."""
+    """Emit the loop over the taps for a tile of `vectors` vectors, from loading its start to storing."""
     a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row = args
     simd = Vectors(builder, block)
     column = [INT(j * block.lanes) for j in range(vectors)]
@@ -331,7 +335,10 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
         rows = [builder.load(builder.gep(a_rows, [INT(i)])) for i in range(block.rows)]
     else:  # needs fewer registers: x86 addresses scale a distance by 2, 4 and 8
         rows = [builder.mul(a_rows, INT(i)) for i in range(block.rows)]
-    if block.form == "rows":
+    cells = [builder.add(builder.mul(c_row, INT(i)), offset) for i in range(block.rows) for offset in column]
+    if block.adds:
+        start = [simd.load(c, cell) for cell in cells]
+    elif block.form == "rows":
         start = [simd.broadcast(bias, INT(i)) for i in range(block.rows) for _ in range(vectors)]
     else:
         start = [simd.load(bias, offset) for _ in range(block.rows) for offset in column]
@@ -353,9 +360,8 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
         phi.add_incoming(later, loop)
 
     builder.position_at_end(done)
-    for cell, value in enumerate(new):
-        i, j = divmod(cell, vectors)
-        simd.store(value, c, builder.add(builder.mul(c_row, INT(i)), column[j]))
+    for cell, value in zip(cells, new, strict=True):
+        simd.store(value, c, cell)
 
 
 def _emit_tap(
@@ -385,6 +391,8 @@ def _microkernel(typingctx, block, vectors, a, a_rows, a_taps, b, b_taps, taps, 
 @part
 def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     """Compute one tile: c[i * c_row + j] = bias + sum over the taps (at least one) of A[i, t] * B[t, j].
+
+    If block.adds, the tile itself takes the place of the bias.
 
     block    Block; its rows, and at most its vectors, make the tile
     vectors  how many vectors wide this tile is, 1 ... block.vectors

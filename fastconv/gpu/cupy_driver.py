@@ -95,6 +95,12 @@ class CupyDriver:
                 f"{self._name(kernel)} cannot be launched on {blocks} blocks: {error}"
             ) from error
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Allocate from the caller's pool and enqueue that all bytes are set to 0."""
+        array = self.empty(shape, dtype)
+        self._cupy.cuda.runtime.memsetAsync(_address(array), 0, array.nbytes, self._current_stream().ptr)
+        return array
+
     def copy(self, array: np.ndarray) -> np.ndarray:
         """Enqueue a copy into contiguous memory of the caller's pool."""
         target = self.empty(array.shape, array.dtype)

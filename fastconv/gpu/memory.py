@@ -132,6 +132,11 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return launch.driver().copy(array)
 
 
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return memory of the caller's pool in which all elements are 0."""
+    return launch.driver().zeros(shape, dtype)
+
+
 def mark() -> Any:
     """Return what the caller's stream has been given by now, None while it is captured in a CUDA graph."""
     return launch.driver().mark()

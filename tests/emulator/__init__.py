@@ -65,6 +65,10 @@ class EmulatorDriver:
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return zeros."""
+        return np.zeros(shape, dtype)
+
     def copy(self, array: np.ndarray) -> np.ndarray:
         """Return a contiguous copy."""
         return np.array(array, order="C")

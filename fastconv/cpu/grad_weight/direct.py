@@ -1,0 +1,93 @@
+"""Gradient of the weight without gathering: the rows of A are shifts of the packed band of input."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastconv.cpu import band
+from fastconv.cpu.band import Geometry, Tables, locate, pack_band, view
+from fastconv.cpu.grad_weight import outer
+from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_row
+from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+
+if TYPE_CHECKING:
+    from fastconv.cpu.device import Device
+    from fastconv.problem import ConvProblem, Operands
+
+TILES = outer.TILES
+
+
+@lru_cache(maxsize=256)
+def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry, Tables]:
+    """Divide the pixels into bands, of which a task packs some channels."""
+    pixels = outer.pixels_of_block(problem, tile, device, gathered=problem.T)
+    cols = band.even_share(problem.Q, pixels)
+    rows = band.even_share(problem.P, pixels // cols)
+    bands = -(-problem.P // rows) * -(-problem.Q // cols)
+    d = outer.divide(problem, tile, device, problem.N * problem.O * bands)
+    geometry, tables = band.cut_bands(problem, d.c_step, rows, cols)
+    return d, geometry, tables
+
+
+def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
+    """Return the estimated seconds on one core."""
+    d, g, tables = _plan(problem, tile, device)
+    packed = device.copy_cycles(problem, band.band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
+    return outer.cost(problem, tile, device, d, problem.groups * d.c_parts * d.blocks * packed)
+
+
+def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+    """Return the bytes of sums and of the packed blocks that all threads hold."""
+    d, g, tables = _plan(problem, tile, device)
+    return outer.workspace(problem, d, band.band_elements(g, tables))
+
+
+def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Compute the gradient; operands.weight is that of the output."""
+    d, g, tables = _plan(problem, tile, device)
+    block = outer.make_sums_block(problem, tile, device)
+    rows = outer.row_offsets(d, tables.b_taps)
+    pixels = np.arange(g.rows * g.cols) * block.vectors * block.lanes
+    elements = band.band_elements(g, tables)
+    x, y = view(operands.x), view(operands.weight)
+
+    def add(first: int, last: int, sums: np.ndarray) -> None:
+        _run(block, first, last, d, g, tables, elements, rows, pixels, x, y, band.address(sums))
+
+    outer.run(problem, d, outer.by_group(problem, operands.out), add)
+
+
+@Kernel
+def _run(block, first, last, d, g, tables, elements, a_rows, b_pixels, x, y, sums):
+    packed, panels = allocate(block, elements), allocate(block, b_pixels.size * d.columns)
+    a_pixels = np.empty(b_pixels.size, np.int64)
+    for task in range(first, last):
+        group, c, k, k_count, first_block, last_block = find_task(d, task)
+        total = advance(pointer(block, sums), task * d.rows * d.k_step)
+        for number in range(first_block, last_block):
+            n, _, o, p, q, rows, cols = band.find_task(g, number)[2:]
+            image = locate(block, x, (n, group * d.C + c, 0, 0, 0))
+            pack_band(block, packed, image, x, g, tables, o, p, q, rows)
+            for i in range(rows):
+                line = locate(block, y, (n, group * d.K + k, o, p + i, q))
+                pack_row(block, panels, i * cols, rows * cols, line, y[2], y[5], k_count, cols)
+                for j in range(cols):
+                    a_pixels[i * cols + j] = i * g.Wb + j
+            add_products(
+                block,
+                packed,
+                d.rows,
+                a_rows,
+                a_pixels,
+                panels,
+                b_pixels,
+                rows * cols,
+                k_count,
+                total,
+                d.k_step,
+            )
+    release(packed)
+    release(panels)

@@ -1,0 +1,82 @@
+"""Gradient of the weight by im2col and GEMM: the rows of A are the gathered taps of a block of pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastconv.cpu.band import address, locate, view
+from fastconv.cpu.grad_weight import outer
+from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
+from fastconv.cpu.im2col import Geometry, gather, make_geometry
+from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+
+if TYPE_CHECKING:
+    from fastconv.cpu.device import Device
+    from fastconv.problem import ConvProblem, Operands
+
+TILES = outer.TILES
+
+
+def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry]:
+    """Divide the pixels into blocks, of which a task gathers the taps of some channels."""
+    pixels = outer.pixels_of_block(
+        problem, tile, device, gathered=problem.gemm_k * problem.groups // problem.C
+    )
+    blocks = -(-problem.P * problem.Q // pixels)
+    g = make_geometry(problem, -(-problem.P * problem.Q // blocks))
+    d = outer.divide(problem, tile, device, problem.N * problem.O * g.blocks)
+    return d, g._replace(C=d.c_step)
+
+
+def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
+    """Return the estimated seconds on one core."""
+    d, _ = _plan(problem, tile, device)
+    lines = problem.groups * problem.gemm_k * problem.N * problem.O * problem.P
+    return outer.cost(
+        problem, tile, device, d, device.copy_cycles(problem, lines, problem.Q, problem.stride[2])
+    )
+
+
+def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+    """Return the bytes of sums, and of the gathered and packed blocks that all threads hold."""
+    d, g = _plan(problem, tile, device)
+    return outer.workspace(problem, d, d.c_step * d.taps * g.columns)
+
+
+def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Compute the gradient; operands.weight is that of the output."""
+    d, g = _plan(problem, tile, device)
+    block = outer.make_sums_block(problem, tile, device)
+    a_rows = outer.row_offsets(d, np.arange(d.c_step * d.taps) * g.columns)
+    a_pixels = np.arange(g.columns)
+    b_pixels = a_pixels * block.vectors * block.lanes
+    x, y = view(operands.x), view(operands.weight)
+
+    def add(first: int, last: int, sums: np.ndarray) -> None:
+        _run(block, first, last, d, g, a_rows, a_pixels, b_pixels, x, y, address(sums))
+
+    outer.run(problem, d, outer.by_group(problem, operands.out), add)
+
+
+@Kernel
+def _run(block, first, last, d, g, a_rows, a_pixels, b_pixels, x, y, sums):
+    columns = allocate(block, d.c_step * d.taps * g.columns)
+    panels = allocate(block, g.columns * d.columns)
+    for task in range(first, last):
+        group, c, k, k_count, first_block, last_block = find_task(d, task)
+        total = advance(pointer(block, sums), task * d.rows * d.k_step)
+        for number in range(first_block, last_block):
+            rest, index = divmod(number, g.blocks)
+            n, o = divmod(rest, g.O)
+            pixel = index * g.columns
+            count = min(g.columns, g.P * g.Q - pixel)
+            gather(block, columns, locate(block, x, (n, group * d.C + c, 0, 0, 0)), x, g, o, pixel, count)
+            plane = locate(block, y, (n, group * d.K + k, o, 0, 0))
+            pack_pixels(block, panels, plane, y, g.Q, pixel, count, k_count)
+            add_products(
+                block, columns, d.rows, a_rows, a_pixels, panels, b_pixels, count, k_count, total, d.k_step
+            )
+    release(columns)
+    release(panels)

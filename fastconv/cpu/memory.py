@@ -1,0 +1,15 @@
+"""Memory of the CPU: what gpu/memory.py is to a GPU, as far as both backends need it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy into contiguous memory."""
+    return np.array(array, dtype=dtype, order="C")
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return memory in which all elements are 0."""
+    return np.zeros(shape, dtype)

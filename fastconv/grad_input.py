@@ -1,0 +1,184 @@
+"""The gradient with respect to the input, by any algorithm, as convolutions with stride 1.
+
+Of a convolution along one axis, y[q] = sum over t of x[q * stride + t * dilation - before] * w[t], it is
+
+    grad_x[i] = sum of grad_y[q] * w[t]  over all q, t with  q * stride + t * dilation = i + before
+
+Inputs i whose i + before leaves the same rest when divided by the stride, a *phase*, meet the same taps, and
+neighbours among them meet neighbours of grad_y: a convolution of grad_y with some of the taps, reversed, and
+stride 1 (the sub-pixel view of Shi et al. 2016, arXiv:1609.07009). With stride 1 there is one phase, of all
+taps. A phase of no tap is zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastconv.problem import ConvProblem, Operands, Pair
+
+
+class Phase(NamedTuple):
+    """Some elements of grad_x along one axis and what they are convolved from.
+
+    inputs    of grad_x, `stride` apart
+    size      how many they are
+    taps      of w, reversed; None if no tap meets these inputs
+    outputs   of grad_y
+    dilation, padding  of the convolution
+    """
+
+    inputs: slice
+    size: int
+    taps: slice | None
+    outputs: slice
+    dilation: int
+    padding: Pair
+
+
+class Part(NamedTuple):
+    """One of the convolutions that make the gradient: a phase along d, h and w."""
+
+    problem: ConvProblem
+    phases: tuple[Phase, Phase, Phase]
+
+    @property
+    def is_zero(self) -> bool:
+        return any(phase.taps is None for phase in self.phases)
+
+    @property
+    def inputs(self) -> tuple[slice, ...]:
+        """What of the input's gradient it makes."""
+        return slice(None), slice(None), *(phase.inputs for phase in self.phases)
+
+    @property
+    def outputs(self) -> tuple[slice, ...]:
+        """What of the output's gradient it is made of."""
+        return slice(None), slice(None), *(phase.outputs for phase in self.phases)
+
+
+@lru_cache(maxsize=256)
+def find_parts(problem: ConvProblem) -> tuple[Part, ...]:
+    """Return the convolutions that together make the gradient; each makes elements of its own."""
+    sizes = zip(
+        problem.input_shape5[2:], problem.weight_shape5[2:], problem.output_shape5[2:], problem.stride,
+        problem.dilation, problem.padding_before, strict=True,
+    )  # fmt: skip
+    axes = [list(_find_phases(*axis)) for axis in sizes]
+    return tuple(_make_part(problem, *phases) for phases in itertools.product(*axes))
+
+
+def _find_phases(
+    size: int, kernel: int, windows: int, stride: int, dilation: int, before: int
+) -> Iterator[Phase]:
+    common = math.gcd(stride, dilation)
+    step = stride // common  # from one tap of a phase to the next
+    for first in range(min(stride, size)):
+        count = -(-(size - first) // stride)
+        row, rest = divmod(first + before, stride)
+        # The first tap with tap * dilation = rest modulo stride, if there is one.
+        tap = next((t for t in range(min(step, kernel)) if (t * dilation - rest) % stride == 0), None)
+        inputs = slice(first, None, stride)
+        if tap is None:
+            yield Phase(inputs, count, None, slice(0), 1, (0, 0))
+            continue
+        taps, apart = -(-(kernel - tap) // step), dilation // common
+        # The first input meets the last of these taps at this output, and the last input the first tap there.
+        low = row - (tap * dilation - rest) // stride - (taps - 1) * apart
+        high = low + count - 1 + (taps - 1) * apart
+        outputs = slice(max(low, 0), min(high + 1, windows))
+        padding = max(-low, 0), max(high + 1 - windows, 0)
+        is_met = outputs.start < outputs.stop
+        yield Phase(inputs, count, _reversed(tap, taps, step) if is_met else None, outputs, apart, padding)
+
+
+def _reversed(first: int, count: int, step: int) -> slice:
+    """Return the slice first, first + step ... of `count` elements, last one first."""
+    return slice(first + (count - 1) * step, first - step if first >= step else None, -step)
+
+
+def _make_part(problem: ConvProblem, *phases: Phase) -> Part:
+    d, h, w = phases
+    part = replace(
+        problem, direction="forward", C=problem.K, K=problem.C, stride=(1, 1, 1),
+        dilation=(d.dilation, h.dilation, w.dilation), padding=(d.padding, h.padding, w.padding),
+    )  # fmt: skip
+    if any(
+        phase.taps is None for phase in phases
+    ):  # a convolution of nothing: one tap, one channel per group
+        part = replace(part, C=problem.groups, dilation=(1, 1, 1), padding=((0, 0),) * 3)
+        return Part(replace(part, D=d.size, H=h.size, W=w.size, T=1, R=1, S=1), (d, h, w))
+    D, H, W = (phase.outputs.stop - phase.outputs.start for phase in phases)
+    T, R, S = (
+        len(range(extent)[phase.taps or slice(0)])
+        for extent, phase in zip(problem.weight_shape5[2:], phases, strict=True)
+    )
+    return Part(replace(part, D=D, H=H, W=W, T=T, R=R, S=S), (d, h, w))
+
+
+class InputGradient:
+    """A backend's file of an algorithm turned round: the same members, for problems of direction grad_input.
+
+    Operands.x is then the gradient with respect to the output, Operands.out that with respect to the input;
+    bias (C,) and residual are of the latter's shape.
+    """
+
+    def __init__(self, forward: ModuleType, memory: ModuleType) -> None:
+        self.TILES = forward.TILES
+        self._forward, self._memory = forward, memory
+
+    def cost(self, problem: ConvProblem, tile: Any, device: Any) -> float:
+        """Return the estimated seconds."""
+        return sum(float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
+
+    def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
+        """Return the bytes that are allocated at a time, the rearranged weight of a part included."""
+        return max(
+            int(self._forward.workspace(part.problem, tile, device))
+            + math.prod(part.problem.weight_shape5) * part.problem.itemsize
+            for part in find_parts(problem)
+        )
+
+    def prepare(self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray) -> list[Any]:
+        """Return the weight of every part, rearranged and prepared."""
+        weights = ((part, self._weight_of(problem, part, weight)) for part in find_parts(problem))
+        return [self._forward.prepare(part.problem, tile, device, own) for part, own in weights]
+
+    def run(self, problem: ConvProblem, tile: Any, device: Any, operands: Operands) -> None:
+        """Compute the gradient part by part; the weight is prepared or as given."""
+        o = operands
+        for i, part in enumerate(find_parts(problem)):
+            is_prepared = isinstance(o.weight, list)
+            weight = o.weight[i] if is_prepared else self._weight_of(problem, part, o.weight)
+            x = self._zeros(part.problem.input_shape5, o.x.dtype) if part.is_zero else o.x[part.outputs]
+            residual = None if o.residual is None else o.residual[part.inputs]
+            own = Operands(x, weight, o.bias, residual, o.epilogue, o.out[part.inputs])
+            self._forward.run(part.problem, tile, device, own)
+
+    def _weight_of(self, problem: ConvProblem, part: Part, weight: np.ndarray) -> np.ndarray:
+        """Return the taps of a part, reversed, with the roles of input and output channels exchanged."""
+        shape = part.problem.weight_shape5
+        if part.is_zero:
+            return self._zeros(shape, weight.dtype)
+        grouped = weight.reshape(problem.groups, problem.gemm_m, *weight.shape[1:])
+        taps = (slice(None), slice(None), slice(None), *(phase.taps for phase in part.phases))
+        return self._memory.copy(grouped[taps].swapaxes(1, 2), weight.dtype).reshape(shape)
+
+    def _zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return zeros of a shape: one element of memory, seen as often as needed."""
+        return np.broadcast_to(self._memory.zeros((1,), dtype), shape)
+
+
+@lru_cache(maxsize=16)
+def turn(backend: str, algo: str) -> InputGradient:
+    """Return a backend's file of an algorithm turned round."""
+    forward = import_module(f"fastconv.{backend}.{algo}")
+    return InputGradient(forward, import_module(f"fastconv.{backend}.memory"))
