@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fastconv.ops import conv3d as conv3d
     from fastconv.ops import explain as explain
     from fastconv.problem import ConvError as ConvError
+    from fastconv.transposed import conv_transpose1d as conv_transpose1d
+    from fastconv.transposed import conv_transpose2d as conv_transpose2d
+    from fastconv.transposed import conv_transpose3d as conv_transpose3d
     from fastconv.tune import tune as tune
 
 # public name -> module that holds it
@@ -35,6 +38,9 @@ _HOME = {
     "conv1d": "ops",
     "conv2d": "ops",
     "conv3d": "ops",
+    "conv_transpose1d": "transposed",
+    "conv_transpose2d": "transposed",
+    "conv_transpose3d": "transposed",
     "explain": "ops",
     "tune": "tune",
 }

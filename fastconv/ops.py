@@ -17,6 +17,7 @@ from fastconv.algorithms import TABLE, Algorithm
 from fastconv.problem import (
     OPERATIONS,
     ORDERS,
+    TRANSPOSED,
     ConvError,
     ConvProblem,
     Epilogue,
@@ -24,6 +25,7 @@ from fastconv.problem import (
     PerAxis,
     make_epilogue,
     make_problem,
+    make_transposed,
 )
 
 ArrayT = TypeVar("ArrayT")
@@ -44,10 +46,13 @@ class Shapes(NamedTuple):
 
 Options = tuple[Any, ...]  # the values of _NUMBERS, then layout and flip
 
-LAYOUTS = {"conv1d": ("NCL", "NLC"), "conv2d": ("NCHW", "NHWC"), "conv3d": ("NCDHW", "NDHWC")}
+NDIM = OPERATIONS | TRANSPOSED
+_LAYOUTS_OF = {1: ("NCL", "NLC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
+LAYOUTS = {op: _LAYOUTS_OF[ndim] for op, ndim in NDIM.items()}
 """Per operation, the names of the shapes with channels first and with channels last."""
 
 _NUMBERS = ("stride", "padding", "dilation", "groups", "precision")
+_TRANSPOSED_NUMBERS = (*_NUMBERS, "output_padding")
 _NO_EPILOGUE = Epilogue()
 
 # Larger than any array, yet only a Python int: the input a layer is checked against before it has seen one.
@@ -123,7 +128,7 @@ def conv2d(
     (array([2., 2.], dtype=float32), array([-2., -2.], dtype=float32))
     """
     options = (stride, padding, dilation, groups, precision, layout, flip)
-    return _convolve("conv2d", input, weight, bias, options, algo, activation, residual, out)
+    return convolve("conv2d", input, weight, bias, options, algo, activation, residual, out)
 
 
 def conv1d(
@@ -158,7 +163,7 @@ def conv1d(
     array([[3., 6., 4.]])
     """
     options = (stride, padding, dilation, groups, precision, layout, flip)
-    return _convolve("conv1d", input, weight, bias, options, algo, activation, residual, out)
+    return convolve("conv1d", input, weight, bias, options, algo, activation, residual, out)
 
 
 def conv3d(
@@ -193,10 +198,10 @@ def conv3d(
     54.0
     """
     options = (stride, padding, dilation, groups, precision, layout, flip)
-    return _convolve("conv3d", input, weight, bias, options, algo, activation, residual, out)
+    return convolve("conv3d", input, weight, bias, options, algo, activation, residual, out)
 
 
-def _convolve(
+def convolve(
     op: str,
     input: Any,
     weight: Any,
@@ -207,7 +212,7 @@ def _convolve(
     residual: Any,
     out: Any,
 ) -> Any:
-    """The one implementation of conv1d, conv2d and conv3d."""
+    """The one implementation of conv1d, conv2d, conv3d and the transposed ones."""
     kind, given, frame, epilogue = call = bind(op, input, weight, bias, options, activation, residual, out)
     with kind.serve(given.values()):
         plan = planning.make_plan(frame.problem, algo, kind.backend)
@@ -248,7 +253,8 @@ def bind(
     input = given["input"]
     bias, residual = _shape(given.get("bias")), _shape(given.get("residual"))
     shapes = Shapes(input.shape, given["weight"].shape, bias, residual)
-    frame = find_frame(op, "forward", input, shapes, dtype, options, kind.backend)
+    direction = "grad_input" if op in TRANSPOSED else "forward"
+    frame = find_frame(op, direction, input, shapes, dtype, options, kind.backend)
     return Call(kind, given, frame, epilogue)
 
 
@@ -340,7 +346,7 @@ def find_frame(
     _check_flip(op, flip)
     order = ORDERS[is_last]
     if not leader.flags.c_contiguous:
-        sample = slice(-OPERATIONS[op] - 1, None)
+        sample = slice(-NDIM[op] - 1, None)
         order = arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, order)
     plain = _plain(numbers)
     make = _make_frame.__wrapped__ if plain is None else _make_frame
@@ -383,7 +389,7 @@ def _make_frame(
     numbers: tuple[Any, ...],
     backend: str,
 ) -> Frame:
-    ndim = OPERATIONS[op]
+    ndim = NDIM[op]
     is_single = len(shapes.input) == ndim + 1
     problem = _make_problem(op, direction, shapes, dtype, order, is_last, is_single, numbers)
     absent = (None,) * (3 - ndim)
@@ -421,31 +427,26 @@ def _make_problem(
     numbers: tuple[Any, ...],
 ) -> ConvProblem:
     """State the problem with a batch and channels first; an error tells where that differs from the call."""
-    images = (shapes.input, shapes.residual, shapes.grad_output)
-    input_shape, residual_shape, grad_shape = (
-        None if shape is None else _to_channels_first(shape, is_single, is_last) for shape in images
-    )
+    input_shape = _to_channels_first(shapes.input, is_single, is_last)
+    options: dict[str, Any] = {"dtype": dtype, "order": order, "bias_shape": shapes.bias}
+    if shapes.residual is not None:
+        options["residual_shape"] = _to_channels_first(shapes.residual, is_single, is_last)
+    if shapes.grad_output is not None:
+        options["grad_shape"] = _to_channels_first(shapes.grad_output, is_single, is_last)
     try:
-        return make_problem(
-            op,
-            input_shape,  # type: ignore[arg-type]
-            shapes.weight,
-            dtype=dtype,
-            order=order,
-            bias_shape=shapes.bias,
-            residual_shape=residual_shape,
-            direction=direction,
-            grad_shape=grad_shape,
-            **dict(zip(_NUMBERS, numbers)),
-        )
+        if op in TRANSPOSED:
+            return make_transposed(
+                op, input_shape, shapes.weight, **options, **dict(zip(_TRANSPOSED_NUMBERS, numbers))
+            )
+        options |= dict(zip(_NUMBERS, numbers))
+        return make_problem(op, input_shape, shapes.weight, direction=direction, **options)
     except (ConvError, TypeError) as error:
         # A problem names the order of memory as if every image had two axes: the caller knows other names.
         message = str(error).replace(f"order {order!r}", f"order {LAYOUTS[op][ORDERS.index(order)]!r}")
         notes = [f"for layout {LAYOUTS[op][1]} shapes are listed channels first"] * is_last
         notes += ["for an input without a batch N = 1 is listed"] * is_single
-        taken_for_channels = (
-            not is_last and len(shapes.weight) > 1 and shapes.input[-1:] == shapes.weight[1:2]
-        )
+        channels = shapes.weight[:1] if op in TRANSPOSED else shapes.weight[1:2]
+        taken_for_channels = not is_last and len(channels) > 0 and shapes.input[-1:] == channels
         notes += [f"if the channels are last, say layout={LAYOUTS[op][1]!r}"] * taken_for_channels
         raise type(error)("; ".join([message, *notes])) from None
 

@@ -72,6 +72,8 @@ class Plan:
         operands = Operands(x, weight, bias, residual, epilogue, out)
         if self.problem.N:
             self.module.run(self.problem, self.tile, self.device, operands)
+        elif self.problem.direction == "grad_weight":
+            importlib.import_module(f"fastconv.{self.backend}.memory").clear(out)
 
     def workspace(self) -> int:
         """Return the bytes that `run` allocates beside input and output."""

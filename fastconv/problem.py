@@ -22,6 +22,7 @@ Pair = tuple[int, int]
 Value = TypeVar("Value")
 
 OPERATIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 DIRECTIONS = {"forward": "", "grad_input": "_input", "grad_weight": "_weight"}
 """The three passes, and what each adds to the name of an operation, as in torch.nn.grad."""
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -34,7 +35,7 @@ _WEIGHT_AXES = "TRS"
 _DEFAULTS: dict[str, object] = {
     "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
     "dtype": "float32", "order": "NCHW", "precision": "high", "bias": None, "residual": None,
-    "grad_output": None,
+    "grad_output": None, "output_padding": 0,
 }  # fmt: skip
 
 
@@ -334,9 +335,11 @@ def make_problem(
         "grad_output": grad_shape,
     }  # fmt: skip
     call = _Call(f"{op}{DIRECTIONS[direction]}", input_shape, weight_shape, options)
-    _check_words(call, op)
+    if op not in OPERATIONS:
+        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {_show(op)}")
+    _check_options(call)
     ndim = OPERATIONS[op]
-    inputs, weights = _check_shapes(call, ndim)
+    inputs, weights = _check_shapes(call, ndim, ("K", "C // groups"))
     strides, dilations = _per_axis(call, "stride", ndim), _per_axis(call, "dilation", ndim)
     checked_groups = _check_groups(call, inputs[1], weights)
     pads = _resolve_padding(call, inputs[2:], weights[2:], strides, dilations)
@@ -351,6 +354,94 @@ def make_problem(
     _check_windows(call, problem)
     _check_operands(call, problem)
     return problem
+
+
+def make_transposed(
+    op: str,
+    input_shape: Sequence[SupportsIndex],
+    weight_shape: Sequence[SupportsIndex],
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    output_padding: PerAxis = 0,
+    dilation: PerAxis = 1,
+    groups: SupportsIndex = 1,
+    dtype: str = "float32",
+    order: str = "NCHW",
+    precision: str = "high",
+    bias_shape: Sequence[SupportsIndex] | None = None,
+    residual_shape: Sequence[SupportsIndex] | None = None,
+) -> ConvProblem:
+    """Check a transposed convolution and return it as the gradient of the input that it is.
+
+    ==============  ============================================================================
+    input_shape     (N, C, H, W) in 2-D: the shape of the gradient of the problem's output
+    weight_shape    (C, K // groups, R, S)
+    output_padding  rows of the output beyond the last window: fewer than stride or dilation
+    result          (N, K, P, Q): P = (H - 1) * stride - before - after + dilation * (R - 1) + 1
+                    + output_padding; the problem's input_shape
+    ==============  ============================================================================
+
+    The problem's letters are those of the convolution whose gradient it is: C and K, H and P exchange roles.
+
+    >>> make_transposed("conv_transpose2d", (1, 8, 7, 7), (8, 4, 3, 3), stride=2, padding=1).input_shape
+    (1, 4, 13, 13)
+    """
+    options = {
+        "stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation,
+        "groups": groups, "dtype": dtype, "order": order, "precision": precision, "bias": bias_shape,
+        "residual": residual_shape,
+    }  # fmt: skip
+    call = _Call(op, input_shape, weight_shape, options)
+    ndim = TRANSPOSED[op]
+    _check_options(call)
+    inputs, weights = _check_shapes(call, ndim, ("C", "K // groups"))
+    strides, dilations = _per_axis(call, "stride", ndim), _per_axis(call, "dilation", ndim)
+    beyond = _per_axis(call, "output_padding", ndim, least=0)
+    checked_groups = _check_transposed_groups(call, inputs[1], weights[0])
+    rule = "padding must be an int, or an int or (before, after) pair per spatial axis"
+    pads = tuple(_pair(call, rule, entry) for entry in _entries(call, "padding", rule, ndim))
+    axes = list(zip(inputs[2:], weights[2:], strides, dilations, pads, beyond, strict=True))
+    sizes = tuple(_transposed_size(call, *axis) for axis in axes)
+    d, h, w = _with_absent(sizes, 1)
+    t, r, s = _with_absent(weights[2:], 1)
+    # Whole strides of output_padding would be windows more: so much less is padded.
+    whole = [(before, after - more // step * step) for _, _, step, _, (before, after), more in axes]
+    problem = ConvProblem(
+        op=op, ndim=ndim, N=inputs[0], C=weights[1] * checked_groups, D=d, H=h, W=w, K=inputs[1],
+        T=t, R=r, S=s, stride=_with_absent(strides, 1), dilation=_with_absent(dilations, 1),
+        padding=_with_absent(tuple(whole), (0, 0)), groups=checked_groups,
+        dtype=dtype, order=order, precision=precision, direction="grad_input",
+    )  # fmt: skip
+    _check_shape_of(call, "bias", "(K,)", (problem.C,))
+    _check_shape_of(call, "residual", "output.shape", problem.input_shape)
+    return problem
+
+
+def _check_transposed_groups(call: _Call, channels: int, rows: int) -> int:
+    groups = _integer(call, "groups must be an int", call.options["groups"])
+    if groups < 1:
+        raise call.error(f"groups must be at least 1, got {groups}")
+    if rows != channels:
+        raise call.error(f"weight.shape[0] must be C = input.shape[1] = {channels}, got {rows}")
+    if channels % groups:
+        raise call.error(f"input.shape[1] must be a multiple of groups = {groups}, got {channels}")
+    return groups
+
+
+def _transposed_size(
+    call: _Call, size: int, kernel: int, stride: int, dilation: int, padding: Pair, beyond: int
+) -> int:
+    """Return the extent of the output along an axis."""
+    if beyond >= max(stride, dilation):
+        most = f"max(stride, dilation) = max({stride}, {dilation}) = {max(stride, dilation)}"
+        raise call.error(f"output_padding must be below {most}, got {beyond}")
+    found = (size - 1) * stride - sum(padding) + _span(kernel, dilation) + beyond
+    if found < 1:
+        numbers = f"({size} - 1) * {stride} - {padding[0]} - {padding[1]} + {dilation} * ({kernel} - 1) + 1"
+        rule = "output size (size - 1) * stride - padding - padding + dilation * (kernel - 1) + 1"
+        raise call.error(f"{rule} + output_padding must be at least 1, got {numbers} + {beyond} = {found}")
+    return found
 
 
 def _with_absent(values: tuple[Value, ...], absent: Value) -> tuple[Value, Value, Value]:
@@ -392,9 +483,7 @@ def _show(value: object) -> str:
     return _quote.repr(tuple(value) if isinstance(value, tuple) else value)
 
 
-def _check_words(call: _Call, op: str) -> None:
-    if op not in OPERATIONS:
-        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {_show(op)}")
+def _check_options(call: _Call) -> None:
     for name, known in (("dtype", tuple(ITEMSIZE)), ("order", ORDERS), ("precision", PRECISIONS)):
         value = call.options[name]
         rule = f"{name} must be one of {', '.join(known)}"
@@ -404,10 +493,12 @@ def _check_words(call: _Call, op: str) -> None:
             raise call.error(f"{rule}, got {value!r}")
 
 
-def _check_shapes(call: _Call, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _check_shapes(
+    call: _Call, ndim: int, channels: tuple[str, str]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     inputs, weights = _integers(call, "input", call.input_shape), _integers(call, "weight", call.weight_shape)
     _check_shape(call, "input", inputs, ("N", "C", *_INPUT_AXES[-ndim:]), f" ({ndim + 1} without N)")
-    _check_shape(call, "weight", weights, ("K", "C // groups", *_WEIGHT_AXES[-ndim:]), "")
+    _check_shape(call, "weight", weights, (*channels, *_WEIGHT_AXES[-ndim:]), "")
     return inputs, weights
 
 
@@ -450,12 +541,15 @@ def _check_windows(call: _Call, problem: ConvProblem) -> None:
 
 
 def _check_operands(call: _Call, problem: ConvProblem) -> None:
-    output = ("output.shape", problem.output_shape)
-    expected = {"bias": ("(K,)", (problem.K,)), "residual": output, "grad_output": output}
-    for name, (rule, shape) in expected.items():
-        given = call.options[name]
-        if given is not None and (actual := _integers(call, name, given)) != shape:
-            raise call.error(f"{name}.shape must be {rule} = {shape}, got {actual}")
+    _check_shape_of(call, "bias", "(K,)", (problem.K,))
+    _check_shape_of(call, "residual", "output.shape", problem.output_shape)
+    _check_shape_of(call, "grad_output", "output.shape", problem.output_shape)
+
+
+def _check_shape_of(call: _Call, name: str, rule: str, shape: tuple[int, ...]) -> None:
+    given = call.options[name]
+    if given is not None and (actual := _integers(call, name, given)) != shape:
+        raise call.error(f"{name}.shape must be {rule} = {shape}, got {actual}")
 
 
 def _integers(call: _Call, name: str, shape: object) -> tuple[int, ...]:
@@ -464,6 +558,15 @@ def _integers(call: _Call, name: str, shape: object) -> tuple[int, ...]:
     if sizes is None:
         raise call.type_error(rule, shape)
     return tuple(_integer(call, rule, size) for size in sizes)
+
+
+def to_sizes(op: str, name: str, value: object) -> tuple[int, ...]:
+    """Return a shape that is given as such, not as an array's; raise TypeError for anything else."""
+    entries = _as_tuple(value)
+    if entries is None or not all(map(_is_integer, entries)):
+        kind = type(value).__name__
+        raise TypeError(f"{op}: {name} must be a tuple of ints, got {_show(value)} of type {kind}")
+    return tuple(operator.index(entry) for entry in entries)  # type: ignore[arg-type]
 
 
 def _as_tuple(value: object) -> tuple[object, ...] | None:
@@ -503,11 +606,11 @@ def _entries(call: _Call, name: str, rule: str, ndim: int) -> tuple[object, ...]
     return entries
 
 
-def _per_axis(call: _Call, name: str, ndim: int) -> tuple[int, ...]:
+def _per_axis(call: _Call, name: str, ndim: int, least: int = 1) -> tuple[int, ...]:
     rule = f"{name} must be an int or one int per spatial axis"
     values = tuple(_integer(call, rule, entry) for entry in _entries(call, name, rule, ndim))
-    if min(values) < 1:
-        raise call.error(f"{name} must be at least 1, got {min(values)}")
+    if min(values) < least:
+        raise call.error(f"{name} must be at least {least}, got {min(values)}")
     return values
 
 

@@ -218,6 +218,20 @@ class TestMemory:
         assert "copy" not in [words[0] for words in notes.said]
 
 
+    @pytest.mark.parametrize("stream", [None, 70])
+    def test_clear(self, notes, driver, stream):
+        array = np.ones((3, 4), np.float32)[:, ::2]
+        with serving(caller(stream)):
+            driver.clear(array)
+        address = array.__array_interface__["data"][0]
+        assert notes.said[-1] == ("copy", 0, ((3, 2), "u4", (address, 24, 0), (16, 8)), stream)
+
+    def test_clear_nothing(self, notes, driver):
+        with serving(caller(70)):
+            driver.clear(np.empty((0, 3), np.float32))
+        assert "copy" not in [words[0] for words in notes.said]
+
+
 class TestServe:
     def test_device_is_current(self, notes, driver):
         with launch.calling(caller(device=1)):

@@ -10,6 +10,11 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.array(array, dtype=dtype, order="C")
 
 
+def clear(array: np.ndarray) -> None:
+    """Set all elements to 0."""
+    array[...] = 0
+
+
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return memory in which all elements are 0."""
     return np.zeros(shape, dtype)

@@ -95,11 +95,11 @@ class CupyDriver:
                 f"{self._name(kernel)} cannot be launched on {blocks} blocks: {error}"
             ) from error
 
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Allocate from the caller's pool and enqueue that all bytes are set to 0."""
-        array = self.empty(shape, dtype)
-        self._cupy.cuda.runtime.memsetAsync(_address(array), 0, array.nbytes, self._current_stream().ptr)
-        return array
+    def clear(self, array: np.ndarray) -> None:
+        """Enqueue that all elements become 0."""
+        if array.size:
+            bits = self._bits(array)
+            self._copy(np.dtype(f"u{array.itemsize}").type(0), bits, stream=_stream())
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         """Enqueue a copy into contiguous memory of the caller's pool."""

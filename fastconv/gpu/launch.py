@@ -39,8 +39,8 @@ class Driver(Protocol):
     def launch(self, kernel: Kernel, blocks: int, arguments: list[Argument]) -> None:
         """Compile the kernel unless that was done before, and enqueue it."""
 
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Allocate as `empty` does, and enqueue that all elements become 0."""
+    def clear(self, array: np.ndarray) -> None:
+        """Enqueue that all elements become 0."""
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         """Enqueue a copy into contiguous memory of the caller's pool, and return that."""

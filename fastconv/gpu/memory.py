@@ -134,7 +134,14 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return memory of the caller's pool in which all elements are 0."""
-    return launch.driver().zeros(shape, dtype)
+    array = launch.driver().empty(shape, dtype)
+    clear(array)
+    return array
+
+
+def clear(array: np.ndarray) -> None:
+    """Set all elements to 0."""
+    launch.driver().clear(array)
 
 
 def mark() -> Any:

@@ -1,0 +1,238 @@
+"""The gradients of a convolution with respect to its input and its weight, named as in torch.nn.grad.
+
+Both are problems like the convolution itself, in another direction: the same table, plans and kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from fastconv import arrays
+from fastconv import plan as planning
+from fastconv.ops import Array, Frame, Shape, Shapes, find_frame, finish
+from fastconv.problem import DIRECTIONS, Epilogue, Padding, PerAxis, to_sizes
+
+Size = Sequence[SupportsIndex]
+Options = tuple[Any, ...]  # stride, padding, dilation, groups, precision, layout, algo, out
+
+
+def conv2d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """Return the gradient of sum(conv2d(input, weight) * grad_output) with respect to the input.
+
+    ===========  ===============================================
+    input_size   the shape of input: (N, C, H, W) or (C, H, W)
+    weight       (K, C // groups, R, S)
+    grad_output  the shape of conv2d's result: (N, K, P, Q)
+    out          input_size; written and returned
+    returns      input_size, in the memory order of grad_output
+    ===========  ===============================================
+
+    Arguments, arrays, dtypes and errors are those of conv2d. Every algorithm but one computes it: inputs that
+    leave the same rest when divided by the stride meet the same taps, so that it is one convolution with
+    stride 1 for each rest; `winograd` takes stride 1 only. (The sub-pixel view of Shi et al. 2016,
+    arXiv:1609.07009; the arithmetic is that of Dumoulin and Visin, arXiv:1603.07285.)
+
+    >>> import numpy as np
+    >>> conv2d_input((1, 1, 1, 3), np.array([[[[1.0, 10.0]]]]), np.ones((1, 1, 1, 2)))
+    array([[[[ 1., 11., 10.]]]])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _input_gradient("conv2d", input_size, weight, grad_output, options)
+
+
+def conv1d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCL",
+    out: Array | None = None,
+) -> Array:
+    """Do what conv2d_input does for input_size (N, C, L) or (C, L).
+
+    >>> import numpy as np
+    >>> conv1d_input((1, 1, 3), np.array([[[1.0, 10.0]]]), np.ones((1, 1, 2)))
+    array([[[ 1., 11., 10.]]])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _input_gradient("conv1d", input_size, weight, grad_output, options)
+
+
+def conv3d_input(
+    input_size: Size,
+    weight: Array,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCDHW",
+    out: Array | None = None,
+) -> Array:
+    """Do what conv2d_input does for input_size (N, C, D, H, W) or (C, D, H, W).
+
+    >>> import numpy as np
+    >>> conv3d_input((1, 1, 1, 1, 3), np.array([[[[[1.0, 10.0]]]]]), np.ones((1, 1, 1, 1, 2))).ravel()
+    array([ 1., 11., 10.])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _input_gradient("conv3d", input_size, weight, grad_output, options)
+
+
+def conv2d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """Return the gradient of sum(conv2d(input, weight) * grad_output) with respect to the weight.
+
+    ===========  ==========================================
+    input        (N, C, H, W) or (C, H, W)
+    weight_size  the shape of weight: (K, C // groups, R, S)
+    grad_output  the shape of conv2d's result: (N, K, P, Q)
+    out          weight_size; written and returned
+    returns      weight_size
+    ===========  ==========================================
+
+    Arguments, arrays, dtypes and errors are those of conv2d. It is the sum over all pixels of the products of
+    each output channel's gradient with each input that a tap meets there (Chellapilla, Puri, Simard 2006);
+    `winograd` has no such pass.
+
+    >>> import numpy as np
+    >>> conv2d_weight(np.array([[[[1.0, 2.0, 4.0]]]]), (1, 1, 1, 2), np.ones((1, 1, 1, 2)))
+    array([[[[3., 6.]]]])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _weight_gradient("conv2d", input, weight_size, grad_output, options)
+
+
+def conv1d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCL",
+    out: Array | None = None,
+) -> Array:
+    """Do what conv2d_weight does for input (N, C, L) or (C, L).
+
+    >>> import numpy as np
+    >>> conv1d_weight(np.array([[[1.0, 2.0, 4.0]]]), (1, 1, 2), np.ones((1, 1, 2)))
+    array([[[3., 6.]]])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _weight_gradient("conv1d", input, weight_size, grad_output, options)
+
+
+def conv3d_weight(
+    input: Array,
+    weight_size: Size,
+    grad_output: Array,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    *,
+    algo: str = "auto",
+    precision: str = "high",
+    layout: str = "NCDHW",
+    out: Array | None = None,
+) -> Array:
+    """Do what conv2d_weight does for input (N, C, D, H, W) or (C, D, H, W).
+
+    >>> import numpy as np
+    >>> conv3d_weight(np.array([[[[[1.0, 2.0, 4.0]]]]]), (1, 1, 1, 1, 2), np.ones((1, 1, 1, 1, 2))).ravel()
+    array([3., 6.])
+    """
+    options = (stride, padding, dilation, groups, precision, layout, algo, out)
+    return _weight_gradient("conv3d", input, weight_size, grad_output, options)
+
+
+def _input_gradient(op: str, input_size: Size, weight: Any, grad_output: Any, options: Options) -> Any:
+    name = op + DIRECTIONS["grad_input"]
+    size = to_sizes(name, "input_size", input_size)
+    given = {"weight": weight, "grad_output": grad_output}
+    return _differentiate(op, "grad_input", given, size, None, options)
+
+
+def _weight_gradient(op: str, input: Any, weight_size: Size, grad_output: Any, options: Options) -> Any:
+    name = op + DIRECTIONS["grad_weight"]
+    size = to_sizes(name, "weight_size", weight_size)
+    given = {"input": input, "grad_output": grad_output}
+    return _differentiate(op, "grad_weight", given, None, size, options)
+
+
+def _differentiate(
+    op: str, direction: str, given: arrays.Given, input: Shape | None, weight: Shape | None, options: Options
+) -> Any:
+    """The one implementation of all gradients; of the shapes of input and weight one is that of an array."""
+    *numbers, layout, algo, out = options
+    name, example = op + DIRECTIONS[direction], next(iter(given.values()))
+    if out is not None:
+        given["out"] = out
+    kind = arrays.adapt(name, given)
+    dtype, grad = arrays.common_dtype(name, given), given["grad_output"]
+    leader: np.ndarray = given.get("input", grad)
+    input = given["input"].shape if input is None else input
+    weight = given["weight"].shape if weight is None else weight
+    shapes = Shapes(input, weight, grad_output=grad.shape)
+    frame = find_frame(op, direction, leader, shapes, dtype, (*numbers, layout, False), kind.backend)
+    with kind.serve(given.values()):
+        plan = planning.make_plan(frame.problem, algo, kind.backend)
+        result = _run(name, plan, kind, given, frame)
+    return kind.wrap(result, example) if out is None else out
+
+
+def _run(op: str, plan: planning.Plan, kind: arrays.Kind, given: arrays.Given, frame: Frame) -> np.ndarray:
+    """Run a plan into `out`, or into a new array."""
+    out, compute = given.get("out"), frame.compute
+    if out is not None:
+        arrays.check_out(op, given, frame.result_shape)
+    work = out if out is not None and arrays.is_computable(out, compute) else frame.allocate(kind)
+    operands = {name: arrays.to_computable(array, compute) for name, array in given.items() if name != "out"}
+    grad = frame.view5(operands["grad_output"])
+    if "weight" in operands:
+        plan.run(grad, operands["weight"][frame.weight_insert], None, None, Epilogue(), frame.view5(work))
+    else:
+        plan.run(frame.view5(operands["input"]), grad, None, None, Epilogue(), work[frame.weight_insert])
+    return finish(work, out, given["grad_output"].dtype)
