@@ -84,7 +84,7 @@ def plain_sum():
 
 
 def of_product(rows, columns):
-    """FLOP per byte of a tile of a matrix product: it reads a column of rows and a row of columns for each k."""
+    """FLOP per byte of a tile of a matrix product, which reads so many rows and columns for each k."""
     return 2 * rows * columns / (4 * (rows + columns))
 
 
