@@ -212,7 +212,7 @@ def _differentiate(
         given["out"] = out
     kind = arrays.adapt(name, given)
     dtype, grad = arrays.common_dtype(name, given), given["grad_output"]
-    leader: np.ndarray = given.get("input", grad)
+    leader: Any = given.get("input", grad)
     input = given["input"].shape if input is None else input
     weight = given["weight"].shape if weight is None else weight
     shapes = Shapes(input, weight, grad_output=grad.shape)

@@ -99,7 +99,7 @@ def conv_transpose3d(
     layout: str = "NCDHW",
     out: Array | None = None,
 ) -> ArrayT:
-    """Do what conv_transpose2d does for input (N, C, D, H, W) or (C, D, H, W), weight (C, K // groups, T, R, S).
+    """Do what conv_transpose2d does for input (N, C, D, H, W) and weight (C, K // groups, T, R, S).
 
     >>> import numpy as np
     >>> conv_transpose3d(np.ones((1, 2, 1, 1, 1)), np.ones((2, 1, 1, 1, 3))).ravel()

@@ -217,7 +217,6 @@ class TestMemory:
             driver.copy(np.empty((0, 3), np.float32))
         assert "copy" not in [words[0] for words in notes.said]
 
-
     @pytest.mark.parametrize("stream", [None, 70])
     def test_clear(self, notes, driver, stream):
         array = np.ones((3, 4), np.float32)[:, ::2]

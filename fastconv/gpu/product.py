@@ -25,6 +25,9 @@ THREADS = 256  # per block, of kernels that handle one element per thread
 LAUNCH = 3e-6  # seconds from the end of one kernel to the work of the next
 SCHEDULERS = 4  # of an SM: each issues the multiply-adds of one warp at a time
 REGISTERS = 128  # per thread, about: 64 sums and what is multiplied
+INSIDE_REGISTERS = (
+    224  # if a block adds the parts of its sums itself: 64 more, and the loads of the next part
+)
 L2_SPEEDUP = 2.5  # of the level-2 cache over the memory, in bytes/s
 MOST_PARTS = 32
 
@@ -65,9 +68,13 @@ class Tile:
 
     @property
     def resident(self) -> int:
-        """Blocks that one SM holds at a time, as its 65,536 registers permit: they go by four warps."""
+        """Blocks that one SM holds at a time if threads have about as many registers as most."""
+        return self.resident_with(REGISTERS)
+
+    def resident_with(self, registers: int) -> int:
+        """Return the blocks that the 65,536 registers of an SM permit: they go by four warps."""
         warps = -(-self.threads // 128) * 4
-        return max(65536 // (REGISTERS * 32 * warps), 1)
+        return max(65536 // (registers * 32 * warps), 1)
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}"
@@ -232,6 +239,11 @@ class Division:
     blocks: int
     is_split: bool
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether each block adds the parts of its sums itself."""
+        return self.parts > 1 and not self.is_split
+
 
 def divide(
     problem: ConvProblem, tile: Tile, device: Device, slices: int, parts: int, columns: int
@@ -271,7 +283,8 @@ def seconds(problem: ConvProblem, tile: Tile, device: Device, division: Division
     efficiency  part of the peak that the main loop reaches on a full device
     """
     per_sm = -(-division.blocks // device.processors)
-    rate = sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * efficiency
+    resident = tile.resident_with(INSIDE_REGISTERS if division.is_inside else REGISTERS)
+    rate = sm_rate(problem, device, min(per_sm, resident) * tile.threads) * efficiency
     terms = SLICE * division.slices / (division.parts if division.is_split else 1)
     arithmetic = per_sm * terms * 2 * tile.block_m * tile.block_n / rate
     loaded = division.blocks * terms * (tile.block_m + tile.block_n) * accumulator(problem).itemsize
@@ -302,8 +315,7 @@ def multiply(
         shape = (division.parts, *call.problem.output_shape5)
         partial = launch.driver().empty(shape, accumulator(call.problem))
         largest = max(largest, partial.size)
-    is_inside = division.parts > 1 and not division.is_split
-    defines = {**defines_of(tile, is_inside), **defines, **call.output}
+    defines = {**defines_of(tile, division.is_inside), **defines, **call.output}
     call.launch(
         "MULTIPLY", division.blocks, tile.threads, defines, largest, packed=packed, partial=partial,
         columns=columns, slices=division.slices, parts=division.parts, **call.ends, **loaded,
