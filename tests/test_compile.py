@@ -13,7 +13,7 @@ from bench.session import CommandError
 from fastconv.gpu import source
 from tests.specimens import install, specimen
 
-# For these, as many kernels are compiled here as have every setting, for other architectures one of each stage.
+# For these, as many kernels are compiled as have every setting, for other architectures one of each stage.
 # `python -m bench kernels` compiles more: bench/results/kernels.md keeps what it found.
 THOROUGH = (75, 90)
 DTYPES = ("float32", "float16")

@@ -25,9 +25,7 @@ THREADS = 256  # per block, of kernels that handle one element per thread
 LAUNCH = 3e-6  # seconds from the end of one kernel to the work of the next
 SCHEDULERS = 4  # of an SM: each issues the multiply-adds of one warp at a time
 REGISTERS = 128  # per thread, about: 64 sums and what is multiplied
-INSIDE_REGISTERS = (
-    224  # if a block adds the parts of its sums itself: 64 more, and the loads of the next part
-)
+INSIDE_REGISTERS = 224  # if a block adds the parts of its sums itself
 L2_SPEEDUP = 2.5  # of the level-2 cache over the memory, in bytes/s
 MOST_PARTS = 32
 
