@@ -322,7 +322,7 @@ def check_out(op: str, given: Given, shape: tuple[int, ...]) -> None:
     out = given["out"]
     found = ""
     if out.shape != shape:
-        found = f"out.shape must be output.shape = {shape}, got {out.shape}"
+        found = f"out.shape must be result.shape = {shape}, got {out.shape}"
     elif not out.flags.writeable:
         found = "out must be writeable, got a read-only array"
     elif _overlaps_itself(out):

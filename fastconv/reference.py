@@ -136,11 +136,11 @@ def error_scale(
     )
     x = np.pad(x, [(0, 0), (0, 0), *problem.padding[5 - w.ndim :]])
     for axis in range(2, x.ndim):
-        x = _largest_near(x, axis, reach)
+        x = largest_near(x, axis, reach)
     return _forward(op, x, w, None, (stride, 0, dilation, groups), False, None, None)
 
 
-def _largest_near(x: Array, axis: int, reach: int) -> Array:
+def largest_near(x: Array, axis: int, reach: int) -> Array:
     """Return the largest element among those at most `reach` away along an axis."""
     margins = [(reach, reach) if a == axis else (0, 0) for a in range(x.ndim)]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, margins), 2 * reach + 1, axis)

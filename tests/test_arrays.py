@@ -331,6 +331,6 @@ class TestOut:
         with pytest.raises(ConvError) as caught:
             self.check(np.zeros((2, 4)), shape=(2, 3))
         assert str(caught.value) == (
-            "conv1d: out.shape must be output.shape = (2, 3), got (2, 4) "
+            "conv1d: out.shape must be result.shape = (2, 3), got (2, 4) "
             "(input (2, 3) float64, out (2, 4) float64)"
         )

@@ -208,9 +208,9 @@ BAD = {
     # out
     "out of another shape": (
         {"out": ones(2, 6, 7, 7)}, ConvError,
-        "out.shape must be output.shape = (2, 6, 5, 5), got (2, 6, 7, 7)",
+        "out.shape must be result.shape = (2, 6, 5, 5), got (2, 6, 7, 7)",
     ),
-    "out without batch": ({"out": ones(6, 5, 5)}, ConvError, "out.shape must be output.shape"),
+    "out without batch": ({"out": ones(6, 5, 5)}, ConvError, "out.shape must be result.shape"),
     "out a list": ({"out": []}, TypeError, f"out {ARRAY}list"),
     "out with shared elements": (
         {"out": np.lib.stride_tricks.as_strided(ones(2, 6, 5), OUT, (120, 20, 4, 0))}, ConvError,
@@ -349,7 +349,7 @@ class TestMessages:
             ),
             (
                 lambda: fastconv.conv2d(ones(1, 1, 3, 3), ones(1, 1, 3, 3), out=ones(1, 1, 2, 1)),
-                "conv2d: out.shape must be output.shape = (1, 1, 1, 1), got (1, 1, 2, 1) "
+                "conv2d: out.shape must be result.shape = (1, 1, 1, 1), got (1, 1, 2, 1) "
                 "(input (1, 1, 3, 3) float32, weight (1, 1, 3, 3) float32, out (1, 1, 2, 1) float32)",
             ),
             (

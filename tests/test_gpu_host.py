@@ -458,7 +458,7 @@ class TestErrors:
             fastconv.conv2d(
                 kind.make(inside), kind.make(w), out=kind.make(buffer[300:600].reshape(2, 6, 5, 5))
             )
-        with pytest.raises(ConvError, match=r"out.shape must be output.shape"):
+        with pytest.raises(ConvError, match=r"out.shape must be result.shape"):
             fastconv.conv2d(kind.make(x), kind.make(w), out=kind.make(x.copy()))
 
     def test_read_only_out(self, rng):

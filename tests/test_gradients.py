@@ -1,0 +1,264 @@
+"""fastconv.grad and the transposed convolutions, as users call them."""
+
+import numpy as np
+import pytest
+
+import fastconv
+from fastconv import conv_grad, reference
+from fastconv.grad_input import find_parts
+from fastconv.problem import ConvError, make_problem, make_transposed
+from tests.compare import assert_exact, integers, normals
+
+OPS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+SIZES, KERNELS = (9, 8, 10), (2, 3, 3)
+OPTIONS = {"stride": 2, "padding": 1, "groups": 2}
+
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def arrays_of(rng, op, dtype="float32", fill=integers):
+    """Input (2, 4, ...), weight (6, 2, ...) and the gradient of the output under OPTIONS."""
+    ndim = OPS[op]
+    x, w = fill(rng, (2, 4, *SIZES[:ndim]), dtype), fill(rng, (6, 2, *KERNELS[:ndim]), dtype)
+    problem = make_problem(op, x.shape, w.shape, **OPTIONS)
+    return x, w, fill(rng, problem.output_shape, dtype)
+
+
+def of(module, op, which):
+    return getattr(module, f"{op}_{which}")
+
+
+def channels_last(array):
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+
+
+@every_op
+class TestGradients:
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+    def test_reference(self, op, dtype, rng):
+        x, w, grad = arrays_of(rng, op, dtype)
+        expected = of(reference, op, "input")(x.shape, w, grad, **OPTIONS)
+        assert_exact(of(conv_grad, op, "input")(x.shape, w, grad, **OPTIONS), expected, dtype)
+        expected = of(reference, op, "weight")(x, w.shape, grad, **OPTIONS)
+        assert_exact(of(conv_grad, op, "weight")(x, w.shape, grad, **OPTIONS), expected, dtype)
+
+    def test_finite_differences(self, op, rng):
+        """The sum of conv * grad is linear in x and in w: no error but rounding."""
+        x, w, grad = arrays_of(rng, op, "float64", normals)
+
+        def loss(x, w):
+            return float(np.sum(getattr(fastconv, op)(x, w, **OPTIONS) * grad))
+
+        found = [of(conv_grad, op, "input")(x.shape, w, grad, **OPTIONS)]
+        found.append(of(conv_grad, op, "weight")(x, w.shape, grad, **OPTIONS))
+        for which, gradient in enumerate(found):
+            for _ in range(20):
+                moved = [x.copy(), w.copy()]
+                index = tuple(rng.integers(size) for size in gradient.shape)
+                moved[which][index] += 0.5
+                assert abs((loss(*moved) - loss(x, w)) / 0.5 - gradient[index]) < 1e-10
+
+    def test_channels_last_shapes(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        layout = {"conv1d": "NLC", "conv2d": "NHWC", "conv3d": "NDHWC"}[op]
+        last = channels_last(x)
+        found = of(conv_grad, op, "input")(last.shape, w, channels_last(grad), layout=layout, **OPTIONS)
+        assert found.flags.c_contiguous
+        assert_exact(
+            np.moveaxis(found, -1, 1), of(reference, op, "input")(x.shape, w, grad, **OPTIONS), "float32"
+        )
+        found = of(conv_grad, op, "weight")(last, w.shape, channels_last(grad), layout=layout, **OPTIONS)
+        assert_exact(found, of(reference, op, "weight")(x, w.shape, grad, **OPTIONS), "float32")
+
+    def test_memory_order_is_kept(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        found = of(conv_grad, op, "input")(x.shape, w, np.moveaxis(channels_last(grad), -1, 1), **OPTIONS)
+        assert np.moveaxis(found, 1, -1).flags.c_contiguous
+        assert_exact(found, of(reference, op, "input")(x.shape, w, grad, **OPTIONS), "float32")
+
+    def test_without_batch(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        found = of(conv_grad, op, "input")(x.shape[1:], w, grad[0], **OPTIONS)
+        assert_exact(found, of(reference, op, "input")(x[:1].shape, w, grad[:1], **OPTIONS)[0], "float32")
+        found = of(conv_grad, op, "weight")(x[0], w.shape, grad[0], **OPTIONS)
+        assert_exact(found, of(reference, op, "weight")(x[:1], w.shape, grad[:1], **OPTIONS), "float32")
+
+    def test_empty_batch(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        assert of(conv_grad, op, "input")((0, *x.shape[1:]), w, grad[:0], **OPTIONS).shape == (
+            0,
+            *x.shape[1:],
+        )
+        found = of(conv_grad, op, "weight")(x[:0], w.shape, grad[:0], **OPTIONS)
+        assert_exact(found, np.zeros(w.shape), "float32")
+
+    def test_out(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        out = np.full(x.shape, np.nan, np.float32)[::-1]
+        assert of(conv_grad, op, "input")(x.shape, w, grad, **OPTIONS, out=out) is out
+        assert_exact(out, of(reference, op, "input")(x.shape, w, grad, **OPTIONS), "float32")
+        out = np.full(w.shape, np.nan, ">f4")
+        assert of(conv_grad, op, "weight")(x, w.shape, grad, **OPTIONS, out=out) is out
+        assert_exact(
+            out.astype("float32"), of(reference, op, "weight")(x, w.shape, grad, **OPTIONS), "float32"
+        )
+
+    def test_torch(self, op, rng):
+        torch = pytest.importorskip("torch")
+        x, w, grad = arrays_of(rng, op)
+        of_torch = [torch.from_numpy(array) for array in (x, w, grad)]
+        for which, arguments in (
+            ("input", (x.shape, *of_torch[1:])),
+            ("weight", (of_torch[0], w.shape, of_torch[2])),
+        ):
+            expected = of(torch.nn.grad, op, which)(*arguments, **OPTIONS)
+            found = of(conv_grad, op, which)(*arguments, **OPTIONS)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+
+
+GRADIENT_ERRORS = {
+    "input_size must be a tuple of ints, got 5 of type int": (TypeError, {"input_size": 5}),
+    "input_size must be a tuple of ints, got (2, 4, 9.0, 8) of type tuple": (
+        TypeError,
+        {"input_size": (2, 4, 9.0, 8)},
+    ),
+    "grad_output.shape must be output.shape = (2, 6, 5, 4), got (2, 6, 5, 5)": (
+        ConvError,
+        {"grad_output": np.ones((2, 6, 5, 5), np.float32)},
+    ),
+    "grad_output.shape must be output.shape = (3, 6, 5, 4), got (2, 6, 5, 4)": (
+        ConvError,
+        {"input_size": (3, 4, 9, 8)},
+    ),
+    "weight.shape[1] must be C // groups = 6 // 2 = 3, got 2": (ConvError, {"input_size": (2, 6, 9, 8)}),
+    "grad_output.dtype must be weight.dtype = float32, got float64": (
+        TypeError,
+        {"grad_output": np.ones((2, 6, 5, 4))},
+    ),
+    "out.shape must be result.shape = (2, 4, 9, 8), got (1,)": (ConvError, {"out": np.ones(1, np.float32)}),
+    "algo='winograd' cannot run n2c4h9w8_k6r3s3_st2x2_pad1x1_dil1x1_g2_float32_grad_input: needs stride 1": (
+        ConvError,
+        {"algo": "winograd"},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", GRADIENT_ERRORS)
+def test_errors_of_the_gradient_of_the_input(message):
+    error, changes = GRADIENT_ERRORS[message]
+    arguments = {"input_size": (2, 4, 9, 8), "weight": np.ones((6, 2, 3, 3), np.float32)}
+    arguments["grad_output"] = np.ones((2, 6, 5, 4), np.float32)
+    with pytest.raises(error) as caught:
+        conv_grad.conv2d_input(**{**arguments, **OPTIONS, **changes})
+    assert str(caught.value).startswith(f"conv2d_input: {message}")
+
+
+def test_errors_of_the_gradient_of_the_weight():
+    x, grad = np.ones((2, 4, 9, 8), np.float32), np.ones((2, 6, 5, 4), np.float32)
+    with pytest.raises(ConvError, match=r"^conv2d_weight: algo='winograd' .* has no gradient of the weight$"):
+        conv_grad.conv2d_weight(x, (6, 2, 3, 3), grad, **OPTIONS, algo="winograd")
+    with pytest.raises(ConvError, match=r"^conv2d_weight: weight \(K, .*\) must have 4 axes, got 3 "):
+        conv_grad.conv2d_weight(x, (6, 2, 3), grad, **OPTIONS)
+
+
+def test_depthwise_gradient_of_the_input_has_one_filter_per_channel():
+    w, grad = np.ones((6, 1, 3), np.float32), np.ones((1, 6, 7), np.float32)
+    with pytest.raises(ConvError, match="needs K = C = 3 for the gradient of the input"):
+        conv_grad.conv1d_input((1, 3, 9), w, grad, groups=3, algo="depthwise")
+    expected = reference.conv1d_input((1, 3, 9), w, grad, groups=3)
+    assert_exact(conv_grad.conv1d_input((1, 3, 9), w, grad, groups=3), expected, "float32")
+
+
+def test_every_input_is_in_one_part():
+    problem = make_problem("conv2d", (1, 1, 17, 11), (1, 1, 3, 2), stride=(5, 3), dilation=(2, 3), padding=2)
+    seen = np.zeros(problem.input_shape5, int)
+    for part in find_parts(problem):
+        seen[part.inputs] += 1
+        assert part.problem.stride == (1, 1, 1)
+        assert seen[part.inputs].shape == part.problem.output_shape5
+    assert (seen == 1).all()
+
+
+@every_op
+class TestTransposed:
+    def test_is_the_gradient_of_the_input(self, op, rng):
+        """Of every size that the convolution makes the same output of, output_padding names one."""
+        _, w, y = arrays_of(rng, op)
+        transposed = getattr(fastconv, op.replace("conv", "conv_transpose"))
+        made = transposed(y, w, **OPTIONS)
+        for beyond in (0, 1):
+            found = transposed(y, w, **OPTIONS, output_padding=beyond)
+            size = tuple(made.shape[:2]) + tuple(extent + beyond for extent in made.shape[2:])
+            assert_exact(found, of(reference, op, "input")(size, w, y, **OPTIONS), "float32")
+
+    def test_bias_residual_and_activation(self, op, rng):
+        ndim = OPS[op]
+        x, w = integers(rng, (2, 4, *SIZES[:ndim])), integers(rng, (4, 3, *KERNELS[:ndim]))
+        transposed = getattr(fastconv, op.replace("conv", "conv_transpose"))
+        bare = transposed(x, w, stride=3).astype(np.float64)
+        bias, residual = integers(rng, (3,)), integers(rng, bare.shape)
+        found = transposed(x, w, bias, stride=3, residual=residual, activation="relu")
+        expected = np.maximum(bare + bias.reshape(-1, *(1,) * ndim) + residual, 0)
+        assert_exact(found, expected, "float32")
+
+    def test_without_batch_and_channels_last(self, op, rng):
+        ndim = OPS[op]
+        x, w = integers(rng, (1, 4, *SIZES[:ndim])), integers(rng, (4, 3, *KERNELS[:ndim]))
+        transposed = getattr(fastconv, op.replace("conv", "conv_transpose"))
+        expected = transposed(x, w, padding=1)
+        assert_exact(transposed(x[0], w, padding=1), expected[0].astype(np.float64), "float32")
+        layout = {"conv1d": "NLC", "conv2d": "NHWC", "conv3d": "NDHWC"}[op]
+        found = transposed(channels_last(x), w, padding=1, layout=layout)
+        assert_exact(found, channels_last(expected).astype(np.float64), "float32")
+
+    def test_torch(self, op, rng):
+        """Many geometries; integers, so equal."""
+        torch = pytest.importorskip("torch")
+        ndim, name = OPS[op], op.replace("conv", "conv_transpose")
+        for _ in range(40):
+            groups, stride, dilation = (int(number) for number in rng.integers(1, 4, 3))
+            beyond, padding = int(rng.integers(max(stride, dilation))), int(rng.integers(3))
+            x = integers(rng, (2, 2 * groups, *rng.integers(3, 7, ndim)))
+            w, bias = integers(rng, (2 * groups, 3, *rng.integers(3, 5, ndim))), integers(rng, (3 * groups,))
+            arguments = (stride, padding, beyond, groups, dilation)
+            expected = getattr(torch, name)(*map(torch.from_numpy, (x, w, bias)), *arguments).numpy()
+            assert_exact(
+                getattr(fastconv, name)(x, w, bias, *arguments), expected.astype(np.float64), "float32"
+            )
+
+
+TRANSPOSED_ERRORS = {
+    "output_padding must be below max(stride, dilation) = max(1, 1) = 1, got 1": {"output_padding": 1},
+    "output_padding must be at least 0, got -1": {"output_padding": -1},
+    "weight.shape[0] must be C = input.shape[1] = 4, got 3": {"weight": np.ones((3, 2, 3, 3), np.float32)},
+    "input.shape[1] must be a multiple of groups = 3, got 4": {"groups": 3},
+    "bias.shape must be (K,) = (2,), got (3,)": {"bias": np.ones(3, np.float32)},
+    "residual.shape must be output.shape = (1, 2, 7, 7), got (1, 2, 7, 8)": {
+        "residual": np.ones((1, 2, 7, 8), np.float32)
+    },
+    "output size (size - 1) * stride - padding - padding + dilation * (kernel - 1) + 1 + output_padding must "
+    "be at least 1, got (5 - 1) * 1 - 9 - 9 + 1 * (3 - 1) + 1 + 0 = -11": {"padding": 9},
+}
+
+
+@pytest.mark.parametrize("message", TRANSPOSED_ERRORS)
+def test_errors_of_a_transposed_convolution(message):
+    arguments = {"input": np.ones((1, 4, 5, 5), np.float32), "weight": np.ones((4, 2, 3, 3), np.float32)}
+    with pytest.raises(ConvError) as caught:
+        fastconv.conv_transpose2d(**{**arguments, **TRANSPOSED_ERRORS[message]})
+    assert str(caught.value).startswith(f"conv_transpose2d: {message} (input (1, 4, 5, 5), ")
+
+
+def test_a_transposed_convolution_pads_by_no_name():
+    arguments = np.ones((1, 4, 5, 5), np.float32), np.ones((4, 2, 3, 3), np.float32)
+    with pytest.raises(TypeError, match=r"padding must be an int, or an int or .* got 'same'"):
+        fastconv.conv_transpose2d(*arguments, padding="same")
+
+
+def test_output_padding_of_more_than_a_stride():
+    """With a dilation of 3 and stride 1 torch takes 2 rows beyond the last window: they are zero."""
+    problem = make_transposed("conv_transpose1d", (1, 1, 4), (1, 1, 2), dilation=3, output_padding=2)
+    assert problem.input_shape == (1, 1, 9)
+    found = fastconv.conv_transpose1d(np.ones((1, 4)), np.ones((1, 1, 2)), dilation=3, output_padding=2)
+    assert found.tolist() == [[1, 1, 1, 2, 1, 1, 1, 0, 0]]

@@ -1,0 +1,169 @@
+"""The gradients with respect to input and weight: every algorithm and tile against the reference."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fastconv import reference
+from fastconv.algorithms import TABLE
+from fastconv.plan import Plan, make_plan, possible_plans, why_refused
+from fastconv.problem import ConvProblem, Epilogue
+from tests.cases import CASES, TALL, WIDE, around_tile, options_of
+from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals, poisoned
+from tests.kernels import DTYPES, ORDERS, in_order, with_caches
+
+DIRECTIONS = ("grad_input", "grad_weight")
+
+every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """A problem of one of the two directions with its data: first and second are what a plan takes."""
+
+    problem: ConvProblem
+    first: np.ndarray  # grad_output, or the input
+    second: np.ndarray  # the weight, or grad_output
+
+    @property
+    def shape(self):
+        is_input = self.problem.direction == "grad_input"
+        return self.problem.input_shape if is_input else self.problem.weight_shape
+
+    def refer(self, first, second, **more):
+        problem, options = self.problem, options_of(self.problem)
+        name = problem.op.removesuffix("_input").removesuffix("_weight")
+        if problem.direction == "grad_input":
+            return getattr(reference, f"{name}_input")(problem.input_shape, second, first, **options)
+        return getattr(reference, f"{name}_weight")(first, problem.weight_shape, second, **options)
+
+    def run(self, plan: Plan, out=None, prepared=False):
+        absent = (slice(None), slice(None), *(None,) * (3 - self.problem.ndim))
+        if out is None:
+            order = self.problem.order if self.problem.direction == "grad_input" else "NCHW"
+            out = poisoned(self.shape, self.problem.dtype, order)
+        second = self.second[absent]
+        second = plan.prepare(second) if prepared else second
+        plan.run(self.first[absent], second, None, None, Epilogue(), out[absent])
+        return out
+
+    def check(self, plan: Plan, **how):
+        try:
+            assert_exact(self.run(plan, **how), self.refer(self.first, self.second), self.problem.dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{plan}\n{how}\n{error}") from None
+
+    def check_bounded(self, plan: Plan):
+        factor, reach = plan.error_bound()
+        first = np.abs(self.first)
+        for axis in range(2, first.ndim):
+            first = reference.largest_near(first, axis, reach)
+        bound = factor * finfo(self.problem.dtype).eps * self.refer(first, np.abs(self.second))
+        expected = self.refer(self.first, self.second)
+        try:
+            assert_bounded(self.run(plan), expected, bound, self.problem.dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{plan}\n{error}") from None
+
+
+def make_gradient(rng, problem: ConvProblem, fill) -> Gradient:
+    direction = problem.direction
+    shapes = {"grad_input": (problem.output_shape, problem.weight_shape)}
+    shapes["grad_weight"] = (problem.input_shape, problem.output_shape)
+    first, second = (fill(rng, shape, problem.dtype) for shape in shapes[direction])
+    first = in_order(first, problem.order)
+    return Gradient(problem, first, second if direction == "grad_input" else in_order(second, problem.order))
+
+
+def problems(algorithm, direction, cases=CASES, **changes):
+    """Those of the cases that an algorithm accepts, without the empty batch."""
+    found = [case.problem(direction=direction, **changes) for case in cases]
+    return [problem for problem in found if why_refused(problem, algorithm) is None and problem.N]
+
+
+def exact_plans(problem, algorithm):
+    """A plan per tile that is exact on integers; two for the input's gradient, by the forward kernels."""
+    plans = [plan for plan in possible_plans(problem, algorithm) if plan.algorithm.exact(problem, plan.tile)]
+    return plans[:2] if problem.direction == "grad_input" else plans
+
+
+@every_order
+@every_direction
+@every_algorithm
+class TestAlgorithm:
+    def test_cases(self, algorithm, direction, order, rng):
+        for problem in problems(algorithm, direction, CASES + TALL, order=order):
+            gradient = make_gradient(rng, problem, integers)
+            for plan in exact_plans(problem, algorithm):
+                gradient.check(plan)
+                if direction == "grad_input":
+                    gradient.check(plan, prepared=True)
+
+    def test_bounds(self, algorithm, direction, order, rng):
+        for dtype in DTYPES:
+            for problem in problems(algorithm, direction, order=order, dtype=dtype):
+                gradient = make_gradient(rng, problem, normals)
+                for plan in possible_plans(problem, algorithm):
+                    gradient.check_bounded(plan)
+
+    def test_caches_of_any_size(self, algorithm, direction, order, rng):
+        """Small caches cut small problems into many bands, blocks, channels and parts."""
+        for problem in problems(algorithm, direction, CASES + WIDE, order=order):
+            gradient = make_gradient(rng, problem, integers)
+            for plan in exact_plans(problem, algorithm):
+                gradient.check(with_caches(plan, 1 << 9, 1 << 11))
+                gradient.check(with_caches(plan, 1 << 12, 1 << 15))
+
+    def test_sizes_around_the_vectors(self, algorithm, direction, order, rng):
+        for outputs, pixels in ((1, 17), (15, 33), (16, 16), (17, 1), (33, 15), (129, 3), (3, 129)):
+            for problem in problems(algorithm, direction, around_tile(outputs, pixels), order=order):
+                gradient = make_gradient(rng, problem, integers)
+                for plan in exact_plans(problem, algorithm):
+                    gradient.check(plan)
+
+    def test_any_memory(self, algorithm, direction, order, rng):
+        names = (
+            "padded_3x3",
+            "groups",
+            "stride_2",
+            "pointwise_stride_2",
+            "depthwise",
+            "conv3d_mixed",
+            "conv1d",
+        )
+        cases = [case for case in CASES if case.name in names]
+        for problem in problems(algorithm, direction, cases, order=order, precision="highest"):
+            gradient, plan = make_gradient(rng, problem, integers), make_plan(problem, algorithm)
+            for _, view in layouts(gradient.first):
+                dataclasses.replace(gradient, first=view).check(plan)
+            for _, view in layouts(gradient.second):
+                dataclasses.replace(gradient, second=view).check(plan)
+            for label, out in layouts(np.full(gradient.shape, np.nan, np.float32)):
+                if out.flags.writeable:
+                    gradient.check(plan, out=out)
+                    assert np.isnan(surroundings(out)).all(), f"{plan}: wrote beside out, {label}"
+
+    def test_one_thread_or_many(self, algorithm, direction, order, rng, monkeypatch):
+        cases = [case for case in TALL + CASES if case.name in ("tall", "tall_pixels", "tall_channels")]
+        for problem in problems(algorithm, direction, cases, order=order):
+            gradient = make_gradient(rng, problem, normals)
+            found = set()
+            for threads in ("1", "2", "5"):
+                monkeypatch.setenv("FASTCONV_THREADS", threads)
+                found.add(gradient.run(make_plan(problem, algorithm)).tobytes())
+            assert len(found) == 1
+
+
+def surroundings(view):
+    """What lies around the elements of a view, in the whole array that it looks at."""
+    whole = view
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    values, view_copy = whole.copy(), view.copy()
+    view[...] = 0
+    outside = whole != 0
+    view[...] = view_copy
+    return values[outside]
