@@ -72,7 +72,7 @@ setup(
         # [ctk] brings the compiler of kernels and its headers.
         "cuda12": ["cupy-cuda12x[ctk]>=14"],
         "cuda13": ["cupy-cuda13x[ctk]>=14"],
-        "torch": ["torch>=2.3"],  # the first one built for NumPy 2
+        "torch": ["torch>=2.4"],  # the first one with torch.library.custom_op
         "bench": BENCH,
         # The tests cover bench/ too, and build a wheel (setuptools).
         "test": [

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastconv import reference as reference
+    from fastconv import torch as torch
     from fastconv.ops import Conv1d as Conv1d
     from fastconv.ops import Conv2d as Conv2d
     from fastconv.ops import Conv3d as Conv3d
@@ -44,7 +45,7 @@ _HOME = {
     "explain": "ops",
     "tune": "tune",
 }
-_MODULES = ("reference",)
+_MODULES = ("reference", "torch")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

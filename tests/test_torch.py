@@ -1,0 +1,297 @@
+"""fastconv.torch: the convolutions under autograd, torch.compile, autocast and DDP, and as layers."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402 - torch may be missing
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.library import opcheck  # noqa: E402
+
+import fastconv  # noqa: E402
+import fastconv.torch as ft  # noqa: E402
+from fastconv.problem import ConvError  # noqa: E402
+
+NDIM = (1, 2, 3)
+SIZES, KERNELS = (6, 5, 4), (3, 2, 2)
+
+every_ndim = pytest.mark.parametrize("ndim", NDIM)
+either = pytest.mark.parametrize("name", ["conv", "conv_transpose"])
+
+
+def tensors(ndim, name="conv", dtype=torch.float64):
+    """Input, weight and bias that need gradients, of two groups; whole numbers if the dtype is float32."""
+    generator = torch.Generator().manual_seed(ndim)
+    channels = (6, 2) if name == "conv" else (4, 3)
+    shapes = (2, 4, *SIZES[:ndim]), (*channels, *KERNELS[:ndim]), (6,)
+    if dtype == torch.float32:
+        found = [torch.randint(-4, 5, shape, generator=generator).to(dtype) for shape in shapes]
+    else:
+        found = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in found]
+
+
+def options(name):
+    more = {"output_padding": 1} if name == "conv_transpose" else {}
+    return {"stride": 2, "padding": 1, "groups": 2, "dilation": 1, **more}
+
+
+def ours(name, ndim):
+    return getattr(ft, f"{name}{ndim}d")
+
+
+def theirs(name, ndim):
+    return getattr(nn.functional, f"{name}{ndim}d")
+
+
+@either
+@every_ndim
+class TestFunctions:
+    def test_torch(self, name, ndim):
+        """On whole numbers the result and all gradients are equal."""
+        found, expected = tensors(ndim, name, torch.float32), tensors(ndim, name, torch.float32)
+        y, wanted = ours(name, ndim)(*found, **options(name)), theirs(name, ndim)(*expected, **options(name))
+        assert torch.equal(y, wanted)
+        (y * y).sum().backward()
+        (wanted * wanted).sum().backward()
+        for ours_, theirs_ in zip(found, expected, strict=True):
+            assert torch.equal(ours_.grad, theirs_.grad)
+
+    def test_gradients(self, name, ndim):
+        arguments = [tensor[:, :, :4] if tensor.dim() > 2 else tensor for tensor in tensors(ndim, name)]
+        arguments = [tensor.detach().requires_grad_() for tensor in arguments]
+
+        def function(*arguments):
+            return ours(name, ndim)(*arguments, **options(name))
+
+        assert gradcheck(function, arguments, fast_mode=True)
+        assert gradgradcheck(function, arguments, fast_mode=True)
+
+    def test_only_what_needs_a_gradient_gets_one(self, name, ndim):
+        for needed in range(3):
+            arguments = [tensor.detach() for tensor in tensors(ndim, name)]
+            arguments[needed].requires_grad_()
+            ours(name, ndim)(*arguments, **options(name)).sum().backward()
+            assert [tensor.grad is not None for tensor in arguments] == [i == needed for i in range(3)]
+
+    def test_compiled_without_a_break(self, name, ndim):
+        """Also for sizes that the compiler does not know."""
+        torch.compiler.reset()
+        arguments, function = tensors(ndim, name, torch.float32), ours(name, ndim)
+        compiled = torch.compile(
+            lambda *tensors: function(*tensors, **options(name)).relu(), fullgraph=True, backend="aot_eager"
+        )
+        for size in (slice(None), slice(0, 5), slice(0, 4)):
+            x = arguments[0].detach()[:, :, size].requires_grad_()
+            y = compiled(x, *arguments[1:])
+            assert torch.equal(y, function(x, *arguments[1:], **options(name)).relu())
+            y.sum().backward()
+            found, x.grad = x.grad, None
+            function(x, *arguments[1:], **options(name)).relu().sum().backward()
+            assert torch.equal(found, x.grad)
+
+    def test_autocast(self, name, ndim):
+        arguments = tensors(ndim, name, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ours(name, ndim)(*arguments, **options(name))
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, theirs(name, ndim)(*arguments, **options(name)).bfloat16())
+        y.float().sum().backward()
+        assert all(tensor.grad.dtype == torch.float32 for tensor in arguments)
+
+    def test_float64_is_not_cast(self, name, ndim):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(name, ndim)(*tensors(ndim, name), **options(name)).dtype == torch.float64
+
+    def test_without_batch(self, name, ndim):
+        x, w, b = tensors(ndim, name, torch.float32)
+        y = ours(name, ndim)(x[0], w, b, **options(name))
+        assert torch.equal(y, theirs(name, ndim)(x[0], w, b, **options(name)))
+
+
+@pytest.mark.parametrize("name", ["convolution", "input", "weight", "transposed"])
+def test_operators(name):
+    """Schema, autograd, the fake and symbolic sizes, by torch's own checks."""
+    x, w, b = tensors(2)
+    grad = ft.conv2d(x, w, b, 2, 1, 1, 2).detach().requires_grad_()
+    geometry = ([2, 2], [1, 1, 1, 1], [1, 1], 2, "auto", "high")
+    transposed = tensors(2, "conv_transpose")
+    operator, arguments = {
+        "convolution": (torch.ops.fastconv.convolution, (x, w, b)),
+        "input": (torch.ops.fastconv.convolution_input, (list(x.shape), w, grad)),
+        "weight": (torch.ops.fastconv.convolution_weight, (x, list(w.shape), grad)),
+        "transposed": (torch.ops.fastconv.convolution_transposed, (*transposed, [1, 0])),
+    }[name]
+    opcheck(operator.default, (*arguments, *geometry))
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same", "valid", (1, 2), [(1, 0), (0, 3)]], ids=str)
+def test_padding(padding):
+    x, w, b = (tensor.detach() for tensor in tensors(2, dtype=torch.float32))
+    found = ft.conv2d(x, w, b, 2, padding, groups=2)
+    assert torch.equal(found, fastconv.conv2d(x, w, b, 2, padding, groups=2))
+
+
+def test_a_wrong_padding_by_name():
+    x, w, b = tensors(2)
+    with pytest.raises(ConvError, match=r"^conv2d: padding must be 'same', 'valid', .* got 'full'$"):
+        ft.conv2d(x, w, b, padding="full")
+    with pytest.raises(TypeError, match=r"^conv_transpose2d: padding must be an int, .* got 'same'$"):
+        ft.conv_transpose2d(x, w, b, padding="same")
+
+
+def test_errors_are_those_of_fastconv():
+    x, w, _ = tensors(2)
+    with pytest.raises(ConvError, match=r"^conv2d: weight.shape\[1\] must be C // groups = .* got 2"):
+        ft.conv2d(x, w)
+    with pytest.raises(TypeError, match=r"^conv2d: weight.dtype must be input.dtype = float64, "):
+        ft.conv2d(x, w.float(), groups=2)
+
+
+@every_ndim
+def test_memory_order_is_kept(ndim):
+    """As the fake promises: channels last in, channels last out, forwards and backwards."""
+    x, w, _ = tensors(ndim, dtype=torch.float32)
+    last = x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    y = ours("conv", ndim)(last, w, padding=1, groups=2)
+    assert y.movedim(1, -1).is_contiguous()
+    y.backward(torch.ones_like(y))
+    assert last.grad.movedim(1, -1).is_contiguous()
+
+
+def test_an_algorithm_by_name():
+    """Winograd has no gradient of the weight: another algorithm computes that."""
+    x = torch.ones(1, 2, 8, 8, requires_grad=True)
+    w = torch.ones(2, 2, 3, 3, requires_grad=True)
+    ft.conv2d(x, w, padding=1, algo="winograd").sum().backward()
+    assert (
+        w.grad.flatten().tolist()
+        == nn.grad.conv2d_weight(x, w.shape, torch.ones(1, 2, 8, 8), padding=1).flatten().tolist()
+    )
+    with pytest.raises(ConvError, match="needs stride 1"):
+        ft.conv2d(x, w, stride=2, algo="winograd")
+
+
+LAYERS = {
+    "Conv1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1, "groups": 2}, (2, 4, 9)),
+    "Conv2d": (nn.Conv2d, (4, 6, 3), {"padding": "same", "dilation": 2}, (2, 4, 9, 8)),
+    "Conv2d circular": (nn.Conv2d, (4, 6, 3), {"padding": 1, "padding_mode": "circular"}, (2, 4, 9, 8)),
+    "Conv3d": (nn.Conv3d, (4, 6, 2), {"bias": False}, (2, 4, 5, 4, 3)),
+    "ConvTranspose1d": (nn.ConvTranspose1d, (4, 6, 3), {"stride": 2, "output_padding": 1}, (2, 4, 9)),
+    "ConvTranspose2d": (nn.ConvTranspose2d, (4, 6, 3), {"stride": 2, "groups": 2}, (2, 4, 9, 8)),
+    "ConvTranspose3d": (nn.ConvTranspose3d, (4, 6, 2), {"padding": 1}, (2, 4, 5, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+class TestLayers:
+    def make(self, name):
+        """A layer of torch's, ours with the same state, and an input; whole numbers."""
+        kind, arguments, more, shape = LAYERS[name]
+        layer, own = kind(*arguments, **more), getattr(ft, name.split()[0])(*arguments, **more)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randint(-4, 5, parameter.shape, generator=generator))
+        own.load_state_dict(layer.state_dict())
+        return layer, own, torch.randint(-4, 5, shape, generator=generator).float()
+
+    def test_torch(self, name):
+        layer, own, x = self.make(name)
+        assert torch.equal(own(x), layer(x))
+        assert own.state_dict().keys() == layer.state_dict().keys()
+
+    def test_it_is_computed_by_fastconv(self, name, monkeypatch):
+        _, own, x = self.make(name)
+        called = []
+        for function in (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+        ):
+            real = getattr(fastconv, function)
+            monkeypatch.setattr(
+                fastconv, function, lambda *a, real=real, f=function, **k: called.append(f) or real(*a, **k)
+            )
+        own(x)
+        assert len(called) == 1
+
+    def test_copies(self, name):
+        _, own, x = self.make(name)
+        for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+            assert torch.equal(twin(x), own(x))
+
+    def test_convert(self, name):
+        layer, own, x = self.make(name)
+        parameters = dict(layer.named_parameters())
+        conversion = ft.convert(nn.Sequential(layer))
+        assert conversion.swapped == ["0"]
+        assert type(layer) is type(own)
+        assert all(parameters[key] is value for key, value in layer.named_parameters())
+        assert torch.equal(conversion.model(x), own(x))
+
+
+def test_output_size_of_a_transposed_layer():
+    layer = ft.ConvTranspose2d(3, 4, 3, stride=2)
+    assert layer(torch.ones(1, 3, 5, 5), output_size=[12, 11]).shape == (1, 4, 12, 11)
+
+
+def test_convert_leaves_what_it_cannot_compute():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.ModuleDict(
+        {"a": nn.Conv2d(1, 2, 3), "b": Own(1, 2, 3), "c": nn.Conv1d(1, 2, 3, dtype=torch.complex64)}
+    )
+    model["d"] = ft.Conv2d(1, 2, 3)
+    conversion = ft.convert(model)
+    assert conversion.swapped == ["a"]
+    assert conversion.left.keys() == {"b", "c"}
+    assert "Own may compute something of its own" in conversion.left["b"]
+    assert str(conversion).startswith("1 convolutions are computed by fastconv, 2 are left alone\n  b: ")
+    assert ft.convert(nn.Conv2d(1, 2, 3)).swapped == ["Conv2d"]
+
+
+def test_hooks_stay():
+    layer, seen = nn.Conv2d(1, 2, 3), []
+    layer.register_forward_hook(lambda *arguments: seen.append(type(arguments[0])))
+    ft.convert(layer).model(torch.ones(1, 1, 3, 3))
+    assert seen == [ft.Conv2d]
+
+
+def make_network():
+    torch.manual_seed(0)
+    return ft.convert(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3))).model
+
+
+def gradients_of_half(rank, folder):
+    """One of two processes: the network's gradients, averaged over both halves of a batch."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    network = nn.parallel.DistributedDataParallel(make_network())
+    half = make_batch()[2 * rank : 2 * rank + 2]
+    network(half).square().mean().backward()
+    np.savez(f"{folder}/{rank}.npz", *(parameter.grad.numpy() for parameter in network.parameters()))
+    torch.distributed.destroy_process_group()
+
+
+def make_batch():
+    return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with half a batch each get the gradients of one process with the whole batch."""
+    torch.multiprocessing.spawn(gradients_of_half, (str(tmp_path),), nprocs=2)
+    network = make_network()
+    network(make_batch()).square().mean().backward()
+    expected = [parameter.grad.numpy() for parameter in network.parameters()]
+    for rank in (0, 1):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            for key, gradient in zip(found.files, expected, strict=True):
+                np.testing.assert_allclose(found[key], gradient, rtol=1e-5, atol=1e-6)
