@@ -1,4 +1,4 @@
-"""Gradient of the weight as one matrix product: its columns are the terms (c, t, r, s), gathered on loading."""
+"""Gradient of the weight as a matrix product; its columns are the terms (c, t, r, s), gathered on loading."""
 
 from __future__ import annotations
 
