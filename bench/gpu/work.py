@@ -31,7 +31,7 @@ def algorithms() -> list[str]:
 
 
 def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """The distinct kernels that stand for all that an algorithm launches for arrays of a dtype, in every pass."""
+    """The distinct kernels that stand for all that an algorithm launches for a dtype, in every pass."""
     found: dict[Kernel, None] = {}
     for folder in ("", "grad_weight."):  # the gradient of the input is made by the kernels of the convolution
         if find_spec(f"fastconv.gpu.{folder}{algorithm}") is None:
