@@ -21,7 +21,7 @@
 #define PIXELS 1
 #define CHANNELS 2
 
-#if defined(STAGE_WEIGHT)
+#ifdef Y_LOADS
 // How an operand lies in memory: steps from pixel to pixel and from channel to channel, in elements.
 struct Steps {
     INDEX n, o, p, q, channel;
@@ -139,8 +139,12 @@ struct GradientLoader : OperandLoader<BLOCK_M, Y_LOADS> {
     }
 };
 
+#endif  // Y_LOADS
+
+#if defined(STAGE_WEIGHT)
 // Write the sums of a part for the stage ADD; or of the only one, to the gradient itself: partial is null then.
-DEVICE void store_sums(const ACC (&sum)[8][8], const Place& place, const Tile& tile, INDEX columns, const Conv& conv,
+template <class ItsPlace>
+DEVICE void store_sums(const ACC (&sum)[8][8], const ItsPlace& place, const Tile& tile, INDEX columns, const Conv& conv,
                        ACC* partial, STORAGE* grad_w)
 {
 #pragma unroll

@@ -48,9 +48,13 @@ class Division:
 
 
 class Call:
-    """One run: what its kernels have in common."""
+    """One run: what its kernels have in common.
 
-    def __init__(self, algorithm: str, problem: ConvProblem, operands: Operands) -> None:
+    order  in which terms count, and threads go: that of the problem, if nothing else is said
+    """
+
+    def __init__(self, algorithm: str, problem: ConvProblem, operands: Operands, order: str = "") -> None:
+        self.order = order or problem.order
         self.algorithm, self.problem, self.operands = algorithm, problem, operands
         arrays = (("x", operands.x), ("w", operands.out), ("y", operands.weight))
         strides = tuple((name, array.strides) for name, array in arrays)
@@ -60,7 +64,7 @@ class Call:
         self, stage: str, blocks: int, threads: int, defines: dict[str, Any], largest: int, **arguments: Any
     ) -> None:
         """Launch a stage; `largest` is the largest count or offset beside those of the operands."""
-        largest, defines = max(self.reach, largest), {**defines, "ORDER": self.problem.order}
+        largest, defines = max(self.reach, largest), {**defines, "ORDER": self.order}
         product.launch_stage(
             self.algorithm, self.problem, stage, blocks, threads, defines, largest,
             grad_w=self.operands.out, conv=self.conv, **arguments,
@@ -85,12 +89,17 @@ class Call:
 def divide(problem: ConvProblem, tile: Tile, device: Device) -> Division:
     """Divide a gradient. The parts decide its bits: they depend on problem and GPU, not on the tile."""
     slices = -(-problem.gemm_n // SLICE)
-    wanted = -(-BLOCKS * device.processors // _tiles(problem, SQUARE, SQUARE))
-    parts = max(1, min(wanted, slices // LEAST_SLICES))
-    return Division(slices, parts, parts * _tiles(problem, tile.block_m, tile.block_n))
+    parts = max(1, min(count_parts(problem, device), slices // LEAST_SLICES))
+    return Division(slices, parts, parts * count_tiles(problem, tile.block_m, tile.block_n))
 
 
-def _tiles(problem: ConvProblem, rows: int, columns: int) -> int:
+def count_parts(problem: ConvProblem, device: Device) -> int:
+    """Return into how many parts sums must be cut to keep a GPU busy."""
+    return -(-BLOCKS * device.processors // count_tiles(problem, SQUARE, SQUARE))
+
+
+def count_tiles(problem: ConvProblem, rows: int, columns: int) -> int:
+    """Return the tiles of a gradient."""
     return problem.groups * -(-problem.gemm_m // rows) * -(-problem.gemm_k // columns)
 
 
