@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastconv.gpu.source import Kernel
     from fastconv.problem import ConvProblem, Operands
 
-TILES = (Tile(64, 128), *(Tile(m, n, is_for_double=False) for m, n in ((64, 64), (32, 128))))
+TILES = (Tile(64, 128), *(Tile(m, n, is_for_double=False) for m, n in ((64, 64), (32, 128), (32, 64))))
 
 # kPixels, by 64 channels, and kPatch of kernels/direct.cu, in bytes.
 PIXEL_BYTES = 16384
@@ -24,6 +24,8 @@ PATCH_BYTES = 16384
 EFFICIENCY = 0.7  # of the peak, what the multiply-adds of the main loop reach
 PATCH_LOAD = 25  # instructions to find an element of a patch, load and store it
 PIXEL_LOAD = 6  # the same of a gradient
+BARRIER = 200  # instructions that a thread could do while it waits for the others, before and after its loads
+NARROWEST = 8  # columns of a strip, if there are so many: a sector of float32
 LANES = 128  # threads that an SM issues an instruction for, per cycle
 SECTOR = 32  # bytes that global memory brings at least
 
@@ -60,9 +62,8 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     per_sm = -(-d.blocks // device.processors)
     rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * EFFICIENCY
     pixels = strip.height * strip.width
-    loads = strip.patches * PATCH_LOAD + pixels * tile.block_m * PIXEL_LOAD
     arithmetic = problem.gemm_n / d.parts * tile.block_m * tile.block_n * 2 / rate
-    arithmetic += d.strips / d.parts * loads / (LANES * device.clock)
+    arithmetic += d.strips / d.parts * _loads(tile, strip) / (LANES * device.clock)
     spread = 1.0 if problem.order == "NCHW" else SECTOR / problem.itemsize / 4
     loaded = d.blocks * d.strips / d.parts * (strip.patches + pixels * tile.block_m) * problem.itemsize
     moved = (problem.bytes + spread * loaded / product.L2_SPEEDUP) / device.bandwidth
@@ -102,8 +103,7 @@ def _defines(tile: Tile) -> dict[str, Any]:
 @lru_cache(maxsize=4096)
 def _divide(problem: ConvProblem, tile: Tile, device: Device) -> Division:
     strip = _strip(problem, tile)
-    across, down = -(-problem.Q // strip.width), -(-problem.P // strip.height)
-    strips = problem.N * problem.O * down * across
+    strips = problem.N * problem.O * _count_strips(problem, strip)
     parts = min(strips, outer.count_parts(problem, device))
     return Division(strips, parts, parts * outer.count_tiles(problem, tile.block_m, tile.block_n))
 
@@ -115,20 +115,28 @@ def _strip(problem: ConvProblem, tile: Tile) -> Strip:
     pixels, room = PIXEL_BYTES // 64 // item, PATCH_BYTES // item
     for taps in ((problem.R, problem.S), (1, problem.S), (1, 1)):
         widths = {-(-problem.Q // count) for count in range(1, problem.Q + 1)}
-        sizes = [(min(pixels // w, problem.P), w) for w in widths if w <= pixels]
+        widths = {width for width in widths if min(NARROWEST, problem.Q) <= width <= pixels}
+        sizes = [(min(pixels // width, problem.P), width) for width in widths]
         strips = [
-            _make_strip(problem, tile, height, w, taps) for most, w in sizes for height in range(1, most + 1)
+            _make_strip(problem, tile, height, width, taps)
+            for most, width in sizes
+            for height in range(1, most + 1)
         ]
         fitting = [strip for strip in strips if strip.patches <= room]
         if fitting:
             break
-    return min(fitting, key=lambda strip: _loads_of_plane(problem, tile, strip))
+    return min(fitting, key=lambda strip: _count_strips(problem, strip) * _loads(tile, strip))
 
 
-def _loads_of_plane(problem: ConvProblem, tile: Tile, strip: Strip) -> int:
-    """Return the instructions to load all that the strips of a plane of y need."""
-    count = -(-problem.P // strip.height) * -(-problem.Q // strip.width)
-    return count * (strip.patches * PATCH_LOAD + strip.height * strip.width * tile.block_m * PIXEL_LOAD)
+def _count_strips(problem: ConvProblem, strip: Strip) -> int:
+    """Return the strips of a plane of y."""
+    return -(-problem.P // strip.height) * -(-problem.Q // strip.width)
+
+
+def _loads(tile: Tile, strip: Strip) -> int:
+    """Return the instructions to load a strip."""
+    pixels = strip.height * strip.width * tile.block_m * PIXEL_LOAD
+    return strip.patches * PATCH_LOAD + pixels + BARRIER * tile.threads
 
 
 def _make_strip(problem: ConvProblem, tile: Tile, height: int, width: int, taps: tuple[int, int]) -> Strip:

@@ -17,7 +17,7 @@ TILES = outer.TILES
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds."""
-    return outer.seconds(problem, tile, device, 0.75)
+    return outer.seconds(problem, tile, device, has_windows=True)
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:

@@ -30,6 +30,14 @@ TILES = (
 SQUARE = 64  # of the tiles for which sums are cut into parts
 BLOCKS = 8  # of such a tile that each SM shall have at least
 LEAST_SLICES = 8  # of a part
+
+# Instructions of the main loop per slice, as they were counted for sm_90.
+MULTIPLY_ADDS = 512
+INSTRUCTIONS = 624  # with them, without loads
+LOAD = {"SINGLE": 10, "PIXELS": 16, "CHANNELS": 16}  # of one element or of four
+WINDOW = 15  # to see whether these lie in the padding
+EFFICIENCY = 0.9  # of what the main loop's share of multiply-adds permits
+
 ELEMENTS = 32  # kElements of kernels/gradient.cuh
 
 
@@ -115,16 +123,32 @@ def add_seconds(problem: ConvProblem, parts: int, device: Device) -> float:
     return 2 * partial / speedup / device.bandwidth + product.LAUNCH * (parts > 1)
 
 
-def seconds(problem: ConvProblem, tile: Tile, device: Device, efficiency: float) -> float:
-    """Return the estimated seconds; `efficiency`: the part of the peak that the main loop reaches."""
+def seconds(problem: ConvProblem, tile: Tile, device: Device, has_windows: bool) -> float:
+    """Return the estimated seconds; has_windows: elements of x may lie in the padding."""
     division = divide(problem, tile, device)
     per_sm = -(-division.blocks // device.processors)
-    rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads) * efficiency
+    rate = product.sm_rate(problem, device, min(per_sm, tile.resident) * tile.threads)
     terms = SLICE * division.slices / division.parts
     arithmetic = per_sm * terms * 2 * tile.block_m * tile.block_n / rate
+    arithmetic /= EFFICIENCY * _share(problem, tile, has_windows)
     loaded = division.blocks * terms * (tile.block_m + tile.block_n) * problem.itemsize
     moved = (problem.bytes + loaded / product.L2_SPEEDUP) / device.bandwidth
     return max(arithmetic, moved) + add_seconds(problem, division.parts, device) + product.LAUNCH
+
+
+def _share(problem: ConvProblem, tile: Tile, has_windows: bool) -> float:
+    """Return the multiply-adds among the instructions of the main loop, if arrays are dense."""
+    plane, is_dense = problem.O * problem.P * problem.Q, not has_windows and problem.stride == (1, 1, 1)
+    count = INSTRUCTIONS
+    for size, channels, has_pixels in (
+        (tile.block_m, problem.gemm_m, True),
+        (tile.block_n, problem.C // problem.groups, is_dense),
+    ):
+        together = "CHANNELS" if problem.order == "NHWC" else "PIXELS"
+        has_fours = channels % 4 == 0 if problem.order == "NHWC" else has_pixels and plane % 4 == 0
+        units = size * SLICE // tile.threads // (4 if has_fours else 1)
+        count += units * LOAD[together if has_fours else "SINGLE"]
+    return MULTIPLY_ADDS / (count + WINDOW * units * has_windows)
 
 
 def find_loads(array: np.ndarray, channels: int, has_pixels: bool) -> str:
