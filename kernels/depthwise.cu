@@ -3,7 +3,7 @@
 //   PLANES, LARGE  x: a patch of each of BLOCK_C planes --load_patch--> shared --+--> ROWS x 4 sums per thread
 //                  weight of these planes  --> registers, or --> shared ---------+
 //
-//   WEIGHT         the gradient of the weight: x as in PLANES, the gradient of y --> shared --+--> a sum per thread and tap
+//   WEIGHT         the gradient of the weight: x as in PLANES, gradient of y --> shared --> a sum per thread and tap
 //
 //   CHANNELS       x: rows of pixels, LANES channels of each --> registers ---+--> COLUMNS x LANES sums per thread,
 //                  weight of these channels --> shared --> registers ---------+    for ROWS rows in turn

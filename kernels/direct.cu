@@ -188,7 +188,10 @@ struct SharedStrip {
 
 // Which sums a thread has: 8 neighbouring lanes those of neighbouring terms, whose inputs lie in different banks.
 struct TermPlace : Place {
-    DEVICE explicit TermPlace(const Place& place) : Place(place) { column = column / kWarpN * kWarpN + threadIdx.x % 8; }
+    DEVICE explicit TermPlace(const Place& place) : Place(place)
+    {
+        column = column / kWarpN * kWarpN + threadIdx.x % 8;
+    }
 
     DEVICE int column_of(int j) const { return column + 8 * j; }
 };

@@ -1,8 +1,8 @@
 // outer.cuh - the gradient of the weight as a product of matrices, summed over pixels: a tile (gemm.cuh) per block.
 //
-//   gradient of y (pixels, K)  --OperandLoader---> registers  --place--> shared.a[2][kBlockK][BLOCK_M] --+
-//                                                                                                        +--> 8 x 8 sums
-//   x (pixels, C * taps)  ------that of the file-> registers  --place--> shared.b[2][kBlockK][BLOCK_N] --+    per thread
+//   gradient of y (pixels, K)  --OperandLoader--> registers --place--> shared.a[2][kBlockK][BLOCK_M] --+
+//                                                                                                      +--> 8 x 8 sums
+//   x (pixels, C * taps)  -------the file's own-> registers --place--> shared.b[2][kBlockK][BLOCK_N] --+    per thread
 //
 // A slice is kBlockK pixels, which count n, o, p, q. Channels that are neighbours in memory are so in shared memory
 // too. Pixels that are neighbours in memory become columns there: rows are ROW_GAP words longer than the tile, so

@@ -438,6 +438,19 @@ class TestStrips:
         assert found.patches * np.dtype(problem.compute_dtype).itemsize <= direct.PATCH_BYTES
         assert found.height * found.width * 64 * np.dtype(dtype).itemsize <= direct.PIXEL_BYTES
 
+    @pytest.mark.parametrize("taps", [(1, 1), (3, 3), (5, 4), (7, 7), (12, 12)])
+    def test_room_for_all_planes(self, taps):
+        """A tile of terms begins amid a plane: as many patches are counted as it can then meet."""
+        problem = make_problem("conv2d", (1, 70, 19, 19), (64, 70, *taps), direction="grad_weight")
+        for tile in direct.TILES:
+            strip = direct._strip(problem, tile)
+            area = (strip.height + taps[0] - 1) * (strip.width + taps[1] - 1)
+            tiles = (
+                range(problem.gemm_k)[at:][: tile.block_n] for at in range(0, problem.gemm_k, tile.block_n)
+            )
+            most = max(len({term // (taps[0] * taps[1]) for term in terms}) for terms in tiles)
+            assert most * area <= strip.patches <= (most + 1) * area
+
 
 class TestTapsAtATime:
     """Depthwise, a thread has the sums of all taps, or of a block of them."""
