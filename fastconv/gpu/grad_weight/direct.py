@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastconv.gpu import product
+from fastconv.gpu.depthwise import LANES, PATCH_LOAD, SECTOR
 from fastconv.gpu.grad_weight import outer
 from fastconv.gpu.product import Tile
 
@@ -22,12 +23,9 @@ PIXEL_BYTES = 16384
 PATCH_BYTES = 16384
 
 EFFICIENCY = 0.7  # of the peak, what the multiply-adds of the main loop reach
-PATCH_LOAD = 25  # instructions to find an element of a patch, load and store it
-PIXEL_LOAD = 6  # the same of a gradient
+PIXEL_LOAD = 6  # instructions to load a gradient and store it
 BARRIER = 200  # instructions that a thread could do while it waits for the others, before and after its loads
 NARROWEST = 8  # columns of a strip, if there are so many: a sector of float32
-LANES = 128  # threads that an SM issues an instruction for, per cycle
-SECTOR = 32  # bytes that global memory brings at least
 
 
 class Strip(NamedTuple):
@@ -113,19 +111,25 @@ def _strip(problem: ConvProblem, tile: Tile) -> Strip:
     """Return the strip that loads least per pixel, with all taps of a plane if that is possible."""
     item = product.accumulator(problem).itemsize
     pixels, room = PIXEL_BYTES // 64 // item, PATCH_BYTES // item
+    narrowest = min(NARROWEST, problem.Q)
+    widths = {_even_share(problem.Q, most) for most in range(narrowest, min(pixels, problem.Q) + 1)}
+    sizes = [
+        (height, width)
+        for width in widths
+        for height in range(1, min(pixels // width, problem.P) + 1)
+        if width >= narrowest
+    ]
     for taps in ((problem.R, problem.S), (1, problem.S), (1, 1)):
-        widths = {-(-problem.Q // count) for count in range(1, problem.Q + 1)}
-        widths = {width for width in widths if min(NARROWEST, problem.Q) <= width <= pixels}
-        sizes = [(min(pixels // width, problem.P), width) for width in widths]
-        strips = [
-            _make_strip(problem, tile, height, width, taps)
-            for most, width in sizes
-            for height in range(1, most + 1)
-        ]
+        strips = (_make_strip(problem, tile, *size, taps) for size in sizes)
         fitting = [strip for strip in strips if strip.patches <= room]
         if fitting:
             break
     return min(fitting, key=lambda strip: _count_strips(problem, strip) * _loads(tile, strip))
+
+
+def _even_share(size: int, most: int) -> int:
+    """Return the size of equal shares of at most so much."""
+    return -(-size // -(-size // most))
 
 
 def _count_strips(problem: ConvProblem, strip: Strip) -> int:
