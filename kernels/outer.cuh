@@ -13,6 +13,9 @@
 
 #if defined(STAGE_WEIGHT)
 #define ROW_GAP 4
+#if BLOCK_M == 32
+#define RESIDENT 1  // left to itself, ptxas spills some registers so that a block more is resident
+#endif
 #endif
 #include "gemm.cuh"
 #include "gradient.cuh"

@@ -193,10 +193,10 @@ class TestWeight:
 
     @on_backends(weight_ways, backends=BACKENDS)
     def test_every_tile(self, way, rng):
-        """Beyond one tile in rows, columns and pixels; which of two orders meets a case differs by tile."""
+        """Beyond one tile in rows, columns and pixels; a tile meets half of the cases, in two orders."""
         turn = [str(one) for one in weight_ways(way.backend)].index(str(way))
-        for i, problem in enumerate(way.large()):
-            ordered = dataclasses.replace(problem, order=ORDERS[(turn + i) % 2])
+        for i, problem in enumerate(way.large()[turn % 2 :: 2]):
+            ordered = dataclasses.replace(problem, order=ORDERS[(turn // 2 + i) % 2])
             make_gradient(rng, ordered, integers).check(way.plan(ordered))
 
     @on_backends(weight_forms, dtypes=("float16", "bfloat16"), backends=BACKENDS)
