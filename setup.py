@@ -60,7 +60,12 @@ setup(
     ],
     python_requires=">=3.10",
     # Every package by name: automatic discovery would also install the top-level bench, tests and kernels.
-    packages=["fastconv", "fastconv.cpu", "fastconv.gpu", "fastconv.kernels"],
+    packages=[
+        "fastconv",
+        *("fastconv.cpu", "fastconv.cpu.grad_weight"),
+        *("fastconv.gpu", "fastconv.gpu.grad_weight"),
+        "fastconv.kernels",
+    ],
     # The CUDA sources lie beside the package in a checkout and inside it once installed.
     package_dir={"fastconv.kernels": "kernels"},
     package_data={"fastconv": ["py.typed", "data/*.json"], "fastconv.kernels": ["*.cu", "*.cuh"]},

@@ -3,11 +3,14 @@
 //   PLANES, LARGE  x: a patch of each of BLOCK_C planes --load_patch--> shared --+--> ROWS x 4 sums per thread
 //                  weight of these planes  --> registers, or --> shared ---------+
 //
+//   WEIGHT         the gradient of the weight: x as in PLANES, gradient of y --> shared --> a sum per thread and tap
+//
 //   CHANNELS       x: rows of pixels, LANES channels of each --> registers ---+--> COLUMNS x LANES sums per thread,
 //                  weight of these channels --> shared --> registers ---------+    for ROWS rows in turn
 //
 // PLANES and CHANNELS are compiled for one filter, which lies in registers. LARGE takes any: shared memory holds all
-// rows of the filters, some rows, or one tap at a time. Sums are added in the order t, r, s everywhere.
+// rows of the filters, some rows, or one tap at a time. Sums are added in the order t, r, s everywhere. WEIGHT is
+// compiled for a block of taps, whose sums lie in registers: the whole filter, or a part of it that fits.
 //
 // Set by fastconv/gpu/depthwise.py: for planes BLOCK_C, BLOCK_P, BLOCK_Q, a block's output channels, rows and columns,
 // and ROWS (1, 4); for channels ROWS, COLUMNS and LANES (1, 4); for LARGE its bytes SHARED, and SLIDING: 1 if taps and
@@ -16,6 +19,7 @@
 
 #define RESIDENT 1  // left to itself, ptxas spills some registers so that a block more is resident
 #include "patch.cuh"
+#include "gradient.cuh"
 
 #ifdef BLOCK_C
 static_assert(BLOCK_P % ROWS == 0 && BLOCK_Q % 4 == 0, "a thread computes ROWS rows of four neighbours");
@@ -44,11 +48,10 @@ struct Patch {
 struct PlaneTile {
     INDEX n, o, p, q, k;
 
-    DEVICE explicit PlaneTile(const Conv& conv)
+    DEVICE PlaneTile(INDEX block, const Conv& conv)
     {
         const INDEX planes = divide_up<INDEX>(conv.groups * conv.K, BLOCK_C);
         const INDEX width = divide_up<INDEX>(conv.Q, BLOCK_Q), height = divide_up<INDEX>(conv.P, BLOCK_P);
-        INDEX block = blockIdx.x;
         k = block % planes * BLOCK_C;
         block /= planes;
         q = block % width * BLOCK_Q;
@@ -102,6 +105,7 @@ DEVICE void load_patch(ACC* to, const Patch& patch, const STORAGE* x, const Plan
     }
 }
 
+#ifdef ACTIVATION
 // Finish a thread's sums and write them to y.
 DEVICE void store_rows(const ACC (&sum)[ROWS][4], const PlaneTile& tile, const Place& place, const Epilogue& epilogue)
 {
@@ -125,28 +129,20 @@ DEVICE void store_rows(const ACC (&sum)[ROWS][4], const PlaneTile& tile, const P
         store_four(epilogue.y, at, four, stored);
     }
 }
-#endif
+#endif  // ACTIVATION
+#endif  // BLOCK_C
 
-#ifdef STAGE_PLANES
+#if defined(STAGE_PLANES) || defined(STAGE_WEIGHT)
 // The patch of a tile, known when the kernel is compiled.
 constexpr DEVICE Patch filter_patch()
 {
     return Patch(Axis(BLOCK_P, FILTER_R, STRIDE_H, DILATION_H), Axis(BLOCK_Q, FILTER_S, STRIDE_W, DILATION_W));
 }
 
-// Load the filter of output channel k in plane t.
-DEVICE void load_filter(ACC (&filter)[FILTER_R][FILTER_S], const STORAGE* weight, INDEX k, INDEX t, const Conv& conv)
-{
-    weight += k * conv.w_k + t * conv.w_t;
-#pragma unroll
-    for (int r = 0; r < FILTER_R; ++r) {
-#pragma unroll
-        for (int s = 0; s < FILTER_S; ++s) filter[r][s] = widen(weight[r * conv.w_r + s * conv.w_s]);
-    }
-}
-
-// Add the products of a filter. What a thread needs of a line of the patch is read once, for all rows that see it.
-DEVICE void multiply(ACC (&sum)[ROWS][4], const ACC* corner, const ACC (&filter)[FILTER_R][FILTER_S])
+// Call add(r, s, i, j, pixel) for every tap and every output of a thread, which sees `pixel` there. What the thread
+// needs of a line of the patch is read once, for all rows that see it.
+template <class Add>
+DEVICE void for_each_product(const ACC* corner, const Add& add)
 {
     constexpr Patch patch = filter_patch();
     constexpr int kStepH = patch.rows.pixel_step, kStepW = patch.columns.pixel_step;
@@ -165,12 +161,31 @@ DEVICE void multiply(ACC (&sum)[ROWS][4], const ACC* corner, const ACC (&filter)
 #pragma unroll
             for (int s = 0; s < FILTER_S; ++s) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    sum[i][j] = fma(filter[r][s], window[j * kStepW + s * kTapW], sum[i][j]);
-                }
+                for (int j = 0; j < 4; ++j) add(r, s, i, j, window[j * kStepW + s * kTapW]);
             }
         }
     }
+}
+#endif
+
+#ifdef STAGE_PLANES
+// Load the filter of output channel k in plane t.
+DEVICE void load_filter(ACC (&filter)[FILTER_R][FILTER_S], const STORAGE* weight, INDEX k, INDEX t, const Conv& conv)
+{
+    weight += k * conv.w_k + t * conv.w_t;
+#pragma unroll
+    for (int r = 0; r < FILTER_R; ++r) {
+#pragma unroll
+        for (int s = 0; s < FILTER_S; ++s) filter[r][s] = widen(weight[r * conv.w_r + s * conv.w_s]);
+    }
+}
+
+// Add the products of a filter.
+DEVICE void multiply(ACC (&sum)[ROWS][4], const ACC* corner, const ACC (&filter)[FILTER_R][FILTER_S])
+{
+    for_each_product(corner, [&](int r, int s, int i, int j, ACC pixel) {
+        sum[i][j] = fma(filter[r][s], pixel, sum[i][j]);
+    });
 }
 
 KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const STORAGE* __restrict__ bias,
@@ -178,7 +193,7 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
 {
     constexpr Patch patch = filter_patch();
     __shared__ alignas(16) ACC shared[BLOCK_C * patch.area];
-    const PlaneTile tile(conv);
+    const PlaneTile tile(blockIdx.x, conv);
     const Place place;
     const bool is_busy = place.has_outputs(tile, conv);
     ACC sum[ROWS][4] = {};
@@ -191,6 +206,115 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
         if (is_busy) multiply(sum, shared + place.in(patch), filter);
     }
     if (is_busy) store_rows(sum, tile, place, Epilogue{conv, bias, residual, y});
+}
+#endif
+
+#ifdef STAGE_WEIGHT
+constexpr int kTaps = FILTER_R * FILTER_S;
+constexpr int kPerPlane = THREADS / BLOCK_C;                   // threads that sum for the same filter
+constexpr int kTogether = kPerPlane < 32 ? kPerPlane : 32;     // of one warp
+static_assert(THREADS % 32 == 0 && 32 % kTogether == 0, "lanes that sum for one filter are a part of a warp");
+
+constexpr DEVICE Patch gradient_patch() { return Patch(Axis(BLOCK_P, 1, 1, 1), Axis(BLOCK_Q, 1, 1, 1)); }
+
+// What a block computes: blocks count parts, t, blocks of rows and of columns of taps, channels, the last fastest.
+struct TapTile {
+    INDEX part, t, r, s, channels;  // channels: which of the blocks of them
+
+    DEVICE explicit TapTile(const Conv& conv)
+    {
+        const INDEX planes = divide_up<INDEX>(conv.groups * conv.K, BLOCK_C);
+        const INDEX width = divide_up<INDEX>(conv.S, FILTER_S), height = divide_up<INDEX>(conv.R, FILTER_R);
+        INDEX block = blockIdx.x;
+        channels = block % planes;
+        block /= planes;
+        s = block % width * FILTER_S;
+        block /= width;
+        r = block % height * FILTER_R;
+        block /= height;
+        t = block % conv.T;
+        part = block / conv.T;
+    }
+};
+
+// Load the gradients of a tile's outputs, planes as in load_patch; zeros behind the last ones.
+DEVICE void load_gradient(ACC* to, const STORAGE* grad_y, const PlaneTile& tile, const Conv& conv)
+{
+    constexpr Patch patch = gradient_patch();
+    constexpr int kArea = BLOCK_P * BLOCK_Q;
+    grad_y += tile.n * conv.y_n + tile.o * conv.y_o;
+    for (int i = threadIdx.x; i < BLOCK_C * kArea; i += THREADS) {
+        const int plane = ORDER == NHWC ? i % BLOCK_C : i / kArea, at = ORDER == NHWC ? i / BLOCK_C : i % kArea;
+        const INDEX k = tile.k + plane, p = tile.p + at / BLOCK_Q, q = tile.q + at % BLOCK_Q;
+        const bool exists = k < conv.groups * conv.K && p < conv.P && q < conv.Q;
+        const ACC gradient = exists ? widen(grad_y[k * conv.y_k + p * conv.y_p + q * conv.y_q]) : ACC(0);
+        to[plane * patch.area + at / BLOCK_Q * patch.pitch + at % BLOCK_Q] = gradient;
+    }
+}
+
+// Add the products of a thread's outputs, of which so many rows and columns exist: inf behind them must not count.
+DEVICE void multiply(ACC (&sum)[FILTER_R][FILTER_S], const ACC* corner, const ACC* gradients, INDEX rows, INDEX columns)
+{
+    ACC gradient[ROWS][4];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) read_four(gradient[i], gradients + i * gradient_patch().pitch);
+    for_each_product(corner, [&](int r, int s, int i, int j, ACC pixel) {
+        if (i < rows && j < columns) sum[r][s] = fma(gradient[i][j], pixel, sum[r][s]);
+    });
+}
+
+// Add the sums of all threads of a plane, always in the same order, and write them as store_sums of outer.cuh does.
+DEVICE void store_taps(const ACC (&sum)[FILTER_R][FILTER_S], ACC (*shares)[kTaps], const TapTile& tile,
+                       const Conv& conv, ACC* partial, STORAGE* grad_w)
+{
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) {
+        ACC share = sum[tap / FILTER_S][tap % FILTER_S];
+#pragma unroll
+        for (int far = kTogether / 2; far > 0; far /= 2) share += __shfl_xor_sync(0xffffffff, share, far);
+        if (threadIdx.x % kTogether == 0) shares[threadIdx.x / kTogether][tap] = share;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BLOCK_C * kTaps; i += THREADS) {
+        const int plane = i / kTaps, tap = i % kTaps;
+        const INDEX k = tile.channels * BLOCK_C + plane, r = tile.r + tap / FILTER_S, s = tile.s + tap % FILTER_S;
+        if (k >= conv.groups * conv.K || r >= conv.R || s >= conv.S) continue;
+        ACC total = 0;
+#pragma unroll
+        for (int j = 0; j < kPerPlane / kTogether; ++j) total += shares[plane * (kPerPlane / kTogether) + j][tap];
+        if (partial != nullptr) {
+            const INDEX row = tile.part * (conv.groups * conv.K) + k;
+            partial[((row * conv.T + tile.t) * conv.R + r) * conv.S + s] = total;
+        } else {
+            narrow(total, grad_w[offset_in_gradient(k, {0, tile.t, r, s}, conv)]);
+        }
+    }
+}
+
+// Sum over the tiles of outputs of a part, of which there are `tiles` in all.
+KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ grad_y, STORAGE* __restrict__ grad_w,
+       ACC* __restrict__ partial, const Conv conv, INDEX tiles, int parts)
+{
+    constexpr Patch patch = filter_patch(), gradients = gradient_patch();
+    constexpr int kShares = THREADS / kTogether * kTaps, kPatches = BLOCK_C * (patch.area + gradients.area);
+    __shared__ alignas(16) ACC shared[kShares > kPatches ? kShares : kPatches];
+    ACC* gradient = shared + BLOCK_C * patch.area;
+    const TapTile taps(conv);
+    const Place place;
+    const INDEX planes = divide_up<INDEX>(conv.groups * conv.K, BLOCK_C);
+    const INDEX last = static_cast<INDEX>(static_cast<long long>(taps.part + 1) * tiles / parts);
+    ACC sum[FILTER_R][FILTER_S] = {};
+    for (INDEX i = static_cast<INDEX>(static_cast<long long>(taps.part) * tiles / parts); i < last; ++i) {
+        const PlaneTile tile(i * planes + taps.channels, conv);
+        __syncthreads();  // nobody reads the tile before any more
+        load_patch(shared, patch, x, tile, taps.t, taps.r, taps.s, conv);
+        load_gradient(gradient, grad_y, tile, conv);
+        __syncthreads();
+        multiply(sum, shared + place.in(patch), gradient + place.in(gradients), conv.P - tile.p - place.row,
+                 conv.Q - tile.q - place.column);
+    }
+    __syncthreads();  // the patches make room
+    store_taps(sum, reinterpret_cast<ACC (*)[kTaps]>(shared), taps, conv, partial, grad_w);
 }
 #endif
 
@@ -324,7 +448,7 @@ KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ weight, const 
        const STORAGE* __restrict__ residual, STORAGE* __restrict__ y, const Conv conv, int taps_r, int taps_s)
 {
     __shared__ alignas(16) ACC shared[SHARED / sizeof(ACC)];
-    const PlaneTile tile(conv);
+    const PlaneTile tile(blockIdx.x, conv);
     const Place place;
     const Patch patch(Axis(BLOCK_P, taps_r, conv.stride_h, conv.dilation_h),
                       Axis(BLOCK_Q, taps_s, conv.stride_w, conv.dilation_w));

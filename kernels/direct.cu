@@ -7,11 +7,22 @@
 //   tile: BLOCK_M output channels of BLOCK_P rows of BLOCK_Q pixels; a thread's share of it as in tile.cuh.
 //   A stage is `channels` channels times `taps_r` x `taps_s` taps, as much as fits: all taps, a row of them, or one.
 //
+//   WEIGHT, the gradient of the weight, with terms c, t, r, s in place of pixels:
+//   x: the planes of a tile's terms --load_planes------> shared.patch[plane][row][column] --+
+//                                                                                           +--> 64 sums per thread
+//   gradient of y: the pixels of a strip --load_strip--> shared.rows[pixel][BLOCK_M] -------+
+//
+//   A strip is as many rows and columns of pixels as fit; a plane of x, of one c and t, serves all taps of a filter, or
+//   a row of them, or one tap.
+//
 // Set by fastconv/gpu/direct.py: BLOCK_M (8, 32, 64), BLOCK_P, BLOCK_Q, and FILTER_S with STRIDE_W: filter width and
 // stride if the inputs of four neighbouring pixels are kept in registers for a whole row of taps; FILTER_S 0: any.
+// By that of its name in grad_weight: BLOCK_M (32, 64), BLOCK_N (see tile.cuh).
 
+#ifndef BLOCK_N
 #define BLOCK_N (BLOCK_P * BLOCK_Q)
-#include "tile.cuh"
+#endif
+#include "outer.cuh"
 #include "patch.cuh"
 
 #ifdef STAGE_CONVOLVE
@@ -158,5 +169,172 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
         }
     }
     store_tile(sum, shared.columns, place, tile.group, tile.first_row, conv, Epilogue{conv, bias, residual, y});
+}
+#endif
+
+#ifdef STAGE_WEIGHT
+constexpr int kPixels = 16384 / (64 * sizeof(ACC)), kPatch = 16384 / sizeof(ACC);  // the host makes strips that fit
+
+// What of x some taps meet: its channel, and where it begins for the pixel 0 without padding.
+struct Plane {
+    INDEX at, d, h, w;
+};
+
+struct SharedStrip {
+    alignas(16) ACC rows[kPixels][BLOCK_M + 4];  // + 4: a column of 8 pixels lies in different banks
+    ACC patch[kPatch];
+    Plane planes[BLOCK_N];
+};
+
+// Which sums a thread has: 8 neighbouring lanes those of neighbouring terms, whose inputs lie in different banks.
+struct TermPlace : Place {
+    DEVICE explicit TermPlace(const Place& place) : Place(place)
+    {
+        column = column / kWarpN * kWarpN + threadIdx.x % 8;
+    }
+
+    DEVICE int column_of(int j) const { return column + 8 * j; }
+};
+
+// Pixels of a plane of y: strips count n, o, strips of rows, strips of columns, the last fastest.
+struct Strip {
+    INDEX n, o, p, q;
+    int rows, columns;  // that exist
+
+    DEVICE Strip(INDEX number, int height, int width, const Conv& conv)
+    {
+        const INDEX across = divide_up<INDEX>(conv.Q, width), down = divide_up<INDEX>(conv.P, height);
+        q = number % across * width;
+        number /= across;
+        p = number % down * height;
+        number /= down;
+        o = number % conv.O;
+        n = number / conv.O;
+        rows = static_cast<int>(smaller<INDEX>(height, conv.P - p));
+        columns = static_cast<int>(smaller<INDEX>(width, conv.Q - q));
+    }
+};
+
+// The patch of a strip in every plane.
+struct Planes {
+    Axis rows, columns;
+    int pitch, area, taps_r, taps_s;
+
+    DEVICE Planes(int height, int width, int taps_r, int taps_s, const Conv& conv)
+        : rows(height, taps_r, conv.stride_h, conv.dilation_h),
+          columns(width, taps_s, conv.stride_w, conv.dilation_w),
+          pitch(static_cast<int>(columns.extent)),
+          area(static_cast<int>(rows.extent) * pitch),
+          taps_r(taps_r),
+          taps_s(taps_s)
+    {
+    }
+    // The plane in which a term's taps are; terms count c, t, r, s, the last fastest.
+    DEVICE INDEX plane_of(INDEX term) const { return term / (taps_r * taps_s); }
+
+    // Where in its plane's patch a term meets the first pixel.
+    DEVICE int offset_of(INDEX term) const
+    {
+        const int tap = static_cast<int>(term % (taps_r * taps_s));
+        const INDEX at = tap / taps_s * rows.tap_step * pitch + tap % taps_s * columns.tap_step;
+        return static_cast<int>(at);
+    }
+};
+
+// Note once for all strips what the planes from the first on are.
+DEVICE void find_planes(Plane* planes, INDEX first, int count, const Planes& patch, const Conv& conv)
+{
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const Term term = find_term((first + i) * (patch.taps_r * patch.taps_s), conv);
+        planes[i] = {term.c * conv.x_c, term.t * conv.dilation_d - conv.padding_d,
+                     term.r * conv.dilation_h - conv.padding_h, term.s * conv.dilation_w - conv.padding_w};
+    }
+}
+
+// Load what the taps of each plane see of a strip; zeros outside.
+DEVICE void load_planes(ACC* to, const STORAGE* x, const Plane* planes, int count, const Planes& patch,
+                        const Strip& strip, const Conv& conv)
+{
+    x += strip.n * conv.x_n;
+    for (int i = 0; i < count; ++i, to += patch.area) {
+        const Plane plane = planes[i];
+        const INDEX d = strip.o * conv.stride_d + plane.d;
+        const INDEX first_h = strip.p * conv.stride_h + plane.h, first_w = strip.q * conv.stride_w + plane.w;
+        const bool is_plane = is_within(d, conv.D);
+        for (int at = threadIdx.x; at < patch.area; at += THREADS) {
+            const INDEX h = first_h + at / patch.pitch * patch.rows.input_step;
+            const INDEX w = first_w + at % patch.pitch * patch.columns.input_step;
+            to[at] = element_of(x + (plane.at + d * conv.x_d), h, w, is_plane, conv);
+        }
+    }
+}
+
+// Load the gradients of a strip's pixels: threads that are neighbours load neighbouring pixels, 8 of a channel.
+DEVICE void load_strip(ACC (*rows)[BLOCK_M + 4], const STORAGE* grad_y, INDEX first_row, const Strip& strip,
+                       const Conv& conv)
+{
+    grad_y += strip.n * conv.y_n + strip.o * conv.y_o + strip.p * conv.y_p + strip.q * conv.y_q;
+    for (int pixel = threadIdx.x % 8; pixel < strip.rows * strip.columns; pixel += 8) {
+        const STORAGE* from = grad_y + (pixel / strip.columns * conv.y_p + pixel % strip.columns * conv.y_q);
+#pragma unroll
+        for (int i = 0; i < BLOCK_M * 8 / THREADS; ++i) {
+            const int row = threadIdx.x / 8 + i * (THREADS / 8);
+            rows[pixel][row] = widen(from[smaller<INDEX>(first_row + row, conv.K - 1) * conv.y_k]);
+        }
+    }
+}
+
+// Add the products of the pixels of a strip; at: where in the patches a thread's terms meet the first of them.
+DEVICE void multiply_strip(ACC (&sum)[8][8], const SharedStrip& shared, const int (&at)[8], const Planes& patch,
+                           const Strip& strip, const Place& place)
+{
+    const int step = static_cast<int>(patch.columns.pixel_step);
+    const ACC(*pixel)[BLOCK_M + 4] = shared.rows;
+    for (int p = 0; p < strip.rows; ++p) {
+        const ACC* line = shared.patch + p * patch.rows.pixel_step * patch.pitch;
+#pragma unroll 2
+        for (int q = 0; q < strip.columns; ++q, ++pixel, line += step) {
+            ACC rows[8], terms[8];
+            read_four(&rows[0], &(*pixel)[place.row_of(0)]);
+            read_four(&rows[4], &(*pixel)[place.row_of(4)]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) terms[j] = line[at[j]];
+            multiply(sum, rows, terms);
+        }
+    }
+}
+
+KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ grad_y, STORAGE* __restrict__ grad_w,
+       ACC* __restrict__ partial, const Conv conv, int height, int width, int taps_r, int taps_s, INDEX strips,
+       int parts)
+{
+    __shared__ SharedStrip shared;
+    const INDEX columns = conv.C * conv.T * conv.R * conv.S;
+    const Tile tile(conv.K, columns, conv.groups);
+    const TermPlace place(place_of_thread());
+    const Planes patch(height, width, taps_r, taps_s, conv);
+    const INDEX first_plane = patch.plane_of(tile.first_column);
+    const INDEX last_plane = patch.plane_of(smaller<INDEX>(tile.first_column + BLOCK_N, columns) - 1);
+    const int count = static_cast<int>(last_plane - first_plane + 1);
+    find_planes(shared.planes, first_plane, count, patch, conv);
+    int at[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const INDEX term = smaller<INDEX>(tile.first_column + place.column_of(j), columns - 1);
+        at[j] = static_cast<int>(patch.plane_of(term) - first_plane) * patch.area + patch.offset_of(term);
+    }
+    x += tile.group * conv.C * conv.x_c;
+    grad_y += tile.group * conv.K * conv.y_k;
+    const INDEX last = static_cast<INDEX>(static_cast<long long>(tile.part + 1) * strips / parts);
+    ACC sum[8][8] = {};
+    for (INDEX i = static_cast<INDEX>(static_cast<long long>(tile.part) * strips / parts); i < last; ++i) {
+        const Strip strip(i, height, width, conv);
+        __syncthreads();  // nobody reads the strip before any more
+        load_planes(shared.patch, x, shared.planes, count, patch, strip, conv);
+        load_strip(shared.rows, grad_y, tile.first_row, strip, conv);
+        __syncthreads();
+        multiply_strip(sum, shared, at, patch, strip, place);
+    }
+    store_sums(sum, place, tile, columns, conv, partial, grad_w);
 }
 #endif

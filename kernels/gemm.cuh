@@ -33,9 +33,17 @@ DEVICE INDEX offset_in_part(INDEX k, INDEX column, INDEX columns, const Conv& co
 constexpr int kFours = BLOCK_N * kBlockK / 4 / THREADS;  // groups of four elements of b that a thread loads per slice
 static_assert(kFours * 4 * THREADS == BLOCK_N * kBlockK, "all threads load alike");
 
-struct Shared {
-    alignas(16) ACC a[2][kBlockK][BLOCK_M];
-    alignas(16) ACC b[2][kBlockK][BLOCK_N];
+#ifndef ROW_GAP  // words between the rows of a slice
+#define ROW_GAP 0
+#endif
+constexpr int kPitchM = BLOCK_M + ROW_GAP, kPitchN = BLOCK_N + ROW_GAP;
+
+struct Slices {
+    alignas(16) ACC a[2][kBlockK][kPitchM];
+    alignas(16) ACC b[2][kBlockK][kPitchN];
+};
+
+struct Shared : Slices {
     Columns columns;
 };
 
@@ -158,7 +166,7 @@ DEVICE void locate_columns(Columns& table, INDEX first, INDEX first_column, INDE
 }
 
 // Add the products of one slice.
-DEVICE void multiply_slice(ACC (&sum)[8][8], const ACC (*a)[BLOCK_M], const ACC (*b)[BLOCK_N], const Place& place)
+DEVICE void multiply_slice(ACC (&sum)[8][8], const ACC (*a)[kPitchM], const ACC (*b)[kPitchN], const Place& place)
 {
 #pragma unroll
     for (int k = 0; k < kBlockK; ++k) {
@@ -174,27 +182,31 @@ DEVICE void multiply_slice(ACC (&sum)[8][8], const ACC (*a)[BLOCK_M], const ACC 
 
 // Multiply the slice that lies in one half of shared memory, while the next one comes into the other half.
 template <int kHalf, class LoaderA, class LoaderB>
-DEVICE void step(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const Place& place, bool more)
+DEVICE void step(ACC (&sum)[8][8], Slices& shared, LoaderA& a, LoaderB& b, const Place& place, bool more)
 {
     if (more) {
         a.fetch(shared.a[1 - kHalf]);
         b.fetch(shared.b[1 - kHalf]);
     }
     multiply_slice(sum, shared.a[kHalf], shared.b[kHalf], place);
-    if (more) b.place(shared.b[1 - kHalf]);
+    if (more) {
+        a.place(shared.a[1 - kHalf]);
+        b.place(shared.b[1 - kHalf]);
+    }
     wait_async();
     __syncthreads();
 }
 
 // Sum over the slices from first to last, the last not included.
 template <class LoaderA, class LoaderB>
-DEVICE void multiply_tile(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const Place& place, int first,
+DEVICE void multiply_tile(ACC (&sum)[8][8], Slices& shared, LoaderA& a, LoaderB& b, const Place& place, int first,
                           int last)
 {
     a.seek(first);
     b.seek(first);
     a.fetch(shared.a[0]);
     b.fetch(shared.b[0]);
+    a.place(shared.a[0]);
     b.place(shared.b[0]);
     wait_async();
     __syncthreads();
@@ -206,7 +218,7 @@ DEVICE void multiply_tile(ACC (&sum)[8][8], Shared& shared, LoaderA& a, LoaderB&
 
 // Sum all parts, each by itself, or only the one that is this block's.
 template <class LoaderA, class LoaderB>
-DEVICE void multiply_parts(ACC (&total)[8][8], Shared& shared, LoaderA& a, LoaderB& b, const Place& place,
+DEVICE void multiply_parts(ACC (&total)[8][8], Slices& shared, LoaderA& a, LoaderB& b, const Place& place,
                            const Tile& tile, int slices, int parts)
 {
 #if PARTS_INSIDE

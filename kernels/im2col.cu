@@ -8,9 +8,14 @@
 // The implicit form walks along k by chunks of kBlockK channels, within them by taps: a slice is one tap of one
 // chunk, so the padding is looked at once per slice and pixel. The gathered form takes c, t, r, s as they come.
 //
-// Set by fastconv/gpu/im2col.py: BLOCK_M, BLOCK_N, PARTS_INSIDE, LOADS (see gemm.cuh), GATHERED (0, 1).
+//   WEIGHT, the gradient of the weight: gradient of y (pixels, K)  --------------------+
+//                                                                                      +--> tiles of it (outer.cuh)
+//   x --each window element as it is needed--> terms c, t, r, s (pixels, C * taps)  ---+
+//
+// Set by fastconv/gpu/im2col.py: BLOCK_M, BLOCK_N, PARTS_INSIDE, LOADS (see gemm.cuh), GATHERED (0, 1). By that of its
+// name in grad_weight: BLOCK_M, BLOCK_N, X_LOADS (SINGLE, CHANNELS), Y_LOADS (see outer.cuh).
 
-#include "gemm.cuh"
+#include "outer.cuh"
 
 #ifdef STAGE_MULTIPLY
 // Loads the windows that are the columns of a tile straight from the input.
@@ -118,5 +123,69 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ gathered, const Conv con
     }
     if (c < conv.C - 1) return;
     for (INDEX row = conv.C * taps; row < rows; ++row, to += pitch) *to = 0;
+}
+#endif
+
+#ifdef STAGE_WEIGHT
+// Where a term finds its element of x, from where a pixel's window would begin without padding.
+struct alignas(16) Reach {
+    INDEX at, d, h, w;
+};
+
+// Loads the elements of x that the terms of a tile meet at the pixels of a slice.
+struct TermLoader : Loader<BLOCK_N, X_LOADS> {
+    const STORAGE* x;      // of the group
+    const Reach* reaches;  // of the tile's terms or, CHANNELS, of the first of each four; in shared memory
+    const Conv& conv;
+
+    DEVICE TermLoader(const STORAGE* x, const Reach* reaches, const Tile& tile, const Conv& conv)
+        : Loader(conv), x(x + tile.group * conv.C * conv.x_c), reaches(reaches), conv(conv)
+    {
+    }
+    DEVICE void fetch(ACC (*)[kPitch])
+    {
+        const bool exists = cursor.exists();
+        const Pixel at = exists ? cursor.at : Pixel{};
+        const INDEX d = at.o * conv.stride_d, h = at.p * conv.stride_h, w = at.q * conv.stride_w;
+        const INDEX pixel = at.n * conv.x_n + d * conv.x_d + h * conv.x_h + w * conv.x_w;
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+            const Reach reach = reaches[channel(i) / kChannels];
+            const bool inside = is_within(d + reach.d, conv.D) && is_within(h + reach.h, conv.H) &&
+                                is_within(w + reach.w, conv.W);
+            loaded[i] = Four{};
+            if (exists && inside) load(i, x + (pixel + reach.at));
+        }
+        cursor.advance();
+    }
+};
+
+// Note once for all pixels where the terms of a tile reach; behind the last ones these are meant again.
+DEVICE void find_reaches(Reach* reaches, INDEX first_column, INDEX columns, const Conv& conv)
+{
+    constexpr int kChannels = TermLoader::kChannels;
+    for (int i = threadIdx.x; i < BLOCK_N / kChannels; i += THREADS) {
+        const Term term = find_term(smaller<INDEX>(first_column + i * kChannels, columns - kChannels), conv);
+        const INDEX d = term.t * conv.dilation_d - conv.padding_d, h = term.r * conv.dilation_h - conv.padding_h;
+        const INDEX w = term.s * conv.dilation_w - conv.padding_w;
+        reaches[i] = {term.c * conv.x_c + d * conv.x_d + h * conv.x_h + w * conv.x_w, d, h, w};
+    }
+}
+
+KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ grad_y, STORAGE* __restrict__ grad_w,
+       ACC* __restrict__ partial, const Conv conv, int slices, int parts)
+{
+    __shared__ Slices shared;
+    __shared__ Reach reaches[BLOCK_N / TermLoader::kChannels];
+    const INDEX columns = conv.C * conv.T * conv.R * conv.S;
+    const Tile tile(conv.K, columns, conv.groups);
+    const Place place = place_of_thread();
+    find_reaches(reaches, tile.first_column, columns, conv);
+    __syncthreads();
+    GradientLoader a(grad_y, tile, conv);
+    TermLoader b(x, reaches, tile, conv);
+    ACC sum[8][8] = {};
+    multiply_parts(sum, shared, a, b, place, tile, slices, parts);
+    store_sums(sum, place, tile, columns, conv, partial, grad_w);
 }
 #endif

@@ -5,9 +5,14 @@
 //   VECTOR_PIXELS: four pixels of a channel  --16-byte loads-->  shared memory--+
 //   else: four channels of a pixel, at once if LOADS is VECTOR   (any stride) --+
 //
-// Set by fastconv/gpu/pointwise.py: BLOCK_M, BLOCK_N, PARTS_INSIDE (see gemm.cuh), LOADS, VECTOR_PIXELS.
+//   WEIGHT, the gradient of the weight: gradient of y (pixels, K)  ---+
+//                                                                     +--> tiles of it (outer.cuh)
+//   x (pixels, C)  ---------------------------------------------------+
+//
+// Set by fastconv/gpu/pointwise.py: BLOCK_M, BLOCK_N, PARTS_INSIDE (see gemm.cuh), LOADS, VECTOR_PIXELS. By that of its
+// name in grad_weight: BLOCK_M, BLOCK_N, X_LOADS, Y_LOADS (see outer.cuh).
 
-#include "gemm.cuh"
+#include "outer.cuh"
 
 #ifdef STAGE_MULTIPLY
 #if VECTOR_PIXELS
@@ -102,5 +107,22 @@ KERNEL(const STORAGE* __restrict__ x, const ACC* __restrict__ packed, const STOR
     } else {
         store_tile(sum, shared.columns, place, tile.group, tile.first_row, conv, Epilogue{conv, bias, residual, y});
     }
+}
+#endif
+
+#ifdef STAGE_WEIGHT
+KERNEL(const STORAGE* __restrict__ x, const STORAGE* __restrict__ grad_y, STORAGE* __restrict__ grad_w,
+       ACC* __restrict__ partial, const Conv conv, int slices, int parts)
+{
+    __shared__ Slices shared;
+    const Tile tile(conv.K, conv.C, conv.groups);
+    const Place place = place_of_thread();
+    const Steps steps = {conv.x_n, conv.stride_d * conv.x_d, conv.stride_h * conv.x_h, conv.stride_w * conv.x_w,
+                         conv.x_c};
+    GradientLoader a(grad_y, tile, conv);
+    OperandLoader<BLOCK_N, X_LOADS> b(x, steps, tile.group, tile.first_column, conv.C, conv);
+    ACC sum[8][8] = {};
+    multiply_parts(sum, shared, a, b, place, tile, slices, parts);
+    store_sums(sum, place, tile, conv.C, conv, partial, grad_w);
 }
 #endif

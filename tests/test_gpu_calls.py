@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import ConvError, reference
+from fastconv import ConvError, conv_grad, reference
 from fastconv import plan as planning
 from fastconv.gpu import launch
 from tests import cuda_stand_in
@@ -84,6 +84,19 @@ def test_a_call(kind, algorithm, dtype, rng, kernels, allocated):
     given = {array.__array_interface__["data"][0] for array in (x, w, bias, residual, host)}
     assert given <= kernels.taken
     assert kernels.taken - given <= {array.__array_interface__["data"][0] for array in allocated}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradients(kind, algorithm, rng):
+    """Of weight and input, as many outputs as inputs: what `depthwise` takes."""
+    (x, w, *_), options, y = layer(rng, algorithm)
+    w, grad = w[:4], integers(rng, y[:, :4].shape)
+    options.pop("activation")
+    of_weight = conv_grad.conv2d_weight(kind.make(x), w.shape, kind.make(grad), algo=algorithm, **options)
+    of_input = conv_grad.conv2d_input(x.shape, kind.make(w), kind.make(grad), algo=algorithm, **options)
+    assert type(of_weight) is type(of_input) is kind.result
+    assert_exact(kind.host(of_weight), reference.conv2d_weight(x, w.shape, grad, **options), "float32")
+    assert_exact(kind.host(of_input), reference.conv2d_input(x.shape, w, grad, **options), "float32")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

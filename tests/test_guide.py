@@ -1,11 +1,14 @@
 """kernels/README.md teaches by numbers: its modelled times and intensities are computed anew."""
 
 import re
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from fastconv.gpu import depthwise, direct, im2col, pointwise, winograd
+from fastconv.gpu.grad_weight import outer
 from fastconv.gpu.hardware import Device
 from fastconv.problem import make_problem
 
@@ -151,3 +154,24 @@ def test_sections_agree_with_the_tables(step):
     assert re.findall(r"\*\*intensity ([\d.]+)\*\*", text) == [ratio]
     assert re.findall(r"\*\*([\d.]+) us\*\*", text) == [time]
     assert re.findall(r"([\d.]+) times as fast as", text)[:1] == ([gain] if gain else [])
+
+
+def test_gradient_of_the_weight():
+    """Tiles and microseconds of its table; into how many parts the example's sums are cut."""
+    layers = {"the example": EXAMPLE, "the example in NHWC": replace(EXAMPLE, order="NHWC"), **LAYERS}
+    for name, *cells in table("gradient of the weight"):
+        problem, found = replace(layers[name], direction="grad_weight"), []
+        for way in (cells[0].split()[0], cells[2].split()[0]):
+            module = import_module(f"fastconv.gpu.grad_weight.{way}")
+            seconds = {str(tile): module.cost(problem, tile, H100) for tile in module.TILES}
+            tile = min(seconds, key=seconds.get)
+            found += [f"{way} {tile}", f"{seconds[tile] * 1e6:.0f}"]
+        assert cells == found, name
+        assert float(found[1]) < float(found[3]), name
+    problem = replace(EXAMPLE, direction="grad_weight")
+    parts = outer.divide(problem, outer.TILES[0], H100).parts
+    workspace = outer.workspace(problem, parts) / 1e6
+    text = re.sub(r"\s+", " ", GUIDE)
+    assert f"{problem.gemm_m} x {problem.gemm_k} sums of {problem.gemm_n:,} pixels" in text
+    assert f"{outer.count_tiles(problem, 64, 64)} tiles of 64x64 for {H100.processors} SMs" in text
+    assert f"here {parts}, each of blocks of its own; their sums, {workspace:.1f} MB" in text

@@ -31,11 +31,17 @@ def algorithms() -> list[str]:
 
 
 def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """The distinct kernels that stand for all that an algorithm launches for arrays of a dtype."""
-    module = import_module(f"fastconv.gpu.{algorithm}")
-    tiles = [tile for tile in module.TILES if tile.takes(dtype)]
-    kernels = (kernel for order in ORDERS for tile in tiles for kernel in module.kernels(dtype, order, tile))
-    return list(dict.fromkeys(kernels))
+    """The distinct kernels that stand for all that an algorithm launches for a dtype, in every pass."""
+    found: dict[Kernel, None] = {}
+    for folder in ("", "grad_weight."):  # the gradient of the input is made by the kernels of the convolution
+        if find_spec(f"fastconv.gpu.{folder}{algorithm}") is None:
+            continue
+        module = import_module(f"fastconv.gpu.{folder}{algorithm}")
+        tiles = [tile for tile in module.TILES if tile.takes(dtype)]
+        found.update(
+            dict.fromkeys(k for order in ORDERS for tile in tiles for k in module.kernels(dtype, order, tile))
+        )
+    return list(found)
 
 
 def cover(kernels: Sequence[Kernel], together: int = 2) -> list[Kernel]:

@@ -242,7 +242,7 @@ def _is_small(filter: Filter) -> bool:
 
 def _fits(tile: PlaneTile, filter: Filter, itemsize: int) -> bool:
     """Say whether a tile has a kernel compiled for a filter."""
-    return _is_small(filter) and _patch_size(tile, filter) * tile.block_m * itemsize <= SHARED[-1]
+    return _is_small(filter) and patch_size(tile, filter) * tile.block_m * itemsize <= SHARED[-1]
 
 
 def _reads_pixels(problem: ConvProblem) -> bool:
@@ -287,12 +287,12 @@ def _declared(size: int) -> int:
 
 
 def _make_stage(problem: ConvProblem, tile: PlaneTile, taps_r: int, taps_s: int) -> Stage:
-    patch = _patch_size(tile, _filter(problem)._replace(FILTER_R=taps_r, FILTER_S=taps_s))
+    patch = patch_size(tile, _filter(problem)._replace(FILTER_R=taps_r, FILTER_S=taps_s))
     filters = 4 * (taps_r * -(-taps_s // 4) | 1)  # struct Filters of kernels/depthwise.cu
     return Stage(taps_r, taps_s, tile.block_m * (patch + filters))
 
 
-def _patch_size(tile: PlaneTile, filter: Filter) -> int:
+def patch_size(tile: PlaneTile, filter: Filter) -> int:
     """Return the elements of a plane's patch: struct Patch of kernels/depthwise.cu."""
     height, width = filter.window(tile.block_p, tile.block_q)
     height = height if filter.FILTER_R > 1 else tile.block_p
@@ -341,7 +341,7 @@ def _seconds(problem: ConvProblem, tile: product.Tile, device: Device, blocks: i
 def _plane_seconds(problem: ConvProblem, tile: PlaneTile, device: Device) -> float:
     filter, itemsize = _filter(problem), product.accumulator(problem).itemsize
     if _fits(tile, filter, itemsize):
-        size, stages, efficiency = tile.block_m * _patch_size(tile, filter), 1, EFFICIENCY
+        size, stages, efficiency = tile.block_m * patch_size(tile, filter), 1, EFFICIENCY
         declared = size * itemsize
     else:
         stage = _stage(problem, tile)

@@ -109,9 +109,17 @@ class Call:
         self, stage: str, blocks: int, threads: int, defines: dict[str, Any], largest: int, **arguments: Any
     ) -> None:
         """Launch a stage; `largest` is the largest count or offset beside those of the operands."""
-        index = index_type(max(self.reach, largest))
-        kernel = stage_kernel(self.algorithm, stage, self.problem.dtype, defines, threads, index)
-        launch.launch(kernel, blocks, **arguments)
+        largest = max(self.reach, largest)
+        launch_stage(self.algorithm, self.problem, stage, blocks, threads, defines, largest, **arguments)
+
+
+def launch_stage(
+    algorithm: str, problem: ConvProblem, stage: str, blocks: int, threads: int, defines: dict[str, Any],
+    largest: int, **arguments: Any,
+) -> None:  # fmt: skip
+    """Launch the kernel of a stage; `largest` is the largest count or offset in it."""
+    kernel = stage_kernel(algorithm, stage, problem.dtype, defines, threads, index_type(largest))
+    launch.launch(kernel, blocks, **arguments)
 
 
 def pack(algorithm: str, problem: ConvProblem, weight: np.ndarray, together: int, rows: int) -> np.ndarray:
