@@ -45,13 +45,14 @@ _HOME = {
     "explain": "ops",
     "tune": "tune",
 }
-_MODULES = ("reference", "torch")
+_MODULES = ("reference",)
+_ON_DEMAND = ("torch",)  # not what `from fastconv import *` brings: it needs torch
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULES:
+    if name in (*_MODULES, *_ON_DEMAND):
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,10 +25,14 @@ ALLOWED = {
     "gpu": {"gpu", "problem", "winograd_math"},
     "algorithms": {"problem"},
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
-    "plan": {"algorithms", "cpu", "gpu", "measured", "problem"},
+    "grad_input": {"problem"},
+    "plan": {"algorithms", "cpu", "gpu", "grad_input", "measured", "problem"},
     "ops": {"algorithms", "arrays", "plan", "problem"},
+    "transposed": {"ops", "problem"},
+    "conv_grad": {"arrays", "ops", "plan", "problem"},
+    "torch": {"__init__", "arrays", "conv_grad", "problem"},
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
-    "__init__": {"ops", "problem", "reference", "tune"},
+    "__init__": {"ops", "problem", "reference", "torch", "transposed", "tune"},
 }
 FOREIGN = {
     "numpy": set(ALLOWED),
@@ -36,6 +40,7 @@ FOREIGN = {
     "llvmlite": {"cpu"},
     "ml_dtypes": {"arrays", "gpu"},
     "cupy": {"gpu"},
+    "torch": {"torch"},
 }
 HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich"}
 
@@ -141,6 +146,7 @@ class TestImport:
     def test_public_names(self):
         names = {"__version__", "Conv1d", "Conv2d", "Conv3d", "ConvError", "algorithms"}
         names |= {"conv1d", "conv2d", "conv3d", "explain", "reference", "tune"}
+        names |= {f"conv_transpose{axes}d" for axes in (1, 2, 3)}
         assert set(fastconv.__all__) == names
         assert names <= set(dir(fastconv))
         assert all(getattr(fastconv, name) is not None for name in names)
