@@ -55,7 +55,9 @@ class Windows(NamedTuple):
         first = begin if begin >= 0 else begin % self.dilation
         last = min(end, self.size)
         # Only max pooling knows a dilation, and only averages count.
-        return Taps(first, last, min(end, self.size + self.padding) - begin if count_padding else last - first)
+        return Taps(
+            first, last, min(end, self.size + self.padding) - begin if count_padding else last - first
+        )
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,16 @@ class PoolProblem:
     order: str = "NCHW"
 
     @property
-    def input_shape5(self) -> tuple[int, ...]:
+    def input_shape5(self) -> tuple[int, int, int, int, int]:
         """(N, C, D, H, W)."""
-        return (self.N, self.C, *(axis.size for axis in self.windows))
+        d, h, w = self.windows
+        return self.N, self.C, d.size, h.size, w.size
 
     @property
-    def output_shape5(self) -> tuple[int, ...]:
+    def output_shape5(self) -> tuple[int, int, int, int, int]:
         """(N, C, O, P, Q)."""
-        return (self.N, self.C, *(axis.outputs for axis in self.windows))
+        d, h, w = self.windows
+        return self.N, self.C, d.outputs, h.outputs, w.outputs
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -131,7 +135,7 @@ def make_pool(
     Raises ConvError for a value that breaks a rule and TypeError for one of the wrong type.
     """
     call = Call(op, {"input": input_shape}, options, _DEFAULTS)
-    pool, ndim = _read_name(op)
+    pool, ndim = read_name(op)
     shape = _check_input(call, ndim)
     kernels = per_axis(call, "kernel_size", ndim)
     strides = kernels if options.get("stride") is None else per_axis(call, "stride", ndim)
@@ -145,7 +149,7 @@ def make_pool(
         windows.append(Windows(size, outputs, kernel, stride, padding, dilation))
     _check_outputs(call, windows)
     return PoolProblem(
-        op, ndim, pool, *shape[:2], _with_absent(windows),
+        op, ndim, pool, shape[0], shape[1], _with_absent(windows),
         count_padding=_flag(call, "count_include_pad"), divisor=_divisor(call), dtype=dtype, order=order,
     )  # fmt: skip
 
@@ -161,7 +165,7 @@ def make_adaptive_pool(
     (1, 8, 5, 7)
     """
     call = Call(op, {"input": input_shape}, {"output_size": output}, {})
-    pool, ndim = _read_name(op)
+    pool, ndim = read_name(op)
     shape = _check_input(call, ndim)
     rule = "output_size must be an int or one int or None per spatial axis"
     wanted = entries(call, "output_size", rule, ndim) if output is not None else (None,) * ndim
@@ -171,17 +175,59 @@ def make_adaptive_pool(
         if outputs < 1:
             raise call.error(f"output_size must be at least 1, got {outputs}")
         windows.append(_adaptive(size, outputs))
-    return PoolProblem(op, ndim, pool, *shape[:2], _with_absent(windows), dtype=dtype, order=order)
+    return PoolProblem(op, ndim, pool, shape[0], shape[1], _with_absent(windows), dtype=dtype, order=order)
+
+
+def unpooled_size(op: str, input_shape: Sequence[int], options: dict[str, Any]) -> tuple[int, ...]:
+    """Return the size (H, W) of what max_unpool2d fills: the least that pools to the input, or the one given.
+
+    >>> unpooled_size("max_unpool2d", (1, 8, 5, 5), {"kernel_size": 2, "stride": None, "padding": 0})
+    (10, 10)
+    """
+    call = Call(op, {"input": input_shape}, options, _DEFAULTS | {"output_size": None})
+    shape = shape_of(call, "input", input_shape)
+    check_shape(
+        call, "input", (1, *shape) if len(shape) == 3 else shape, ("N", "C", "P", "Q"), " (3 without N)"
+    )
+    kernels = per_axis(call, "kernel_size", 2)
+    strides = kernels if options["stride"] is None else per_axis(call, "stride", 2)
+    paddings = _paddings(call, kernels, (1, 1))
+    least = [
+        (size - 1) * stride - 2 * padding + kernel
+        for size, stride, padding, kernel in zip(shape[-2:], strides, paddings, kernels)
+    ]
+    if options.get("output_size") is None:
+        return tuple(least)
+    wanted = _unpool_output(call, shape)
+    for size, default, stride in zip(wanted, least, strides):
+        if not default - stride < size < default + stride:
+            limits = f"between {default - stride} and {default + stride}"
+            raise call.error(f"output_size must lie {limits}, so that it pools to the input, got {size}")
+    return wanted
+
+
+def _unpool_output(call: Call, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the last two of the output_size that was asked for, which may be a whole shape."""
+    wanted = shape_of(call, "output_size", call.options["output_size"])
+    if len(wanted) not in (2, len(shape)):
+        raise call.error(f"len(output_size) must be 2 or the input's {len(shape)}, got {len(wanted)}")
+    return wanted[-2:]
 
 
 def _adaptive(size: int, outputs: int) -> Windows:
     """Return windows of one size where the input can be shared out evenly."""
     share = 0 if size % outputs else size // outputs
-    return Windows(size, outputs, share, share)
+    return Windows(size, outputs, share, share or 1)
 
 
-def _read_name(op: str) -> tuple[str, int]:
-    return POOLS[op[: op.index("_pool") + 5]], int(op[op.index("_pool") + 5])
+def read_name(op: str) -> tuple[str, int]:
+    """Return what an operation, or its gradient, does with a window, and over how many axes.
+
+    >>> read_name("adaptive_max_pool2d_input")
+    ('max', 2)
+    """
+    end = op.index("_pool") + len("_pool")
+    return POOLS[op[:end]], int(op[end])
 
 
 def _check_input(call: Call, ndim: int) -> tuple[int, ...]:

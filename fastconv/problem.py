@@ -606,12 +606,29 @@ def make_epilogue(op: str, activation: str | tuple[str, float] | None) -> Epilog
 
 def _check_slope(op: str, slope: object) -> float:
     rule = f"{op}: slope of 'leaky_relu' must be a finite number"
-    if isinstance(slope, bool) or not isinstance(slope, Real):
+    if not _is_number(slope):
         raise TypeError(f"{rule}, got {show(slope)} of type {type(slope).__name__}")
-    try:
-        number = float(slope)
-    except OverflowError:  # an int beyond every float
-        number = math.inf
-    if not math.isfinite(number):
+    if not math.isfinite(found := _to_float(slope)):
         raise ConvError(f"{rule}, got {show(slope)}")
-    return number
+    return found
+
+
+def number(call: Call, name: str) -> float:
+    """Return an option that must be a finite number."""
+    rule, value = f"{name} must be a finite number", call.options[name]
+    if not _is_number(value):
+        raise call.type_error(rule, value)
+    if not math.isfinite(found := _to_float(value)):
+        raise call.error(f"{rule}, got {show(value)}")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _to_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond every float
+        return math.inf

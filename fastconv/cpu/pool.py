@@ -108,16 +108,16 @@ def _run(problem: PoolProblem, kernel: Kernel, tasks: int, arguments: tuple[Any,
 @lru_cache(maxsize=256)
 def _plan(problem: PoolProblem, with_places: bool) -> tuple[Geometry, Tables]:
     mode = AVERAGE if problem.pool == "average" else MAX_AND_PLACE if with_places else MAX
-    columns = problem.windows[2]
+    d, h, w = problem.windows
     geometry = Geometry(
-        mode, *problem.input_shape5[1:], *problem.output_shape5[2:], columns.kernel, columns.stride,
-        columns.padding, *(axis.dilation for axis in problem.windows), problem.divisor or 0,
+        mode, problem.C, d.size, h.size, w.size, d.outputs, h.outputs, w.outputs, w.kernel, w.stride,
+        w.padding, d.dilation, h.dilation, w.dilation, problem.divisor or 0,
     )  # fmt: skip
-    axes = (
+    planes, rows, columns = (
         np.array([axis.taps(i, problem.count_padding) for i in range(axis.outputs)])
         for axis in problem.windows
     )
-    return geometry, Tables(*axes, np.array(_find_reach(geometry)))
+    return geometry, Tables(planes, rows, columns, np.array(_find_reach(geometry)))
 
 
 def _find_reach(g: Geometry) -> list[tuple[int, int]]:

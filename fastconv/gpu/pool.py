@@ -34,7 +34,12 @@ def pool_input(
 
 def kernels(dtype: str, order: str) -> list[Kernel]:
     """Return all kernels for arrays of a dtype in a memory order."""
-    forms = (("POOL", "max", False), ("POOL", "max", True), ("POOL", "average", False), ("INPUT", "max", True))
+    forms = (
+        ("POOL", "max", False),
+        ("POOL", "max", True),
+        ("POOL", "average", False),
+        ("INPUT", "max", True),
+    )
     return [
         _kernel(stage, dtype, order, pool, with_places, index)
         for stage, pool, with_places in (*forms, ("INPUT", "average", False))
