@@ -14,7 +14,6 @@ import numpy as np
 
 from fastconv.borrowing import Loan, borrow
 from fastconv.functional import (
-    Loss,
     channels,
     channels_in_order,
     check_axis,
@@ -28,9 +27,9 @@ from fastconv.functional import (
     moments,
     normal_share,
     response,
-    softmax_of,
     sum_channels,
 )
+from fastconv.losses import Loss, softmax_of
 from fastconv.problem import Call, ConvError, number, shape_of
 from fastconv.resizing import make_resizes
 
@@ -279,8 +278,8 @@ def cross_entropy_input(
         factor = _loss_factor(op, loan, loss, reduction)
         share = softmax_of(loan.xp, loss.x, loss.axis)
         wanted = _target_shares(loss)
-        gradient = share * wanted.sum(loss.axis, keepdims=True) - wanted
-        return loan.give(gradient * factor)
+        gradient = (share * wanted.sum(loss.axis, keepdims=True) - wanted) * factor
+        return loan.give(gradient if loss.is_real else loan.xp.where(loss.counts_wide(), gradient, 0))
 
 
 def _loss_factor(op: str, loan: Loan, loss: Loss, reduction: str) -> Any:
@@ -306,7 +305,7 @@ def _target_shares(loss: Loss) -> Any:
     xp.put_along_axis(shares, loss.classes_read, 1, loss.axis)
     if loss.smoothing:
         shares = (1 - loss.smoothing) * shares + loss.smoothing / loss.classes
-    shares = xp.where(xp.expand_dims(loss.counts, loss.axis), shares * weight, 0)
+    shares = shares * weight
     return xp.where(xp.expand_dims(loss.is_unknown, loss.axis), np.nan, shares)
 
 

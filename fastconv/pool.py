@@ -39,7 +39,7 @@ def max_pool2d(
 
     kernel_size, stride, padding, dilation
         Elements: an int, or one per spatial axis. The stride is by default the kernel's size; the padding,
-        of -inf on both sides, is at most half of the dilated kernel.
+        of -inf on both sides, is at most half of the kernel.
     ceil_mode
         Round P up: a last window may reach over the end, if it begins in the input or in the padding before.
     return_indices

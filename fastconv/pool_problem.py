@@ -140,7 +140,7 @@ def make_pool(
     kernels = per_axis(call, "kernel_size", ndim)
     strides = kernels if options.get("stride") is None else per_axis(call, "stride", ndim)
     dilations = per_axis(call, "dilation", ndim) if "dilation" in options else (1,) * ndim
-    paddings = _paddings(call, kernels, dilations)
+    paddings = _paddings(call, kernels)
     ceil_mode = _flag(call, "ceil_mode")
     windows = []
     for axis in zip(shape[2:], kernels, strides, paddings, dilations):
@@ -191,7 +191,7 @@ def unpooled_size(op: str, input_shape: Sequence[int], options: dict[str, Any]) 
     )
     kernels = per_axis(call, "kernel_size", 2)
     strides = kernels if options["stride"] is None else per_axis(call, "stride", 2)
-    paddings = _paddings(call, kernels, (1, 1))
+    paddings = _paddings(call, kernels)
     least = [
         (size - 1) * stride - 2 * padding + kernel
         for size, stride, padding, kernel in zip(shape[-2:], strides, paddings, kernels)
@@ -236,16 +236,15 @@ def _check_input(call: Call, ndim: int) -> tuple[int, ...]:
     return shape
 
 
-def _paddings(call: Call, kernels: tuple[int, ...], dilations: tuple[int, ...]) -> tuple[int, ...]:
+def _paddings(call: Call, kernels: tuple[int, ...]) -> tuple[int, ...]:
     rule = "padding must be an int or one int per spatial axis"
     paddings = tuple(integer(call, rule, entry) for entry in entries(call, "padding", rule, len(kernels)))
-    for padding, kernel, dilation in zip(paddings, kernels, dilations):
-        most = span(kernel, dilation) // 2
+    for padding, kernel in zip(paddings, kernels):
         if padding < 0:
             raise call.error(f"padding must be at least 0, got {padding}")
-        if padding > most:
-            numbers = f"({dilation} * ({kernel} - 1) + 1) // 2 = {most}"
-            raise call.error(f"padding must be at most half of the window's extent, {numbers}, got {padding}")
+        if padding > kernel // 2:
+            rule = f"padding must be at most kernel_size // 2 = {kernel} // 2 = {kernel // 2}"
+            raise call.error(f"{rule}, got {padding}")
     return paddings
 
 

@@ -119,7 +119,7 @@ def _make_resize(before: int, after: int, scale: float | None, mode: str, align_
     step = before / after if scale is None else 1 / scale  # elements of the input from one result to the next
     at = np.arange(after)
     if mode in _NEAREST:
-        return Resize(before, (Read(_nearest(at, before, after, step, mode), None),))
+        return Resize(before, (Read(_nearest(at, before, step, mode), None),))
     if align_corners:
         position = at * ((before - 1) / (after - 1) if after > 1 else 0.0)
     else:
@@ -130,10 +130,8 @@ def _make_resize(before: int, after: int, scale: float | None, mode: str, align_
     return Resize(before, (Read(low, 1 - share), Read(high, share)))
 
 
-def _nearest(at: np.ndarray, before: int, after: int, step: float, mode: str) -> np.ndarray:
+def _nearest(at: np.ndarray, before: int, step: float, mode: str) -> np.ndarray:
     """Return the element that is nearest to every result; in float32, as torch finds it."""
-    if mode == "nearest" and after in (before, 2 * before):
-        return at // (after // before)
     shift = np.float32(0.5 if mode == "nearest-exact" else 0)
     places = np.floor((at.astype(np.float32) + shift) * np.float32(step)).astype(np.int64)
     return np.minimum(places, before - 1)
