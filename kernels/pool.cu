@@ -11,6 +11,7 @@
 // Set by fastconv/gpu/pool.py: POOL_MAX (1: the maximum, 0: the average), PLACES (1: indices come with the maxima),
 // ORDER.
 
+#define RESIDENT 2  // else the compiler spills registers for the sake of more blocks
 #include "common.cuh"
 
 // The windows along one axis; kernel 0: adaptive ones, which share out the input unevenly.

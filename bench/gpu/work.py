@@ -25,14 +25,25 @@ SAMPLES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
 )
 
 
+AROUND = ("pool",)
+"""Files of kernels that belong to no algorithm."""
+
+
 def algorithms() -> list[str]:
     """The rows of the table that have kernels for the GPU."""
     return [name for name in TABLE if find_spec(f"fastconv.gpu.{name}")]
 
 
-def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """The distinct kernels that stand for all that an algorithm launches for arrays of a dtype."""
-    module = import_module(f"fastconv.gpu.{algorithm}")
+def sources() -> list[str]:
+    """All files of kernels, by name."""
+    return [*algorithms(), *AROUND]
+
+
+def kernels_of(source: str, dtype: str) -> list[Kernel]:
+    """The distinct kernels that stand for all that is launched from a source for arrays of a dtype."""
+    module = import_module(f"fastconv.gpu.{source}")
+    if source in AROUND:
+        return [kernel for order in ORDERS for kernel in module.kernels(dtype, order)]
     tiles = [tile for tile in module.TILES if tile.takes(dtype)]
     kernels = (kernel for order in ORDERS for tile in tiles for kernel in module.kernels(dtype, order, tile))
     return list(dict.fromkeys(kernels))
