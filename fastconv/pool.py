@@ -360,13 +360,13 @@ def check_indices(op: str, given: arrays.Given, shape: tuple[int, ...], like: st
         raise ConvError(f"{op}: {rule} ({arrays.describe(given)})")
 
 
-def check_places(op: str, kind: arrays.Kind, given: arrays.Given, plane: int) -> None:
-    """Raise unless all indices lie in [0, plane); on a GPU that would mean to wait for it."""
+def check_places(op: str, kind: arrays.Kind, given: arrays.Given, plane: int, least: int = 0) -> None:
+    """Raise unless all indices lie in [least, plane); on a GPU that would mean to wait for it."""
     indices = given["indices"]
     if kind.backend == "gpu" or not indices.size:
         return
     low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= plane:
-        found = low if low < 0 else high
+    if low < least or high >= plane:
+        found = low if low < least else high
         rule = f"indices must lie in the plane, from 0 to {plane - 1}, got {found}"
         raise ConvError(f"{op}: {rule} ({arrays.describe(given)})")

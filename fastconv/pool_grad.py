@@ -6,9 +6,8 @@ grad_output, and then the options of <op>.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
-
-import numpy as np
 
 from fastconv import arrays
 from fastconv.borrowing import borrow
@@ -272,7 +271,7 @@ def _gradient(op: str, input_size: Any, options: Any, grad_output: Any, indices:
         raise ConvError(f"{op}: {rule} (input_size {size}, {arrays.describe(given)})")
     if pool == "max":
         check_indices(op, given, expected, "grad_output")
-        check_places(op, kind, given, int(np.prod(problem.input_shape5[2:])))
+        check_places(op, kind, given, math.prod(problem.input_shape5[2:]), least=-1)
     with kind.serve(given.values()):
         out = frame.allocate(kind, problem.input_shape5, frame.compute)
         if kind.backend == "cpu":

@@ -460,7 +460,8 @@ def _check_operands(call: Call, problem: ConvProblem) -> None:
 
 
 def shape_of(call: Call, name: str, shape: object) -> tuple[int, ...]:
-    rule = f"{name}.shape must be a tuple of ints"
+    """Return the shape of an array, or a size that is an argument itself."""
+    rule = f"{name + '.shape' * (not name.endswith('_size'))} must be a tuple of ints"
     sizes = _as_tuple(shape)
     if sizes is None:
         raise call.type_error(rule, shape)

@@ -83,7 +83,7 @@ def pool_input(
 ) -> None:
     """Add what grad_output (N, C, O, P, Q) gives to the elements of out (N, C, D, H, W), which holds zeros.
 
-    indices  of a max pooling, in [0, D * H * W); None: an average
+    indices  of a max pooling, below D * H * W, or -1: of nothing; None: an average
     out      is contiguous in the problem's memory order
     """
     geometry, tables = _plan(problem, indices is not None)
@@ -219,8 +219,9 @@ def _return_to_maxima(block, first, last, g, together, grad, out, places):
                         at = (n, c, o, p, q)
                         offset = n * places[1] + c * places[2] + o * places[3] + p * places[4] + q * places[5]
                         place = place_pointer(places[0])[offset]
-                        plane = band.locate(block, out, (n, c, 0, 0, 0))
-                        plane[place * out[5]] += band.locate(block, grad, at)[0]
+                        if place >= 0:
+                            plane = band.locate(block, out, (n, c, 0, 0, 0))
+                            plane[place * out[5]] += band.locate(block, grad, at)[0]
 
 
 @Kernel
