@@ -4,7 +4,7 @@
     channels last:   a pixel of the output takes one tap at once for all channels, which lie side by side
 
 Either way the innermost loop runs over a line of memory, which LLVM turns into vectors. Where windows differ
-in width, or rows of outputs are short, each window of a plane is taken by itself.
+in width, or rows of outputs are short, the line is a row of the input, whose columns are then pooled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from fastconv.cpu import band, threads
-from fastconv.cpu.simd import Block, Kernel, advance, part, pointer, small_part
+from fastconv.cpu.simd import Block, Kernel, advance, allocate, part, pointer, release, small_part
 
 if TYPE_CHECKING:
     from fastconv.pool_problem import PoolProblem
@@ -73,7 +73,8 @@ def pool(problem: PoolProblem, x: np.ndarray, out: np.ndarray, indices: np.ndarr
     kernel, tasks = _pool_pixels, problem.N * geometry.O * geometry.P
     if problem.order == "NCHW":
         is_even = problem.windows[2].kernel > 0
-        kernel = _pool_rows if is_even and geometry.Q >= SHORT_ROW else _pool_windows
+        by_window = _pool_columns if indices is None else _find_maxima
+        kernel = _pool_rows if is_even and geometry.Q >= SHORT_ROW else by_window
         tasks *= geometry.C
     _run(problem, kernel, tasks, arguments)
 
@@ -162,27 +163,45 @@ def _pool_rows(block, first, last, g, x, y, places, tables):
 
 
 @Kernel
-def _pool_windows(block, first, last, g, x, y, places, tables):
-    """Pool a row of outputs window by window, channels first."""
+def _pool_columns(block, first, last, g, x, y, places, tables):
+    """Pool rows of outputs, channels first: the columns of all windows of a row first, then each window."""
+    planes, rows, columns, _ = tables
+    pooled = allocate(block, g.W)
+    for task in range(first, last):
+        n, c, o, p = find_row(g, task)
+        begin_line(g.mode, pooled, place_pointer(places), g.W)
+        for d in range(planes[o, 0], planes[o, 1], g.dilation_d):
+            for h in range(rows[p, 0], rows[p, 1], g.dilation_h):
+                row = band.locate(block, x, (n, c, d, h, 0))
+                take_line(g.mode, pooled, place_pointer(places), row, x[5], g.W, 0, 0)
+        line = advance(pointer(block, y), task * g.Q)
+        for q in range(g.Q):
+            total, best = 0.0, -np.inf
+            for w in range(columns[q, 0], columns[q, 1], g.dilation_w):
+                total += pooled[w]
+                best = pooled[w] if (pooled[w] > best) | (pooled[w] != pooled[w]) else best
+            divisor = find_divisor(g, planes[o, 2] * rows[p, 2] * columns[q, 2])
+            line[q] = total / divisor if g.mode == AVERAGE else best
+    release(pooled)
+
+
+@Kernel
+def _find_maxima(block, first, last, g, x, y, places, tables):
+    """Pool rows of outputs with the places of the maxima, channels first: window by window."""
     planes, rows, columns, _ = tables
     for task in range(first, last):
         n, c, o, p = find_row(g, task)
         line, at = advance(pointer(block, y), task * g.Q), advance(place_pointer(places), task * g.Q)
         for q in range(g.Q):
-            total, best, place = 0.0, -np.inf, -1
+            best, place = -np.inf, -1
             for d in range(planes[o, 0], planes[o, 1], g.dilation_d):
                 for h in range(rows[p, 0], rows[p, 1], g.dilation_h):
                     row = band.locate(block, x, (n, c, d, h, 0))
                     for w in range(columns[q, 0], columns[q, 1], g.dilation_w):
                         value = row[w * x[5]]
-                        total += value
                         if value > best or value != value or place < 0:
                             best, place = value, (d * g.H + h) * g.W + w
-            if g.mode == AVERAGE:
-                best = total / find_divisor(g, planes[o, 2] * rows[p, 2] * columns[q, 2])
-            line[q] = best
-            if g.mode == MAX_AND_PLACE:
-                at[q] = place
+            line[q], at[q] = best, place
 
 
 @Kernel
@@ -228,6 +247,7 @@ def _return_to_maxima(block, first, last, g, together, grad, out, places):
 def _spread_averages(block, first, last, g, together, grad, out, tables):
     """Share each element of grad out among the elements of out that its window averaged."""
     planes, rows, columns, _ = tables
+    shares = allocate(block, together)
     for task in range(first, last):
         n, begin, end = find_channels(g, together, task)
         for o in range(g.O):
@@ -235,12 +255,27 @@ def _spread_averages(block, first, last, g, together, grad, out, tables):
                 for q in range(g.Q):
                     divisor = find_divisor(g, planes[o, 2] * rows[p, 2] * columns[q, 2])
                     source = band.locate(block, grad, (n, begin, o, p, q))
+                    for c in range(end - begin):
+                        shares[c] = source[c * grad[2]] / divisor
                     for d in range(planes[o, 0], planes[o, 1]):
                         for h in range(rows[p, 0], rows[p, 1]):
-                            for w in range(columns[q, 0], columns[q, 1]):
-                                pixel = band.locate(block, out, (n, begin, d, h, w))
-                                for c in range(end - begin):
-                                    pixel[c * out[2]] += source[c * grad[2]] / divisor
+                            row = band.locate(block, out, (n, begin, d, h, 0))
+                            add_shares(row, out[5], columns[q, 0], columns[q, 1], out[2], shares, end - begin)
+    release(shares)
+
+
+@part
+def add_shares(row, step, first, last, channel_step, shares, channels):
+    """Add the shares of some channels to elements first ... last - 1 of a row, `step` apart."""
+    if channels == 1:
+        share = shares[0]
+        for w in range(first, last):
+            row[w * step] += share
+    else:
+        for w in range(first, last):
+            pixel = advance(row, w * step)
+            for c in range(channels):
+                pixel[c * channel_step] += shares[c]
 
 
 @small_part
