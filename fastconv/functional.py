@@ -153,9 +153,11 @@ def check_linear(op: str, loan: Loan, input_shape: tuple[int, ...]) -> None:
     weight = loan.shape("weight")
     if len(weight) not in (1, 2):
         raise ConvError(f"{op}: weight (K, C) must have 2 axes (1 without K), got {len(weight)}")
-    if not input_shape or weight[-1] != input_shape[-1]:
+    if not input_shape:
+        raise ConvError(f"{op}: input (..., C) must have at least 1 axis, got 0")
+    if weight[-1] != input_shape[-1]:
         found = f"got {weight[-1]} (input {input_shape}, weight {weight})"
-        raise ConvError(f"{op}: weight.shape[-1] must be C = input.shape[-1] = {input_shape[-1:]}, {found}")
+        raise ConvError(f"{op}: weight.shape[-1] must be C = input.shape[-1] = {input_shape[-1]}, {found}")
     if "bias" in loan and loan.shape("bias") != weight[:-1]:
         found = f"got {loan.shape('bias')} (input {input_shape}, weight {weight})"
         raise ConvError(f"{op}: bias.shape must be (K,) = {weight[:-1]}, {found}")
