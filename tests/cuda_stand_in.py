@@ -63,6 +63,13 @@ def _on_device(function: Any) -> Any:
     return compute
 
 
+def _find_function(name: str) -> Any:
+    """What stands for a function of CuPy's that is not made by hand; a module's own names are none."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _on_device(getattr(np, name))
+
+
 def _as_array(source: Any) -> np.ndarray:
     """cupy.asarray: a view of what has an interface, a copy of what comes from the host."""
     if isinstance(source, np.ndarray):
@@ -127,7 +134,7 @@ def make_cupy(allocated: list[np.ndarray]) -> types.ModuleType:
     module.streams = []
     module.asarray = _as_array
     module.ElementwiseKernel = lambda *text: _on_device(np.vectorize(math.erf, otypes=[np.float64]))
-    module.__getattr__ = lambda name: _on_device(getattr(np, name))
+    module.__getattr__ = _find_function
     return module
 
 
