@@ -138,7 +138,7 @@ class _Exported:
             "shape": array.shape,
             "strides": array.strides,
             "typestr": array.dtype.str,
-            "data": (array.__array_interface__["data"][0] if array.size else 0, False),
+            "data": (array.__array_interface__["data"][0], False),
             "stream": None,
         }
 
@@ -156,7 +156,8 @@ class _Stream:
 def view_in_cupy(array: np.ndarray) -> Any:
     """View device memory as a CuPy array, whose functions then compute on it; bfloat16 as its bits."""
     bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-    return sys.modules["cupy"].asarray(_Exported(bits))
+    cupy = sys.modules["cupy"]
+    return cupy.asarray(_Exported(bits)) if bits.size else cupy.zeros(bits.shape, bits.dtype)
 
 
 def on_callers_stream() -> AbstractContextManager[Any]:
