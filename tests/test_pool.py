@@ -146,7 +146,7 @@ MAXIMA = {
 AVERAGES = {
     "pairs": ("avg_pool2d", (2, 3, 6, 20), {"kernel_size": 2}),
     "padded": (
-        "avg_pool2d", (1, 3, 7, 19),
+        "avg_pool2d", (1, 3, 8, 19),
         {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
     ),
     "uncounted": (
