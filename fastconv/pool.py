@@ -5,6 +5,7 @@ Names, argument order, defaults and meaning are those of torch.nn.functional; th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
@@ -334,9 +335,28 @@ def make_frame(
     _, ndim = read_name(op)
     shape = array.shape if input_shape is None else input_shape
     is_single = len(shape) == ndim + 1
-    make = make_adaptive_pool if op.startswith("adaptive") else make_pool
-    problem = make(op, (1, *shape) if is_single else shape, options, dtype, find_order(array, ndim))
+    order = find_order(array, ndim)
+    problem = _find_problem(op, (1, *shape) if is_single else tuple(shape), _ByText(options), dtype, order)
     return Frame(problem, is_single, np.dtype(problem.compute_dtype if kind.backend == "cpu" else dtype))
+
+
+class _ByText:
+    """Options as a key of a cache: compared as text, because 1.0 and True would pass for 1."""
+
+    def __init__(self, options: Any) -> None:
+        self.options, self.text = options, repr(options)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByText) and self.text == other.text
+
+
+@lru_cache(maxsize=1024)
+def _find_problem(op: str, shape: tuple[int, ...], options: _ByText, dtype: str, order: str) -> PoolProblem:
+    make = make_adaptive_pool if op.startswith("adaptive") else make_pool
+    return make(op, shape, options.options, dtype, order)
 
 
 def find_order(array: np.ndarray, ndim: int) -> str:

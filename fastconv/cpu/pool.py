@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX, MAX_AND_PLACE, AVERAGE = 0, 1, 2
 
-SHORT_ROW = 8  # outputs: in rows of fewer, windows are taken one by one
+SHORT_ROW = 8  # outputs: in rows of fewer, lines of them are too short for vectors
 SERIAL_WORK = 200_000  # taps; for fewer a second thread costs more than it saves
 CHANNELS_TOGETHER = 32  # that one task of a gradient handles, channels last
 
