@@ -10,7 +10,7 @@ import pytest
 
 from fastconv.gpu import launch
 from tests import cuda_stand_in
-from tests.backends import BACKENDS, CPU, EMULATOR, Backend, why_absent
+from tests.backends import BACKENDS, CPU, EMULATOR, Backend, bytes_of, why_absent
 from tests.emulator import EmulatorDriver
 
 
@@ -51,6 +51,25 @@ def entering(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plac
         with launch.use_driver(cuda_stand_in.StandInDriver(EmulatorDriver())):
             yield Place(backend, cuda_stand_in.CupyArray, cuda_stand_in.CupyKind().host)
     else:
-        import cupy
+        yield Place(backend, _to_gpu, _from_gpu)
 
-        yield Place(backend, cupy.asarray, cupy.asnumpy)
+
+def _to_gpu(host: np.ndarray) -> Any:
+    """A CuPy array with the strides of one on the host, which cupy.asarray would not keep."""
+    import cupy
+
+    if not host.size:
+        return cupy.empty(host.shape, host.dtype)
+    low, high = np.lib.array_utils.byte_bounds(host)
+    raw = cupy.empty(high - low, np.uint8)
+    raw.set(bytes_of(host))
+    start = raw.data + (host.__array_interface__["data"][0] - low)
+    return cupy.ndarray(host.shape, host.dtype, start, host.strides)
+
+
+def _from_gpu(array: Any) -> np.ndarray:
+    """A copy on the host with its axes in the same order in memory."""
+    import cupy
+
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return cupy.asnumpy(array.transpose(axes)).transpose(np.argsort(axes))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -416,6 +417,14 @@ class TestKinds:
         expected = np.asarray(CALLS[name](x.double().numpy(), whole.numpy()))
         eps = torch.finfo(x.dtype).eps
         assert_bounded(result.double().numpy(), expected, 8 * eps * (1 + np.abs(expected)))
+
+    def test_cupy_has_every_function_that_is_asked_for(self):
+        """The stand-in is NumPy, which may have more."""
+        cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+        sources = [path.read_text(encoding="utf-8") for path in Path(fastconv.__file__).parent.glob("*.py")]
+        names = {name for source in sources for name in re.findall(r"\bxp\.(\w+)", source)}
+        assert "take_along_axis" in names
+        assert {name for name in names if not hasattr(cupy, name)} == set()
 
     def test_bfloat16_is_rounded_on_a_device_too(self, rng):
         """By its bits, which CuPy's functions can handle: to nearest, ties to even."""
