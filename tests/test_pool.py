@@ -6,13 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 import fastconv
 from fastconv import ConvError, grad
 from fastconv.gpu import product
-from fastconv.problem import output_size
 from tests import cuda_stand_in
 from tests.backends import EMULATOR
 from tests.compare import assert_bounded, assert_exact, finfo, foreign_layouts, integers, layouts, normals
@@ -497,17 +493,6 @@ class TestArrays:
         assert_exact(kind.host(back), define_max_input((8, 8), places, maxima), "float32")
         up = kind.host(fastconv.max_unpool2d(y, indices, 2))
         assert_exact(up, define_max_input((8, 8), places, maxima), "float32")
-
-
-@given(
-    st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 7), st.integers(0, 3), st.integers(1, 4)),
-    st.booleans(),
-)
-def test_output_size_counts_windows(axis, ceil_mode):
-    size, kernel, stride, padding, dilation = axis
-    padding = min(padding, kernel // 2)  # as every pooling
-    found = output_size(size, kernel, stride, padding, padding, dilation, ceil_mode)
-    assert max(found, 0) == len(slide(size, kernel, stride, padding, dilation, ceil_mode))
 
 
 # ---- what is refused ----

@@ -231,16 +231,41 @@ def _return_to_maxima(block, first, last, g, together, grad, out, places):
     """Add each element of grad to the element of out that was the maximum of its window."""
     for task in range(first, last):
         n, begin, end = find_channels(g, together, task)
+        plane = band.locate(block, out, (n, begin, 0, 0, 0))
         for o in range(g.O):
             for p in range(g.P):
+                if together == 1:
+                    line, at = (
+                        band.locate(block, grad, (n, begin, o, p, 0)),
+                        locate_place(places, n, begin, o, p, 0),
+                    )
+                    return_line(plane, out[5], 0, line, grad[5], at, places[5], g.Q)
+                    continue
                 for q in range(g.Q):
-                    for c in range(begin, end):
-                        at = (n, c, o, p, q)
-                        offset = n * places[1] + c * places[2] + o * places[3] + p * places[4] + q * places[5]
-                        place = place_pointer(places[0])[offset]
-                        if place >= 0:
-                            plane = band.locate(block, out, (n, c, 0, 0, 0))
-                            plane[place * out[5]] += band.locate(block, grad, at)[0]
+                    line, at = (
+                        band.locate(block, grad, (n, begin, o, p, q)),
+                        locate_place(places, n, begin, o, p, q),
+                    )
+                    return_line(plane, out[5], out[2], line, grad[2], at, places[2], end - begin)
+
+
+@small_part
+def locate_place(places, n, c, o, p, q):
+    """Return a pointer to the place of a maximum."""
+    offset = n * places[1] + c * places[2] + o * places[3] + p * places[4] + q * places[5]
+    return advance(place_pointer(places[0]), offset)
+
+
+@part
+def return_line(plane, step, plane_step, line, line_step, places, place_step, count):
+    """Add `count` elements of a line to where they came from: elements `step` apart of a plane.
+
+    plane_step  from the plane of an element of the line to that of the next
+    """
+    for i in range(count):
+        place = places[i * place_step]
+        if place >= 0:
+            plane[place * step + i * plane_step] += line[i * line_step]
 
 
 @Kernel
