@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+
 import fastconv
 from fastconv import ConvError, grad
 from fastconv.gpu import product
