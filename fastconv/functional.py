@@ -272,7 +272,7 @@ def batch_norm(
         op, {"input": input}, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     ) as loan:
         call = check_batch_norm(op, loan, training, {"training": training, "momentum": momentum, "eps": eps})
-        share = number(call, "momentum")
+        share, least = number(call, "momentum"), number(call, "eps")
         mean, variance = moments(loan, training)
         if training and loan["input"].size:
             count = loan["input"].size // mean.size
@@ -280,7 +280,7 @@ def batch_norm(
                 if name in loan:
                     loan.write(name, (1 - share) * loan[name] + share * value.reshape(-1))
         x = loan["input"]
-        scale = (1 / loan.xp.sqrt(variance + number(call, "eps"))).astype(x.dtype)
+        scale = (1 / loan.xp.sqrt(variance + least)).astype(x.dtype)
         if "weight" in loan:
             scale = scale * channels(loan, "weight")
         result = (x - mean.astype(x.dtype)) * scale

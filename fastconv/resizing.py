@@ -91,7 +91,7 @@ def _check_mode(call: Call, ndim: int) -> None:
     if mode not in known:
         rule = f"mode must be one of {', '.join(known)} for {ndim} spatial axes"
         raise (call.error if isinstance(mode, str) else TypeError)(f"{rule}, got {mode!r}")
-    if align_corners not in (None, True, False):
+    if align_corners is not None and not isinstance(align_corners, bool):
         raise call.type_error("align_corners must be None, True or False", align_corners)
     if align_corners is not None and mode in _NEAREST:
         raise call.error(f"align_corners must be None for mode {mode!r}, got {align_corners}")

@@ -19,7 +19,8 @@ struct Windows {
     INDEX size, outputs, kernel, stride, padding, dilation;
 };
 
-// Sizes by the field's letters, the windows along d, h and w, and strides in elements.
+// Sizes by the field's letters, the windows along d, h and w, and strides in elements: x of the array (N, C, D, H, W), y of
+// the array (N, C, O, P, Q), i of the places, whichever of them a kernel writes.
 struct Pool {
     INDEX N, C, D, H, W, O, P, Q;
     INDEX kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w;

@@ -562,7 +562,7 @@ BAD = {
         lambda: fastconv.interpolate(X, 2, align_corners=True), ConvError, "must be None for mode 'nearest'",
     ),
     "corners of another type": (
-        lambda: fastconv.interpolate(X, 2, mode="linear", align_corners=2), TypeError, "None, True or False",
+        lambda: fastconv.interpolate(X, 2, mode="linear", align_corners=1), TypeError, "None, True or False",
     ),
     "size 0": (lambda: fastconv.interpolate(X, 0), ConvError, "size must be at least 1, got 0"),
     "scale": (lambda: fastconv.interpolate(X, scale_factor=0.1), ConvError, "the size of the result must be"),
@@ -579,8 +579,9 @@ def test_bad_calls(call, error, message):
 
 def test_statistics_are_not_touched_by_a_bad_call():
     mean = np.zeros(3, np.float32)
-    with pytest.raises(ConvError):
-        fastconv.batch_norm(X, mean, READ_ONLY, training=True)
+    for bad in ({"running_var": READ_ONLY}, {"eps": np.inf}, {"momentum": np.nan}, {"bias": STATS[:2]}):
+        with pytest.raises(ConvError):
+            fastconv.batch_norm(X, mean, **{"running_var": STATS, "training": True, **bad})
     assert not mean.any()
 
 

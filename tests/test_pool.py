@@ -3,6 +3,9 @@
 import itertools
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import fastconv
 from fastconv import ConvError, grad
 from fastconv.gpu import product
+from fastconv.pool_problem import make_adaptive_pool, make_pool
 from tests import cuda_stand_in
 from tests.backends import EMULATOR
 from tests.compare import assert_bounded, assert_exact, finfo, foreign_layouts, integers, layouts, normals
@@ -494,6 +498,39 @@ class TestArrays:
         assert_exact(kind.host(back), define_max_input((8, 8), places, maxima), "float32")
         up = kind.host(fastconv.max_unpool2d(y, indices, 2))
         assert_exact(up, define_max_input((8, 8), places, maxima), "float32")
+
+
+# ---- memory ----
+
+
+def run_guarded():
+    """Every case on the CPU, with arrays that end or begin at a page that nobody may touch."""
+    from fastconv.cpu import pool as cpu_pool
+    from tests import guard_pages  # here, because a GPU's tests need no Numba
+
+    rng = np.random.default_rng(0)
+    for (op, shape, options), order, at_end in itertools.product(BOTH, ORDERS, (False, True)):
+        make = make_adaptive_pool if op.startswith("adaptive") else make_pool
+        problem = make(op, shape, options.get("output_size", {"padding": 0, **options}), order=order)
+        outputs = np.zeros(problem.output_shape5)
+
+        def guard(array):
+            return guard_pages.place(in_order(array, order), at_end)  # noqa: B023 - called before the next turn
+
+        x = guard(integers(rng, problem.input_shape5))
+        out, gradient = guard(outputs.astype(np.float32)), guard(integers(rng, outputs.shape))
+        for places in (None, guard(outputs.astype(np.int64))):
+            if places is None or problem.pool == "max":
+                cpu_pool.pool(problem, x, out, places)
+        cpu_pool.pool_input(problem, gradient, places if problem.pool == "max" else None, x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")
+def test_no_access_beside_an_array():
+    code = "from tests import test_pool; test_pool.run_guarded(); print('passed')"
+    root = Path(fastconv.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "passed\n", f"exit status {done.returncode}\n{done.stderr}"
 
 
 # ---- what is refused ----

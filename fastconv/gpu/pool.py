@@ -12,7 +12,7 @@ from fastconv.gpu.product import THREADS
 from fastconv.gpu.source import Kernel
 
 if TYPE_CHECKING:
-    from fastconv.pool_problem import PoolProblem
+    from fastconv.pool_problem import PoolProblem, Windows
 
 
 def pool(problem: PoolProblem, x: np.ndarray, out: np.ndarray, indices: np.ndarray | None) -> None:
@@ -88,7 +88,7 @@ def _describe(
     return launch.Fields(fields), max(reach, *numbers)
 
 
-def _reach(axis: Any) -> int:
+def _reach(axis: Windows) -> int:
     """Return a bound of what is computed with the windows of an axis."""
     if not axis.kernel:
         return (axis.size + 1) * (axis.outputs + 1)
