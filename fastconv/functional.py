@@ -2,6 +2,7 @@
 
 Names, argument order, defaults and meaning are those of torch.nn.functional; the gradients are in
 functional_grad. Arrays, dtypes and errors are those of fastconv.conv2d: half types are computed in float32.
+On a CUDA device CuPy's functions run on the caller's current stream, and take their memory from CuPy's pool.
 """
 
 from __future__ import annotations
