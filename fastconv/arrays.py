@@ -17,6 +17,8 @@ import numpy as np
 from fastconv.problem import ConvError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+WHOLE = frozenset({"indices", "mask", "target"})
+"""Arguments that may hold whole numbers, or True and False."""
 ACCEPTED = "a NumPy or CuPy array, a torch tensor or an array with __cuda_array_interface__"
 
 # Deciding exactly whether two strided arrays share an element can take exponential time; past this many
@@ -178,7 +180,8 @@ def _plain_tensor(op: str, argument: str, tensor: Any, place: str) -> Any:
     if tensor.requires_grad and torch.is_grad_enabled():
         rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
         raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
-    _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
+    if argument not in WHOLE:
+        _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
     if tensor.device.type != place or tensor.layout is not torch.strided:
         form = "dense" if tensor.layout is torch.strided else tensor.layout
         found = f"a {form} tensor on {tensor.device}"

@@ -12,8 +12,9 @@ import numpy as np
 
 from fastconv import arrays
 from fastconv import plan as planning
-from fastconv.ops import Array, Frame, Shape, Shapes, find_frame, finish
-from fastconv.problem import DIRECTIONS, Epilogue, Padding, PerAxis, to_sizes
+from fastconv.borrowing import borrow
+from fastconv.ops import Array, Frame, Shape, Shapes, find_frame, finish, is_channels_last
+from fastconv.problem import DIRECTIONS, OPERATIONS, ConvError, Epilogue, Padding, PerAxis, to_sizes
 
 Size = Sequence[SupportsIndex]
 Options = tuple[Any, ...]  # stride, padding, dilation, groups, precision, layout, algo, out
@@ -186,6 +187,55 @@ def conv3d_weight(
     """
     options = (stride, padding, dilation, groups, precision, layout, algo, out)
     return _weight_gradient("conv3d", input, weight_size, grad_output, options)
+
+
+def conv2d_bias(grad_output: Array, *, layout: str = "NCHW") -> Array:
+    """Return the gradient of conv2d with respect to its bias: grad_output summed over batch and pixels.
+
+    ===========  ==============================================
+    grad_output  the shape of conv2d's result: (N, K, P, Q)
+    returns      (K,)
+    ===========  ==============================================
+
+    Half types are summed in float32. Raises ConvError for another number of axes.
+
+    >>> import numpy as np
+    >>> conv2d_bias(np.ones((2, 3, 4, 5)))
+    array([40., 40., 40.])
+    """
+    return _bias_gradient("conv2d", grad_output, layout)
+
+
+def conv1d_bias(grad_output: Array, *, layout: str = "NCL") -> Array:
+    """Do what conv2d_bias does for grad_output (N, K, Q) or (K, Q).
+
+    >>> import numpy as np
+    >>> conv1d_bias(np.ones((2, 3, 4)))
+    array([8., 8., 8.])
+    """
+    return _bias_gradient("conv1d", grad_output, layout)
+
+
+def conv3d_bias(grad_output: Array, *, layout: str = "NCDHW") -> Array:
+    """Do what conv2d_bias does for grad_output (N, K, O, P, Q) or (K, O, P, Q).
+
+    >>> import numpy as np
+    >>> conv3d_bias(np.ones((2, 3, 1, 4, 5)))
+    array([40., 40., 40.])
+    """
+    return _bias_gradient("conv3d", grad_output, layout)
+
+
+def _bias_gradient(op: str, grad_output: Any, layout: str) -> Any:
+    name = f"{op}_bias"
+    is_last = is_channels_last(op, layout)
+    with borrow(name, {"grad_output": grad_output}) as loan:
+        grad, ndim = loan["grad_output"], OPERATIONS[op]
+        if grad.ndim not in (ndim + 1, ndim + 2):
+            axes = f"grad_output must have {ndim + 2} axes ({ndim + 1} without N)"
+            raise ConvError(f"{name}: {axes}, got {grad.ndim} (grad_output {grad.shape})")
+        channel = grad.ndim - 1 if is_last else grad.ndim - ndim - 1
+        return loan.give(grad.sum(tuple(axis for axis in range(grad.ndim) if axis != channel)))
 
 
 def _input_gradient(op: str, input_size: Size, weight: Any, grad_output: Any, options: Options) -> Any:

@@ -342,7 +342,7 @@ def find_frame(
 ) -> Frame:
     """Return the frame of a call; the strides of `leader` say in which order memory is computed."""
     *numbers, layout, flip = options
-    is_last = _is_channels_last(op, layout)
+    is_last = is_channels_last(op, layout)
     _check_flip(op, flip)
     order = ORDERS[is_last]
     if not leader.flags.c_contiguous:
@@ -353,7 +353,8 @@ def find_frame(
     return make(op, direction, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
 
 
-def _is_channels_last(op: str, layout: str) -> bool:
+def is_channels_last(op: str, layout: str) -> bool:
+    """Say whether a layout has the channels last, or raise."""
     names = LAYOUTS[op]
     if isinstance(layout, str) and layout in names:
         return layout == names[1]
@@ -557,7 +558,7 @@ def _stand_in_frame(
 ) -> Frame:
     """Check weight, bias and options of a layer against an input without limits, which no error quotes."""
     *numbers, layout, flip = options
-    _is_channels_last(op, layout)
+    is_channels_last(op, layout)
     _check_flip(op, flip)
     groups = numbers[_NUMBERS.index("groups")]
     channels = weight_shape[1] if len(weight_shape) > 1 else 1

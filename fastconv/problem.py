@@ -47,19 +47,30 @@ class ConvError(ValueError):
 
 
 def output_size(
-    size: int, kernel: int, stride: int, padding_before: int, padding_after: int, dilation: int
+    size: int,
+    kernel: int,
+    stride: int,
+    padding_before: int,
+    padding_after: int,
+    dilation: int,
+    ceil_mode: bool = False,
 ) -> int:
     """Count the windows that fit along one axis, in elements; zero or less means that none fits.
 
-    Every output size of the package comes from here.
+    With ceil_mode (pooling) a last window counts that reaches over the end, if it begins in the input or in
+    the padding before it. Every output size of the package comes from here.
 
     >>> output_size(224, kernel=7, stride=2, padding_before=3, padding_after=3, dilation=1)
     112
     """
-    return (padding_before + size + padding_after - _span(kernel, dilation)) // stride + 1
+    room = padding_before + size + padding_after - span(kernel, dilation)
+    if not ceil_mode:
+        return room // stride + 1
+    windows = -(-room // stride) + 1
+    return windows - ((windows - 1) * stride >= padding_before + size)
 
 
-def _span(kernel: int, dilation: int) -> int:
+def span(kernel: int, dilation: int) -> int:
     """Extent of a dilated kernel: first to last tap, both included."""
     return dilation * (kernel - 1) + 1
 
@@ -334,13 +345,15 @@ def make_problem(
         "order": order, "precision": precision, "bias": bias_shape, "residual": residual_shape,
         "grad_output": grad_shape,
     }  # fmt: skip
-    call = _Call(f"{op}{DIRECTIONS[direction]}", input_shape, weight_shape, options)
+    call = Call(
+        f"{op}{DIRECTIONS[direction]}", {"input": input_shape, "weight": weight_shape}, options, _DEFAULTS
+    )
     if op not in OPERATIONS:
-        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {_show(op)}")
+        raise call.error(f"operation must be one of {', '.join(OPERATIONS)}, got {show(op)}")
     _check_options(call)
     ndim = OPERATIONS[op]
     inputs, weights = _check_shapes(call, ndim, ("K", "C // groups"))
-    strides, dilations = _per_axis(call, "stride", ndim), _per_axis(call, "dilation", ndim)
+    strides, dilations = per_axis(call, "stride", ndim), per_axis(call, "dilation", ndim)
     checked_groups = _check_groups(call, inputs[1], weights)
     pads = _resolve_padding(call, inputs[2:], weights[2:], strides, dilations)
     d, h, w = _with_absent(inputs[2:], 1)
@@ -392,15 +405,15 @@ def make_transposed(
         "groups": groups, "dtype": dtype, "order": order, "precision": precision, "bias": bias_shape,
         "residual": residual_shape,
     }  # fmt: skip
-    call = _Call(op, input_shape, weight_shape, options)
+    call = Call(op, {"input": input_shape, "weight": weight_shape}, options, _DEFAULTS)
     ndim = TRANSPOSED[op]
     _check_options(call)
     inputs, weights = _check_shapes(call, ndim, ("C", "K // groups"))
-    strides, dilations = _per_axis(call, "stride", ndim), _per_axis(call, "dilation", ndim)
-    beyond = _per_axis(call, "output_padding", ndim, least=0)
+    strides, dilations = per_axis(call, "stride", ndim), per_axis(call, "dilation", ndim)
+    beyond = per_axis(call, "output_padding", ndim, least=0)
     checked_groups = _check_transposed_groups(call, inputs[1], weights[0])
     rule = "padding must be an int, or an int or (before, after) pair per spatial axis"
-    pads = tuple(_pair(call, rule, entry) for entry in _entries(call, "padding", rule, ndim))
+    pads = tuple(_pair(call, rule, entry) for entry in entries(call, "padding", rule, ndim))
     axes = list(zip(inputs[2:], weights[2:], strides, dilations, pads, beyond, strict=True))
     sizes = tuple(_transposed_size(call, *axis) for axis in axes)
     d, h, w = _with_absent(sizes, 1)
@@ -418,8 +431,8 @@ def make_transposed(
     return problem
 
 
-def _check_transposed_groups(call: _Call, channels: int, rows: int) -> int:
-    groups = _integer(call, "groups must be an int", call.options["groups"])
+def _check_transposed_groups(call: Call, channels: int, rows: int) -> int:
+    groups = integer(call, "groups must be an int", call.options["groups"])
     if groups < 1:
         raise call.error(f"groups must be at least 1, got {groups}")
     if rows != channels:
@@ -430,13 +443,13 @@ def _check_transposed_groups(call: _Call, channels: int, rows: int) -> int:
 
 
 def _transposed_size(
-    call: _Call, size: int, kernel: int, stride: int, dilation: int, padding: Pair, beyond: int
+    call: Call, size: int, kernel: int, stride: int, dilation: int, padding: Pair, beyond: int
 ) -> int:
     """Return the extent of the output along an axis."""
     if beyond >= max(stride, dilation):
         most = f"max(stride, dilation) = max({stride}, {dilation}) = {max(stride, dilation)}"
         raise call.error(f"output_padding must be below {most}, got {beyond}")
-    found = (size - 1) * stride - sum(padding) + _span(kernel, dilation) + beyond
+    found = (size - 1) * stride - sum(padding) + span(kernel, dilation) + beyond
     if found < 1:
         numbers = f"({size} - 1) * {stride} - {padding[0]} - {padding[1]} + {dilation} * ({kernel} - 1) + 1"
         rule = "output size (size - 1) * stride - padding - padding + dilation * (kernel - 1) + 1"
@@ -450,26 +463,34 @@ def _with_absent(values: tuple[Value, ...], absent: Value) -> tuple[Value, Value
     return d, h, w
 
 
-class _Call(NamedTuple):
-    """What the caller wrote, kept to be quoted in errors."""
+class Call(NamedTuple):
+    """What the caller of an operation wrote, kept to be quoted in errors.
+
+    shapes    of the arrays, by argument
+    options   by argument; those that have their default are not quoted
+    """
 
     op: str
-    input_shape: object
-    weight_shape: object
+    shapes: Mapping[str, object]
     options: Mapping[str, object]
+    defaults: Mapping[str, object]
 
     def error(self, rule: str) -> ConvError:
         return ConvError(self._message(rule))
 
     def type_error(self, rule: str, value: object) -> TypeError:
         kind = "" if isinstance(value, str) else f" of type {type(value).__name__}"
-        return TypeError(self._message(f"{rule}, got {_show(value)}{kind}"))
+        return TypeError(self._message(f"{rule}, got {show(value)}{kind}"))
 
     def _message(self, rule: str) -> str:
-        quoted = [f"input {_show(self.input_shape)}", f"weight {_show(self.weight_shape)}"]
+        quoted = [f"{name} {show(shape)}" for name, shape in self.shapes.items()]
         # Compared as text: an option may be anything, such as an array whose == is not a bool.
-        shown = ((name, _show(value), _show(_DEFAULTS[name])) for name, value in self.options.items())
-        quoted += [f"{name} {text}" for name, text, default in shown if text != default]
+        shown = ((name, show(value)) for name, value in self.options.items())
+        quoted += [
+            f"{name} {text}"
+            for name, text in shown
+            if name not in self.defaults or text != show(self.defaults[name])
+        ]
         return f"{self.op}: {rule} ({', '.join(quoted)})"
 
 
@@ -478,12 +499,12 @@ _quote.maxtuple = _quote.maxlist = 8
 _quote.maxstring = _quote.maxother = 60
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """A repr short enough for one line of an error; a tuple subclass such as torch.Size reads as a tuple."""
     return _quote.repr(tuple(value) if isinstance(value, tuple) else value)
 
 
-def _check_options(call: _Call) -> None:
+def _check_options(call: Call) -> None:
     for name, known in (("dtype", tuple(ITEMSIZE)), ("order", ORDERS), ("precision", PRECISIONS)):
         value = call.options[name]
         rule = f"{name} must be one of {', '.join(known)}"
@@ -494,16 +515,16 @@ def _check_options(call: _Call) -> None:
 
 
 def _check_shapes(
-    call: _Call, ndim: int, channels: tuple[str, str]
+    call: Call, ndim: int, channels: tuple[str, str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    inputs, weights = _integers(call, "input", call.input_shape), _integers(call, "weight", call.weight_shape)
-    _check_shape(call, "input", inputs, ("N", "C", *_INPUT_AXES[-ndim:]), f" ({ndim + 1} without N)")
-    _check_shape(call, "weight", weights, (*channels, *_WEIGHT_AXES[-ndim:]), "")
+    inputs, weights = (shape_of(call, name, call.shapes[name]) for name in ("input", "weight"))
+    check_shape(call, "input", inputs, ("N", "C", *_INPUT_AXES[-ndim:]), f" ({ndim + 1} without N)")
+    check_shape(call, "weight", weights, (*channels, *_WEIGHT_AXES[-ndim:]), "")
     return inputs, weights
 
 
-def _check_shape(
-    call: _Call, name: str, shape: tuple[int, ...], letters: tuple[str, ...], unbatched: str
+def check_shape(
+    call: Call, name: str, shape: tuple[int, ...], letters: tuple[str, ...], unbatched: str
 ) -> None:
     if len(shape) != len(letters):
         axes = f"{name} ({', '.join(letters)}) must have {len(letters)} axes{unbatched}"
@@ -514,8 +535,8 @@ def _check_shape(
             raise call.error(f"{name}.shape[{axis}] must be at least {least}, got {size}")
 
 
-def _check_groups(call: _Call, channels: int, weights: tuple[int, ...]) -> int:
-    groups = _integer(call, "groups must be an int", call.options["groups"])
+def _check_groups(call: Call, channels: int, weights: tuple[int, ...]) -> int:
+    groups = integer(call, "groups must be an int", call.options["groups"])
     if groups < 1:
         raise call.error(f"groups must be at least 1, got {groups}")
     for name, size in (("input.shape[1]", channels), ("weight.shape[0]", weights[0])):
@@ -527,37 +548,38 @@ def _check_groups(call: _Call, channels: int, weights: tuple[int, ...]) -> int:
     return groups
 
 
-def _check_windows(call: _Call, problem: ConvProblem) -> None:
+def _check_windows(call: Call, problem: ConvProblem) -> None:
     for axis, taps, (size, kernel, _, before, after, dilation) in zip(
         _INPUT_AXES, _WEIGHT_AXES, problem._axes, strict=True
     ):
-        span, padded = _span(kernel, dilation), before + size + after
-        if span > padded:
+        extent, padded = span(kernel, dilation), before + size + after
+        if extent > padded:
             limit = f"padding + {axis} + padding = {before} + {size} + {after} = {padded}"
-            value = f"{dilation} * ({kernel} - 1) + 1 = {span}"
+            value = f"{dilation} * ({kernel} - 1) + 1 = {extent}"
             raise call.error(
                 f"kernel extent dilation * ({taps} - 1) + 1 must be at most {limit}, got {value}"
             )
 
 
-def _check_operands(call: _Call, problem: ConvProblem) -> None:
+def _check_operands(call: Call, problem: ConvProblem) -> None:
     _check_shape_of(call, "bias", "(K,)", (problem.K,))
     _check_shape_of(call, "residual", "output.shape", problem.output_shape)
     _check_shape_of(call, "grad_output", "output.shape", problem.output_shape)
 
 
-def _check_shape_of(call: _Call, name: str, rule: str, shape: tuple[int, ...]) -> None:
+def _check_shape_of(call: Call, name: str, rule: str, shape: tuple[int, ...]) -> None:
     given = call.options[name]
-    if given is not None and (actual := _integers(call, name, given)) != shape:
+    if given is not None and (actual := shape_of(call, name, given)) != shape:
         raise call.error(f"{name}.shape must be {rule} = {shape}, got {actual}")
 
 
-def _integers(call: _Call, name: str, shape: object) -> tuple[int, ...]:
-    rule = f"{name}.shape must be a tuple of ints"
+def shape_of(call: Call, name: str, shape: object) -> tuple[int, ...]:
+    """Return the shape of an array, or a size that is an argument itself."""
+    rule = f"{name + '.shape' * (not name.endswith('_size'))} must be a tuple of ints"
     sizes = _as_tuple(shape)
     if sizes is None:
         raise call.type_error(rule, shape)
-    return tuple(_integer(call, rule, size) for size in sizes)
+    return tuple(integer(call, rule, size) for size in sizes)
 
 
 def to_sizes(op: str, name: str, value: object) -> tuple[int, ...]:
@@ -565,7 +587,7 @@ def to_sizes(op: str, name: str, value: object) -> tuple[int, ...]:
     entries = _as_tuple(value)
     if entries is None or not all(map(_is_integer, entries)):
         kind = type(value).__name__
-        raise TypeError(f"{op}: {name} must be a tuple of ints, got {_show(value)} of type {kind}")
+        raise TypeError(f"{op}: {name} must be a tuple of ints, got {show(value)} of type {kind}")
     return tuple(operator.index(entry) for entry in entries)  # type: ignore[arg-type]
 
 
@@ -575,7 +597,7 @@ def _as_tuple(value: object) -> tuple[object, ...] | None:
     return tuple(listed) if isinstance(listed, (tuple, list)) else None
 
 
-def _integer(call: _Call, rule: str, value: object) -> int:
+def integer(call: Call, rule: str, value: object) -> int:
     if _is_integer(value):
         return operator.index(value)  # type: ignore[arg-type]
     raise call.type_error(rule, value)
@@ -592,30 +614,30 @@ def _is_integer(value: object) -> bool:
     return True
 
 
-def _entries(call: _Call, name: str, rule: str, ndim: int) -> tuple[object, ...]:
+def entries(call: Call, name: str, rule: str, ndim: int) -> tuple[object, ...]:
     """One entry per spatial axis: a single int is repeated, a sequence must have the right length."""
     value = call.options[name]
     if _is_integer(value):
         return (value,) * ndim
-    entries = _as_tuple(value)
-    if entries is None:
+    listed = _as_tuple(value)
+    if listed is None:
         raise call.type_error(rule, value)
-    if len(entries) != ndim:
+    if len(listed) != ndim:
         axes = f"number of spatial axes ({', '.join(_INPUT_AXES[-ndim:])})"
-        raise call.error(f"len({name}) must be the {axes} = {ndim}, got {len(entries)}")
-    return entries
+        raise call.error(f"len({name}) must be the {axes} = {ndim}, got {len(listed)}")
+    return listed
 
 
-def _per_axis(call: _Call, name: str, ndim: int, least: int = 1) -> tuple[int, ...]:
+def per_axis(call: Call, name: str, ndim: int, least: int = 1) -> tuple[int, ...]:
     rule = f"{name} must be an int or one int per spatial axis"
-    values = tuple(_integer(call, rule, entry) for entry in _entries(call, name, rule, ndim))
+    values = tuple(integer(call, rule, entry) for entry in entries(call, name, rule, ndim))
     if min(values) < least:
         raise call.error(f"{name} must be at least {least}, got {min(values)}")
     return values
 
 
 def _resolve_padding(
-    call: _Call,
+    call: Call,
     sizes: tuple[int, ...],
     kernels: tuple[int, ...],
     strides: tuple[int, ...],
@@ -624,27 +646,27 @@ def _resolve_padding(
     padding = call.options["padding"]
     rule = "padding must be 'same', 'valid', an int, or an int or (before, after) pair per spatial axis"
     if not isinstance(padding, str):
-        return tuple(_pair(call, rule, entry) for entry in _entries(call, "padding", rule, len(sizes)))
+        return tuple(_pair(call, rule, entry) for entry in entries(call, "padding", rule, len(sizes)))
     if padding == "valid":
         return ((0, 0),) * len(sizes)
     if padding == "same":
         return tuple(_same_padding(*axis) for axis in zip(sizes, kernels, strides, dilations, strict=True))
-    raise call.error(f"{rule}, got {_show(padding)}")
+    raise call.error(f"{rule}, got {show(padding)}")
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
     windows = -(-size // stride)
-    total = max((windows - 1) * stride + _span(kernel, dilation) - size, 0)
+    total = max((windows - 1) * stride + span(kernel, dilation) - size, 0)
     return total // 2, total - total // 2
 
 
-def _pair(call: _Call, rule: str, entry: object) -> Pair:
+def _pair(call: Call, rule: str, entry: object) -> Pair:
     both = (entry, entry) if _is_integer(entry) else _as_tuple(entry)
     if both is None:
         raise call.type_error(rule, entry)
     if len(both) != 2:
         raise call.error(f"len of a (before, after) pair in padding must be 2, got {len(both)}")
-    before, after = (_integer(call, rule, number) for number in both)
+    before, after = (integer(call, rule, number) for number in both)
     if min(before, after) < 0:
         raise call.error(f"padding must be at least 0, got {min(before, after)}")
     return before, after
@@ -698,22 +720,39 @@ def make_epilogue(op: str, activation: str | tuple[str, float] | None) -> Epilog
     if isinstance(activation, str):
         if activation in ACTIVATIONS and activation != "leaky_relu":
             return Epilogue(activation)
-        raise ConvError(f"{op}: {rule}, got {_show(activation)}")
+        raise ConvError(f"{op}: {rule}, got {show(activation)}")
     if not isinstance(activation, (tuple, list)):
-        raise TypeError(f"{op}: {rule}, got {_show(activation)} of type {type(activation).__name__}")
+        raise TypeError(f"{op}: {rule}, got {show(activation)} of type {type(activation).__name__}")
     if len(activation) != 2 or not isinstance(activation[0], str) or activation[0] != "leaky_relu":
-        raise ConvError(f"{op}: {rule}, got {_show(activation)}")
+        raise ConvError(f"{op}: {rule}, got {show(activation)}")
     return Epilogue("leaky_relu", _check_slope(op, activation[1]))
 
 
 def _check_slope(op: str, slope: object) -> float:
     rule = f"{op}: slope of 'leaky_relu' must be a finite number"
-    if isinstance(slope, bool) or not isinstance(slope, Real):
-        raise TypeError(f"{rule}, got {_show(slope)} of type {type(slope).__name__}")
+    if not _is_number(slope):
+        raise TypeError(f"{rule}, got {show(slope)} of type {type(slope).__name__}")
+    if not math.isfinite(found := _to_float(slope)):
+        raise ConvError(f"{rule}, got {show(slope)}")
+    return found
+
+
+def number(call: Call, name: str) -> float:
+    """Return an option that must be a finite number."""
+    rule, value = f"{name} must be a finite number", call.options[name]
+    if not _is_number(value):
+        raise call.type_error(rule, value)
+    if not math.isfinite(found := _to_float(value)):
+        raise call.error(f"{rule}, got {show(value)}")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _to_float(value: Any) -> float:
     try:
-        number = float(slope)
+        return float(value)
     except OverflowError:  # an int beyond every float
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConvError(f"{rule}, got {_show(slope)}")
-    return number
+        return math.inf

@@ -49,7 +49,7 @@ def put(array: np.ndarray | None) -> np.ndarray | None:
         return array
     low, high = np.lib.array_utils.byte_bounds(array)
     raw = sys.modules["cupy"].empty(low % _ALIGNED + high - low, np.uint8)[low % _ALIGNED :]
-    raw.set(_bytes_of(array))
+    raw.set(bytes_of(array))
     start = raw.data.ptr + array.__array_interface__["data"][0] - low
     return _show(start, array.shape, array.strides, f"|V{array.itemsize}", raw).view(array.dtype)
 
@@ -57,7 +57,7 @@ def put(array: np.ndarray | None) -> np.ndarray | None:
 def get(shown: np.ndarray | None, array: np.ndarray) -> None:
     """Bring back to an array what kernels wrote to what `put` showed them."""
     if shown is not array:
-        _bytes_of(array)[...] = shown.base.base.owner.get()
+        bytes_of(array)[...] = shown.base.base.owner.get()
 
 
 class _Shown:
@@ -78,7 +78,7 @@ def _show(address, shape, strides, typestr, owner):
     return np.asarray(_Shown(interface, owner))
 
 
-def _bytes_of(array):
+def bytes_of(array):
     """All bytes from an array's first element to its last, in the order of memory."""
     low, high = np.lib.array_utils.byte_bounds(array)
     return _show(low, (high - low,), None, "|u1", array)

@@ -37,6 +37,15 @@ def way(request):
 
 
 @pytest.fixture
+def place(request, monkeypatch):
+    """Where a parametrized test computes, which lasts as long as the test; see tests/places.py."""
+    from tests.places import entering
+
+    with entering(request.param, monkeypatch) as place:
+        yield place
+
+
+@pytest.fixture
 def rng(request):
     """A generator seeded by the name of the test: the same numbers in every run, others in every case."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))

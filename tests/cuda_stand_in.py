@@ -37,6 +37,49 @@ class CupyArray:
         return interface_of(self.host, CUPY_STREAM or 1)
 
 
+class OnDevice(np.ndarray):
+    """What CuPy's functions compute with here; as CuPy's arrays, it does not mix with those of the host."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        if out is not None:
+            options["out"] = tuple(map(_to_host, out))
+        result = _on_device(getattr(ufunc, method))(*inputs, **options)
+        return result if out is None else out[0]
+
+
+def _to_host(value: Any) -> Any:
+    if type(value) is np.ndarray:
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    return value.view(np.ndarray) if isinstance(value, OnDevice) else value
+
+
+def _on_device(function: Any) -> Any:
+    """A function of NumPy's as one of CuPy's."""
+
+    def compute(*arguments, **options):
+        result = function(*map(_to_host, arguments), **options)
+        return np.asarray(result).view(OnDevice) if isinstance(result, (np.ndarray, np.generic)) else result
+
+    return compute
+
+
+def _find_function(name: str) -> Any:
+    """What stands for a function of CuPy's that is not made by hand; a module's own names are none."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _on_device(getattr(np, name))
+
+
+def _as_array(source: Any) -> np.ndarray:
+    """cupy.asarray: a view of what has an interface, a copy of what comes from the host."""
+    if isinstance(source, np.ndarray):
+        return np.array(source).view(OnDevice)
+    interface = dict(source.__cuda_array_interface__)
+    del interface["stream"]
+    view = np.asarray(types.SimpleNamespace(__array_interface__=interface, owner=source))
+    return view.view(OnDevice)
+
+
 class ForeignArray:
     """An array of a library that nobody knows, written on a stream of its own."""
 
@@ -79,8 +122,19 @@ def make_cupy(allocated: list[np.ndarray]) -> types.ModuleType:
     module = types.ModuleType("cupy")
     module.ndarray, module.empty = CupyArray, empty
     module.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=as_strided))
+
+    @contextmanager
+    def from_external(stream):
+        module.streams.append(stream.__cuda_stream__()[1])
+        yield
+
     runtime = types.SimpleNamespace(pointerGetAttributes=attributes, getDevice=lambda: 0)
-    module.cuda = types.SimpleNamespace(runtime=runtime)
+    stream = types.SimpleNamespace(from_external=from_external)
+    module.cuda = types.SimpleNamespace(runtime=runtime, Stream=stream)
+    module.streams = []
+    module.asarray = _as_array
+    module.ElementwiseKernel = lambda *text: _on_device(np.vectorize(math.erf, otypes=[np.float64]))
+    module.__getattr__ = _find_function
     return module
 
 
@@ -137,7 +191,8 @@ class CupyKind:
         return CupyArray(host)
 
     def host(self, array):
-        return array.host
+        """What CuPy holds: an array that our kernels wrote, or one that CuPy's functions computed."""
+        return array.view(np.ndarray) if isinstance(array, OnDevice) else array.host
 
 
 class ForeignKind(CupyKind):
@@ -165,6 +220,7 @@ class TorchKind:
 
         self.result = OnCuda
         monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch, "from_dlpack", lambda array: self.make(array.view(np.ndarray)))
         monkeypatch.setattr(
             torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=TORCH_STREAM)
         )

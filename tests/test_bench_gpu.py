@@ -764,7 +764,7 @@ class TestTable:
 
 class TestCompile:
     def test_every_algorithm_has_kernels_for_every_dtype(self):
-        for name in work.algorithms():
+        for name in work.sources():
             kernels = [kernel for dtype in ITEMSIZE for kernel in work.kernels_of(name, dtype)]
             assert len({kernel.name for kernel in kernels}) == len(kernels)
             assert {kernel.name.split("_")[1] for kernel in kernels} == {"f32", "f64", "f16", "bf16"}
@@ -780,13 +780,13 @@ class TestCompile:
 
     def test_every_pair_of_settings_is_compiled_before_the_rest(self):
         found = [kernel.name for _, kernel in compile.find_kernels()]
-        sets = [work.kernels_of(name, dtype) for name in work.algorithms() for dtype in ITEMSIZE]
+        sets = [work.kernels_of(name, dtype) for name in work.sources() for dtype in ITEMSIZE]
         covers = [kernel.name for kernels in sets for kernel in work.cover(kernels)]
         assert found[: len(covers)] == covers
         assert sorted(found) == sorted(kernel.name for kernels in sets for kernel in kernels)
 
     def test_nothing_to_compile_is_a_failure(self, monkeypatch):
-        monkeypatch.setattr(compile, "algorithms", list)
+        monkeypatch.setattr(compile, "sources", list)
         assert [row["kind"] for row in compile.run(Deadline(1))] == ["failure"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.work import algorithms, cover, kernels_of, settings
+from bench.gpu.work import cover, kernels_of, settings, sources
 from bench.kernels import instances, nvrtc, occupancy
 from bench.kernels.nvrtc import CompileError, Resources
 from bench.kernels.table import list_faults
@@ -42,14 +42,14 @@ def assert_faultless(kernels, sm: int) -> None:
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("algorithm", algorithms())
+@pytest.mark.parametrize("name", sources())
 @pytest.mark.parametrize("sm", instances.ARCHITECTURES)
-def test_kernels_compile_without_spills(sm, algorithm):
+def test_kernels_compile_without_spills(sm, name):
     if sm in THOROUGH:
-        kernels = [kernel for dtype in instances.DTYPES for kernel in kernels_of(algorithm, dtype)]
+        kernels = [kernel for dtype in instances.DTYPES for kernel in kernels_of(name, dtype)]
         assert_faultless(cover(kernels, together=1), sm)
     else:
-        kernels = [kernel for dtype in DTYPES for kernel in kernels_of(algorithm, dtype)]
+        kernels = [kernel for dtype in DTYPES for kernel in kernels_of(name, dtype)]
         assert_faultless({kernel.name.split("__")[0]: kernel for kernel in kernels}.values(), sm)
 
 
@@ -65,8 +65,7 @@ def test_a_cover_leaves_out_no_setting(together):
 
 
 def test_every_cuda_source_is_compiled_here():
-    sources = {path.stem for path in Path(source.KERNEL_DIR).glob("*.cu")}
-    assert sources == set(algorithms())
+    assert {path.stem for path in Path(source.KERNEL_DIR).glob("*.cu")} == set(sources())
 
 
 def test_every_architecture_has_a_compiler():

@@ -241,7 +241,7 @@ class TestFunctions:
         assert fastconv.conv2d(**arguments) is arguments["out"]
         assert (arguments["out"] == 37).all()
 
-    @pytest.mark.parametrize("op", ops.LAYOUTS)
+    @pytest.mark.parametrize("op", ["conv1d", "conv2d", "conv3d"])
     def test_refused_by_every_rank(self, op):
         ndim = int(op[4])
         x, w = ones(1, 4, *(5,) * ndim), ones(6, 4, *(3,) * ndim)

@@ -19,20 +19,29 @@ MODULES = {
 ALLOWED = {
     "problem": set(),
     "winograd_math": set(),
+    "pool_problem": {"problem"},
+    "resizing": {"problem"},
     "arrays": {"gpu", "problem"},  # gpu: for arrays on a GPU, when one comes in
     "reference": {"problem"},
-    "cpu": {"cpu", "problem", "winograd_math"},
-    "gpu": {"gpu", "problem", "winograd_math"},
+    "cpu": {"cpu", "pool_problem", "problem", "winograd_math"},
+    "gpu": {"gpu", "pool_problem", "problem", "winograd_math"},
+    "borrowing": {"arrays", "cpu", "gpu"},
+    "losses": {"borrowing", "problem"},
     "algorithms": {"problem"},
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
     "grad_input": {"problem"},
     "plan": {"algorithms", "cpu", "gpu", "grad_input", "measured", "problem"},
     "ops": {"algorithms", "arrays", "plan", "problem"},
     "transposed": {"ops", "problem"},
-    "conv_grad": {"arrays", "ops", "plan", "problem"},
-    "torch": {"__init__", "arrays", "conv_grad", "problem"},
+    "conv_grad": {"arrays", "borrowing", "ops", "plan", "problem"},
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
-    "__init__": {"ops", "problem", "reference", "torch", "transposed", "tune"},
+    "pool": {"arrays", "borrowing", "pool_problem", "problem"},
+    "pool_grad": {"arrays", "borrowing", "pool", "pool_problem", "problem"},
+    "functional": {"arrays", "borrowing", "losses", "problem", "resizing"},
+    "functional_grad": {"borrowing", "functional", "losses", "problem", "resizing"},
+    "grad": {"conv_grad", "functional_grad", "pool_grad"},
+    "torch": {"__init__", "arrays", "conv_grad", "problem"},
+    "__init__": {"functional", "grad", "ops", "pool", "problem", "reference", "torch", "transposed", "tune"},
 }
 FOREIGN = {
     "numpy": set(ALLOWED),
@@ -145,7 +154,11 @@ class TestImport:
 
     def test_public_names(self):
         names = {"__version__", "Conv1d", "Conv2d", "Conv3d", "ConvError", "algorithms"}
-        names |= {"conv1d", "conv2d", "conv3d", "explain", "reference", "tune"}
+        names |= {"conv1d", "conv2d", "conv3d", "explain", "grad", "reference", "tune"}
+        names |= {f"{pool}_pool{axes}d" for pool in ("avg", "max", "adaptive_avg") for axes in (1, 2, 3)}
+        names |= {"adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool2d", "interpolate"}
+        names |= {"relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax"}
+        names |= {"linear", "cross_entropy", "batch_norm", "local_response_norm", "dropout", "flatten"}
         names |= {f"conv_transpose{axes}d" for axes in (1, 2, 3)}
         assert set(fastconv.__all__) == names
         assert names <= set(dir(fastconv))

@@ -51,6 +51,21 @@ def test_output_size_counts_windows(axis):
 
 
 @given(axes)
+def test_output_size_in_ceil_mode(axis):
+    """One more window that reaches over the end, if it begins before it; a pooling has this much padding."""
+    size, kernel, stride, padding, _, dilation = axis
+    padding = min(padding, kernel // 2)
+    padded, begin = padding + size + padding, 0
+    count = 0
+    while begin + dilation * (kernel - 1) < padded:
+        count, begin = count + 1, begin + stride
+    over = begin + dilation * (kernel - 1) + 1 - padded
+    count += begin < padding + size and over < stride
+    found = output_size(size, kernel, stride, padding, padding, dilation, ceil_mode=True)
+    assert max(found, 0) == count
+
+
+@given(axes)
 def test_unread_rows_are_those_no_window_touches(axis):
     size, kernel, stride, before, after, dilation = axis
     windows = windows_of(*axis)

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.gpu.clock import Deadline
-from bench.gpu.work import algorithms, cover, kernels_of
+from bench.gpu.work import cover, kernels_of, sources
 from bench.rows import Row
 from fastconv.gpu.cupy_driver import OPTIONS
 from fastconv.problem import ITEMSIZE
@@ -54,9 +54,9 @@ def run(deadline: Deadline) -> Iterator[Row]:
 
 
 def find_kernels() -> list[tuple[str, Kernel]]:
-    """All kernels with their algorithms, first as many as have every pair of settings: time may be short."""
+    """All kernels with their sources, first as many as have every pair of settings: time may be short."""
     first, others = [], []
-    for name, dtype in product(algorithms(), ITEMSIZE):
+    for name, dtype in product(sources(), ITEMSIZE):
         kernels = kernels_of(name, dtype)
         chosen = dict.fromkeys(cover(kernels))
         first += [(name, kernel) for kernel in chosen]

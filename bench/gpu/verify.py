@@ -29,6 +29,9 @@ TESTS_SHARE = 0.6  # of the part's time
 FILES = [
     "tests/test_algorithms.py",
     "tests/test_gpu_kernels.py",
+    "tests/test_pool.py",
+    "tests/test_functional.py",
+    "tests/test_grad_around.py",
 ]  # those of tests/ that need no more than pytest
 # Most of their time goes into compiling kernels, which processes do side by side.
 PROCESSES = ["--numprocesses", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else []

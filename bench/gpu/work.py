@@ -25,18 +25,30 @@ SAMPLES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
 )
 
 
+AROUND = ("pool",)
+"""Files of kernels that belong to no algorithm."""
+
+
 def algorithms() -> list[str]:
     """The rows of the table that have kernels for the GPU."""
     return [name for name in TABLE if find_spec(f"fastconv.gpu.{name}")]
 
 
-def kernels_of(algorithm: str, dtype: str) -> list[Kernel]:
-    """The distinct kernels that stand for all that an algorithm launches for a dtype, in every pass."""
+def sources() -> list[str]:
+    """All files of kernels, by name."""
+    return [*algorithms(), *AROUND]
+
+
+def kernels_of(source: str, dtype: str) -> list[Kernel]:
+    """The distinct kernels that stand for all that is launched from a source for a dtype, in every pass."""
+    if source in AROUND:
+        module = import_module(f"fastconv.gpu.{source}")
+        return [kernel for order in ORDERS for kernel in module.kernels(dtype, order)]
     found: dict[Kernel, None] = {}
     for folder in ("", "grad_weight."):  # the gradient of the input is made by the kernels of the convolution
-        if find_spec(f"fastconv.gpu.{folder}{algorithm}") is None:
+        if find_spec(f"fastconv.gpu.{folder}{source}") is None:
             continue
-        module = import_module(f"fastconv.gpu.{folder}{algorithm}")
+        module = import_module(f"fastconv.gpu.{folder}{source}")
         tiles = [tile for tile in module.TILES if tile.takes(dtype)]
         found.update(
             dict.fromkeys(k for order in ORDERS for tile in tiles for k in module.kernels(dtype, order, tile))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
+from fastconv.gpu import caller as callers
 from fastconv.gpu import launch
 from fastconv.gpu.caller import Caller
 
@@ -125,6 +126,51 @@ def serve_torch(device: int, arrays: Iterable[np.ndarray]) -> AbstractContextMan
         return empty_torch(device, shape, dtype)
 
     return launch.calling(Caller(device, empty, stream))
+
+
+class _Exported:
+    """What CuPy makes an array of, without a copy: device memory that NumPy shows."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # keeps the memory alive
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": array.dtype.str,
+            "data": (array.__array_interface__["data"][0], False),
+            "stream": None,
+        }
+
+
+class _Stream:
+    """A stream of the caller's, as CuPy takes it."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
+def view_in_cupy(array: np.ndarray) -> Any:
+    """View device memory as a CuPy array, whose functions then compute on it; bfloat16 as its bits."""
+    bits = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    cupy = sys.modules["cupy"]
+    return cupy.asarray(_Exported(bits)) if bits.size else cupy.zeros(bits.shape, bits.dtype)
+
+
+def on_callers_stream() -> AbstractContextManager[Any]:
+    """Make the caller's stream that on which CuPy's functions compute."""
+    caller = callers.current()
+    if caller is None or caller.stream is None:
+        return nullcontext()
+    return sys.modules["cupy"].cuda.Stream.from_external(_Stream(caller.stream))
+
+
+def cupy_to_torch(array: Any) -> Any:
+    """Return a CuPy array as a tensor of the same memory."""
+    return sys.modules["torch"].from_dlpack(array)
 
 
 def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
