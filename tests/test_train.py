@@ -76,7 +76,7 @@ def test_without_noise_an_example_is_its_template(monkeypatch, rng):
     assert 1.6 <= tops.min() < 1.62
     assert 2.38 < tops.max() <= 2.4
     steps = [example[example > 0.5] for example in examples]
-    assert all(abs(step[1] - step[-3] / 2) < 1e-12 for step in steps)
+    assert all(abs(step[1] - step.max() / 2) < 1e-12 < step[-3] - step[2] for step in steps)
     assert ((examples == 0) | (examples > 0)).all()
     starts = {int(np.argmax((example > 0.5) & (np.roll(example, 1) <= 0.5))) for example in examples}
     assert starts >= set(range(26))  # shifts of 0 ... 47 of 72 points
