@@ -255,7 +255,7 @@ def test_momentum():
 
 
 def test_the_rate_is_halved_after_every_so_many_epochs():
-    assert [decay_in_steps(0.8, epoch, every=3) for epoch in range(7)] == [0.8] * 3 + [0.4] * 3 + [0.2]
+    assert [decay_in_steps(0.8, epoch, every=3) for epoch in range(1, 8)] == [0.8] * 3 + [0.4] * 3 + [0.2]
 
 
 def test_the_loop_follows_its_recipe(monkeypatch, rng):
@@ -267,9 +267,10 @@ def test_the_loop_follows_its_recipe(monkeypatch, rng):
             super().step(rate)
 
     monkeypatch.setattr(loop, "SGD", Recorded)
+    monkeypatch.setattr(loop, "evaluate", lambda network, examples: (0.0, float(len(rates))))
     examples = Examples(rng.normal(size=(10, 3)).astype(np.float32), rng.integers(2, size=10))
     lengths = []
-    recipe = Recipe(epochs=4, rate=0.1, halve_every=2, batch=4)
+    recipe = Recipe(epochs=5, rate=0.1, halve_every=2, measure_every=2, batch=4)
     curves = train(
         Network([Linear(3, 2, rng)]),
         Dataset(examples, examples),
@@ -277,9 +278,10 @@ def test_the_loop_follows_its_recipe(monkeypatch, rng):
         rng,
         lambda curves: lengths.append(len(curves.test.error)),
     )
-    assert rates == [0.1] * 6 + [0.05] * 6  # three batches an epoch
-    assert lengths == [2, 3, 4, 5]
-    assert curves.training == curves.test
+    assert rates == [0.1] * 6 + [0.05] * 6 + [0.025] * 3  # three batches an epoch
+    assert lengths == [1, 2, 2, 3, 4]
+    assert curves.epochs == [0, 2, 4, 5]
+    assert curves.training.error == curves.test.error == [0, 6, 12, 15]
 
 
 def test_evaluation():

@@ -16,18 +16,19 @@ from bench.train.passes import cross_entropy, grad
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained; the rate is halved after every `halve_every` epochs."""
+    """How a network is trained; after every so many epochs the rate is halved, and errors are measured."""
 
     epochs: int
     rate: float
     halve_every: int
+    measure_every: int = 1
     batch: int = 100
     momentum: float = 0.9
 
 
 @dataclass
 class Curve:
-    """Loss and error (the share that is classified wrongly) before the first epoch and after each."""
+    """Loss, and error: the share that is classified wrongly."""
 
     loss: list[float] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
@@ -35,8 +36,9 @@ class Curve:
 
 @dataclass
 class Curves:
-    """A network's learning: on what it learns from, and on what it is judged by."""
+    """How a network does after so many epochs: on what it learns from, and on what it is judged by."""
 
+    epochs: list[int] = field(default_factory=list)
     training: Curve = field(default_factory=Curve)
     test: Curve = field(default_factory=Curve)
     seconds: float = 0.0
@@ -47,26 +49,28 @@ def train(
     data: Dataset,
     recipe: Recipe,
     rng: np.random.Generator,
-    after_epoch: Callable[[Curves], None],
+    after_epoch: Callable[[Curves], object],
 ) -> Curves:
     """Train the network; `after_epoch` is called with the curves so far."""
     start = perf_counter()
     optimiser = SGD(network.parameters(), recipe.momentum)
     curves = Curves()
-    _extend(curves, network, data)
-    for epoch in range(recipe.epochs):
+    _measure(network, data, 0, curves)
+    for epoch in range(1, recipe.epochs + 1):
         rate = decay_in_steps(recipe.rate, epoch, recipe.halve_every)
         for batch in data.training.batches(recipe.batch, rng):
             scores = network.forward(batch.inputs)
             network.backward(grad.cross_entropy_input(scores, batch.classes))
             optimiser.step(rate)
-        _extend(curves, network, data)
+        if epoch % recipe.measure_every == 0 or epoch == recipe.epochs:
+            _measure(network, data, epoch, curves)
         curves.seconds = perf_counter() - start
         after_epoch(curves)
     return curves
 
 
-def _extend(curves: Curves, network: Network, data: Dataset) -> None:
+def _measure(network: Network, data: Dataset, epoch: int, curves: Curves) -> None:
+    curves.epochs.append(epoch)
     for curve, examples in ((curves.training, data.training), (curves.test, data.test)):
         loss, error = evaluate(network, examples)
         curve.loss.append(loss)

@@ -29,9 +29,9 @@ class SGD:
 
 
 def decay_in_steps(rate: float, epoch: int, every: int) -> float:
-    """The rate at an epoch, the first of which is 0: halved after every so many.
+    """The rate of an epoch, the first of which is 1: halved after every so many.
 
-    >>> [decay_in_steps(0.1, epoch, every=2) for epoch in range(5)]
+    >>> [decay_in_steps(0.1, epoch, every=2) for epoch in (1, 2, 3, 4, 5)]
     [0.1, 0.1, 0.05, 0.05, 0.025]
     """
-    return rate * 0.5 ** (epoch // every)
+    return rate * 0.5 ** ((epoch - 1) // every)

@@ -24,8 +24,8 @@ def draw_curves(trained: Sequence[Trained]) -> str:
         for axis, each in zip(panels, trained):
             axis.set_title(f"{each.name}: {each.parameters:,} parameters", fontsize=10)
             axis.set_xlabel("epoch")
-            _draw_errors(axis, each.curves.training, TRAINING, "training")
-            _draw_errors(axis, each.curves.test, TEST, "test")
+            _draw_errors(axis, each.curves.epochs, each.curves.training, TRAINING, "training")
+            _draw_errors(axis, each.curves.epochs, each.curves.test, TEST, "test")
             if each.published is not None:
                 label = f"published test error, {each.published:.0%}"
                 axis.axhline(100 * each.published, color=GREY, linestyle="--", linewidth=1, label=label)
@@ -35,6 +35,6 @@ def draw_curves(trained: Sequence[Trained]) -> str:
         return to_svg(figure)
 
 
-def _draw_errors(axis: Axes, curve: Curve, colour: str, label: str) -> None:
-    epochs, errors = range(len(curve.error)), [100 * error for error in curve.error]
+def _draw_errors(axis: Axes, epochs: Sequence[int], curve: Curve, colour: str, label: str) -> None:
+    errors = [100 * error for error in curve.error]
     axis.plot(epochs, errors, color=colour, linewidth=1.3, label=f"{label}, {errors[-1]:.1f} % in the end")

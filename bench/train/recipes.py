@@ -12,11 +12,10 @@ from bench.train.data import Dataset, Examples, choose_classes, load_digits, mak
 from bench.train.layers import Network
 from bench.train.loop import Curves, Recipe, train
 
-Watch = Callable[
-    [str, int], Callable[[Curves], None]
-]  # (what is trained, its epochs) -> what to call after each
+# What is trained and its number of epochs enter, what to call after each epoch leaves.
+Watch = Callable[[str, int], Callable[[Curves], object]]
 
-MNIST1D = Recipe(epochs=200, rate=0.05, halve_every=40)
+MNIST1D = Recipe(epochs=1000, rate=0.002, halve_every=800, measure_every=5)
 DIGITS = Recipe(epochs=40, rate=0.05, halve_every=15)
 HEAD = Recipe(epochs=40, rate=0.05, halve_every=15)
 FINE_TUNING = Recipe(epochs=40, rate=0.005, halve_every=15)
