@@ -149,7 +149,7 @@ LAYERS = {
     "flatten": ((2, 3, 4), lambda rng: Flatten()),
     "network": (
         (2, 1, 8, 8),
-        lambda rng: Network([*nets.make_lenet_stages(rng)[0], Flatten(), Linear(256, 3, rng)]),
+        lambda rng: Network([*nets.make_lenet_stages(rng)[0], Flatten(), Linear(512, 3, rng)]),
     ),
 }
 
@@ -326,11 +326,11 @@ def test_frozen_layers_are_left_as_they_were(monkeypatch, rng):
     assert [len(low), len(high), len(middle)] == [10, 10, 10]
     assert not set(map(id, head)) & set(map(id, base))
     assert [id(p) for p in tuned] == [id(p) for p in (*base[2:4], *head)]
-    assert high.inputs.shape == (10, 32, 2, 2)
-    assert middle.inputs.shape == (10, 16, 4, 4)
-    assert [each.frozen for each in course.trained] == [0, 160 + 4640, 160]
+    assert high.inputs.shape == (10, 64, 2, 2)
+    assert middle.inputs.shape == (10, 32, 4, 4)
+    assert [each.frozen for each in course.trained] == [0, 320 + 18_496, 320]
     assert set(high.classes) == {0, 1, 2, 3, 4}
-    assert recipes.FINE_TUNING.rate < recipes.HEAD.rate
+    assert recipes.FINE_TUNING.rate < recipes.DIGITS.rate
 
 
 # The command --------------------------------------------------------------------------------------

@@ -30,16 +30,16 @@ def make_fully_connected(rng: np.random.Generator) -> Network:
 
 
 def make_lenet_stages(rng: np.random.Generator) -> tuple[list[Layer], list[Layer]]:
-    """Images (N, 1, 8, 8) -> features (N, 32, 2, 2), in two stages of convolution and pooling.
+    """Images (N, 1, 8, 8) -> features (N, 64, 2, 2), in two stages of convolution and pooling.
 
     In the manner of LeCun, Bottou, Bengio and Haffner 1998, "Gradient-based learning applied to document
     recognition", for images of 8 x 8 pixels and with today's ReLU and max pooling.
     """
-    first: list[Layer] = [Conv2d(1, 16, 3, rng, padding=1), ReLU(), MaxPool2d(2)]  # 8 x 8 pixels -> 4 x 4
-    last: list[Layer] = [Conv2d(16, 32, 3, rng, padding=1), ReLU(), MaxPool2d(2)]  # -> 2 x 2
+    first: list[Layer] = [Conv2d(1, 32, 3, rng, padding=1), ReLU(), MaxPool2d(2)]  # 8 x 8 pixels -> 4 x 4
+    last: list[Layer] = [Conv2d(32, 64, 3, rng, padding=1), ReLU(), MaxPool2d(2)]  # -> 2 x 2
     return first, last
 
 
 def make_lenet_head(classes: int, rng: np.random.Generator) -> list[Layer]:
-    """Features (N, 32, 2, 2) -> a score for each class."""
-    return [Flatten(), Linear(32 * 2 * 2, 64, rng), ReLU(), Linear(64, classes, rng)]
+    """Features (N, 64, 2, 2) -> a score for each class."""
+    return [Flatten(), Linear(64 * 2 * 2, 64, rng), ReLU(), Linear(64, classes, rng)]

@@ -15,12 +15,13 @@ from bench.train.loop import Curves, Recipe, train
 # What is trained and its number of epochs enter, what to call after each epoch leaves.
 Watch = Callable[[str, int], Callable[[Curves], object]]
 
+# The book's small steps, taken in fewer epochs. With larger ones the convolutional net does better than the
+# published result: a rate of 0.05, halved every 50 of 200 epochs, leads to a test error of 8 to 9 %.
 MNIST1D = Recipe(epochs=1000, rate=0.002, halve_every=800, measure_every=5)
-DIGITS = Recipe(epochs=40, rate=0.05, halve_every=15)
-HEAD = Recipe(epochs=40, rate=0.05, halve_every=15)
-FINE_TUNING = Recipe(epochs=40, rate=0.005, halve_every=15)
+DIGITS = Recipe(epochs=25, rate=0.01, halve_every=8, batch=16)
+FINE_TUNING = Recipe(epochs=25, rate=0.001, halve_every=8, batch=16)
 
-# Prince 2023, "Understanding deep learning", figure 10.8: test errors.
+# Test errors of Prince 2023, "Understanding deep learning", section 10.2.7.
 PUBLISHED_CONVOLUTIONAL, PUBLISHED_FULLY_CONNECTED = 0.17, 0.40
 
 
@@ -116,7 +117,7 @@ def transfer_digits(course: Course) -> None:
     old_head, new_head = (nets.make_lenet_head(5, course.rng) for _ in range(2))
 
     course.train("base, digits 0-4", Network([*first, *last, *old_head]), low, DIGITS)
-    course.train("new head, 5-9", Network(new_head), high, HEAD, frozen=Network([*first, *last]))
+    course.train("new head, 5-9", Network(new_head), high, DIGITS, frozen=Network([*first, *last]))
     course.train(
         "last convolution too, 5-9", Network([*last, *new_head]), high, FINE_TUNING, frozen=Network(first)
     )
