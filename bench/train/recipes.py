@@ -117,7 +117,7 @@ def transfer_digits(course: Course) -> None:
     old_head, new_head = (nets.make_lenet_head(5, course.rng) for _ in range(2))
 
     course.train("base, digits 0-4", Network([*first, *last, *old_head]), low, DIGITS)
-    course.train("new head, 5-9", Network(new_head), high, DIGITS, frozen=Network([*first, *last]))
+    course.train("new head, digits 5-9", Network(new_head), high, DIGITS, frozen=Network([*first, *last]))
     course.train(
-        "last convolution too, 5-9", Network([*last, *new_head]), high, FINE_TUNING, frozen=Network(first)
+        "fine-tuned, digits 5-9", Network([*last, *new_head]), high, FINE_TUNING, frozen=Network(first)
     )
