@@ -89,7 +89,7 @@ def _normalise_templates() -> np.ndarray:
 
 def _make_example(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Pad, stretch, scale and shift a stroke, put it into noise, tilt it, and take 40 points of that."""
-    padded = np.pad(stroke, (0, rng.integers(FEWEST_ZEROS, MOST_ZEROS, endpoint=True)))
+    padded = np.append(stroke, np.zeros(rng.integers(FEWEST_ZEROS, MOST_ZEROS, endpoint=True)))
     places = np.linspace(0, len(padded) - 1, STRETCHED)
     signal = np.interp(places, np.arange(len(padded)), padded) * rng.uniform(*SCALES)
 
