@@ -82,6 +82,15 @@ def test_without_noise_an_example_is_its_template(monkeypatch, rng):
     assert starts >= set(range(26))  # shifts of 0 ... 47 of 72 points
 
 
+def test_the_longest_padding_stretches_nothing(monkeypatch, rng):
+    changes = {"FEWEST_ZEROS": 60, "SHIFTS": 1, "SCALES": (1, 1)}
+    for name, value in {**changes, "SMOOTH_NOISE": 0, "WHITE_NOISE": 0, "SHEAR": 0}.items():
+        monkeypatch.setattr(data, name, value)
+    stroke = rng.normal(size=12)
+    expected = np.interp(np.arange(40) * 71 / 39, np.arange(72), [*stroke, *[0] * 60])
+    assert_bounded(data._make_example(stroke, rng), expected, 1e-12)
+
+
 def test_noise_and_shear_have_the_sizes_of_the_paper(rng):
     """Beside a stroke of zeros: waves of deviation 0.25 * sqrt(sum of squares of the filter), tilted."""
     examples = np.array([data._make_example(np.zeros(12), rng) for _ in range(4000)])
