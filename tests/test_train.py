@@ -122,6 +122,7 @@ def test_digits_are_split_and_scaled():
     assert digits.training.inputs.dtype == np.float32
     assert (digits.training.inputs.min(), digits.training.inputs.max()) == (-1, 1)
     assert_exact(again.test.inputs, digits.test.inputs)
+    assert not np.array_equal(data.load_digits(generator(1)).test.inputs, digits.test.inputs)
     counts = np.bincount(np.concatenate([digits.training.classes, digits.test.classes]))
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
@@ -384,7 +385,7 @@ def test_the_plot_shows_both_curves_of_both_networks(small, tmp_path):
         assert f"{each['name']}: {each['parameters']:,} parameters" in text
         for part in ("training", "test"):
             assert f"{part}, {100 * each['curves'][part]['error'][-1]:.1f} % in the end" in text
-        assert f"published test error, {each['published']:.0%}" in text
+        assert f"published test error, {100 * each['published']:.0f} %" in text
 
 
 def test_a_seed_decides_everything(small, tmp_path):

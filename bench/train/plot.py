@@ -27,12 +27,18 @@ def draw_curves(trained: Sequence[Trained]) -> str:
             _draw_errors(axis, each.curves.epochs, each.curves.training, TRAINING, "training")
             _draw_errors(axis, each.curves.epochs, each.curves.test, TEST, "test")
             if each.published is not None:
-                label = f"published test error, {each.published:.0%}"
+                label = f"published test error, {100 * each.published:.0f} %"
                 axis.axhline(100 * each.published, color=GREY, linestyle="--", linewidth=1, label=label)
             axis.legend(frameon=False, loc="upper right")
         panels[0].set_ylabel("error (%)")
-        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylim(0, 110 * _largest_error(trained))
         return to_svg(figure)
+
+
+def _largest_error(trained: Sequence[Trained]) -> float:
+    """After the first epoch: the errors before it are those of guessing, and would flatten all others."""
+    curves = (curve for each in trained for curve in (each.curves.training, each.curves.test))
+    return max(0.01, *(error for curve in curves for error in curve.error[1:]))
 
 
 def _draw_errors(axis: Axes, epochs: Sequence[int], curve: Curve, colour: str, label: str) -> None:

@@ -16,7 +16,7 @@ from bench.train.loop import Curves, Recipe, train
 Watch = Callable[[str, int], Callable[[Curves], object]]
 
 # The book's small steps, taken in fewer epochs. With larger ones the convolutional net does better than the
-# published result: a rate of 0.05, halved every 50 of 200 epochs, leads to a test error of 8 to 9 %.
+# published result: a rate of 0.05, halved every 50 of 200 epochs, leads to test errors of 8 to 11 %.
 MNIST1D = Recipe(epochs=600, rate=0.004, halve_every=500, measure_every=5)
 DIGITS = Recipe(epochs=25, rate=0.01, halve_every=8, batch=16)
 FINE_TUNING = Recipe(epochs=25, rate=0.001, halve_every=8, batch=16)
