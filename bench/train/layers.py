@@ -103,10 +103,9 @@ class Linear(Weighted):
         return linear(input, self.weight.value, self.bias.value)
 
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
-        weight = self.weight.value
-        self.weight.gradient = grad.linear_weight(self.input, weight.shape, grad_output)
+        self.weight.gradient = grad.linear_weight(self.input, grad_output)
         self.bias.gradient = grad.linear_bias(grad_output)
-        return grad.linear_input(self.input.shape, weight, grad_output)
+        return grad.linear_input(self.weight.value, grad_output)
 
 
 class ReLU(Layer):

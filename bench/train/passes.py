@@ -87,11 +87,11 @@ class grad:
         return grad_output * (input > 0)
 
     @staticmethod
-    def linear_input(input_size: Sequence[int], weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
+    def linear_input(weight: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         return grad_output @ weight
 
     @staticmethod
-    def linear_weight(input: np.ndarray, weight_size: Sequence[int], grad_output: np.ndarray) -> np.ndarray:
+    def linear_weight(input: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
         return grad_output.T @ input
 
     @staticmethod
