@@ -68,7 +68,7 @@ class Conv1d(Weighted):
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
         weight = self.weight.value
         self.weight.gradient = grad.conv1d_weight(self.input, weight.shape, grad_output, *self.geometry)
-        self.bias.gradient = grad.conv1d_bias(grad_output)
+        self.bias.gradient = grad_output.sum(axis=(0, 2))
         return grad.conv1d_input(self.input.shape, weight, grad_output, *self.geometry)
 
 
@@ -88,7 +88,7 @@ class Conv2d(Weighted):
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
         weight = self.weight.value
         self.weight.gradient = grad.conv2d_weight(self.input, weight.shape, grad_output, *self.geometry)
-        self.bias.gradient = grad.conv2d_bias(grad_output)
+        self.bias.gradient = grad_output.sum(axis=(0, 2, 3))
         return grad.conv2d_input(self.input.shape, weight, grad_output, *self.geometry)
 
 
@@ -131,7 +131,7 @@ class MaxPool2d(Layer):
         return output
 
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
-        return grad.max_pool2d_input(self.shape, self.indices, grad_output)
+        return grad.max_pool2d_input(self.shape, self.indices, grad_output, self.size)
 
 
 class Flatten(Layer):

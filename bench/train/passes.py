@@ -63,10 +63,6 @@ class grad:
         return reference.conv1d_weight(input, weight_size, grad_output, *geometry).astype(input.dtype)
 
     @staticmethod
-    def conv1d_bias(grad_output: np.ndarray) -> np.ndarray:
-        return grad_output.sum(axis=(0, 2))
-
-    @staticmethod
     def conv2d_input(
         input_size: Sequence[int], weight: np.ndarray, grad_output: np.ndarray, *geometry: Any
     ) -> np.ndarray:
@@ -77,10 +73,6 @@ class grad:
         input: np.ndarray, weight_size: Sequence[int], grad_output: np.ndarray, *geometry: Any
     ) -> np.ndarray:
         return reference.conv2d_weight(input, weight_size, grad_output, *geometry).astype(input.dtype)
-
-    @staticmethod
-    def conv2d_bias(grad_output: np.ndarray) -> np.ndarray:
-        return grad_output.sum(axis=(0, 2, 3))
 
     @staticmethod
     def relu_input(input: np.ndarray, grad_output: np.ndarray) -> np.ndarray:
@@ -100,7 +92,7 @@ class grad:
 
     @staticmethod
     def max_pool2d_input(
-        input_size: Sequence[int], indices: np.ndarray, grad_output: np.ndarray
+        input_size: Sequence[int], indices: np.ndarray, grad_output: np.ndarray, kernel_size: int
     ) -> np.ndarray:
         n, c, h, w = input_size
         gradient = np.zeros((n, c, h * w), grad_output.dtype)
