@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.fit import run_fit
 
         return run_fit(options.file)
+    if options.run == "run_train":  # small products: threads would wait for each other longer than they work
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from bench import commands  # here, because --help needs none of what it imports
     except ModuleNotFoundError as error:
