@@ -375,7 +375,8 @@ def test_mnist1d_is_learned(small, tmp_path, capsys):
     for part in ("training", "test"):
         for curve in convolutional["curves"][part].values():
             assert len(curve) == 2
-    assert f"{convolutional['curves']['test']['error'][-1]:.1%}" in shown
+        before, after = convolutional["curves"][part]["error"]
+        assert f"{before:.1%} -> {after:.1%}" in shown
 
 
 def test_the_plot_shows_both_curves_of_both_networks(small, tmp_path):
