@@ -15,6 +15,7 @@ OUTPUT = Path("bench-results")
 MAIN_SECONDS = 110.0
 GPU_PARTS = ("compile", "verify", "repeat", "sanitize", "bench")
 GPU_OUTPUT = Path("bench/results")
+DATA_SETS = ("mnist1d", "digits")
 
 EPILOG = """\
 Without a command, `main` runs; its options may then stand alone (python -m bench --seconds 60).
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.fit import run_fit
 
         return run_fit(options.file)
+    if options.run == "run_train":  # small products: threads would wait for each other longer than they work
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from bench import commands  # here, because --help needs none of what it imports
     except ModuleNotFoundError as error:
@@ -86,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_kernels(commands)
     _add_gpu(commands)
     _add_fit(commands)
+    _add_train(commands)
     return parser
 
 
@@ -192,6 +196,26 @@ def _add_fit(commands: Commands) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="such as bench/results/<gpu>.json")
 
 
+def _add_train(commands: Commands) -> None:
+    parser = _add_command(
+        commands,
+        "train",
+        "train the networks of courses on fastconv's own passes, without a framework: on MNIST-1D the "
+        "convolutional net of 2,050 parameters and a fully connected one, on handwritten digits a LeNet",
+    )
+    parser.add_argument("data", choices=DATA_SETS, help="what is learned")
+    parser.add_argument(
+        "--transfer",
+        action="store_true",
+        help="with digits: learn 0-4, freeze the convolutions, learn 5-9, fine-tune the last convolution",
+    )
+    parser.add_argument(
+        "--epochs", type=_positive, default=argparse.SUPPRESS, help="of each network, not those of its recipe"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of the data, the weights and their order")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="where curves and plot go")
+
+
 def _part(text: str) -> str:
     if text not in GPU_PARTS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(GPU_PARTS)}, got {text!r}")
@@ -228,6 +252,12 @@ def _names(text: str) -> list[str]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 

@@ -14,6 +14,7 @@ from bench.kernels.run import compile_kernels
 from bench.layers import Settings
 from bench.rows import Row
 from bench.session import CommandError, Session, write_report
+from bench.train.command import LESSONS, train_networks
 from fastconv.algorithms import TABLE
 
 PICTURE = "photo.png"
@@ -105,6 +106,16 @@ def run_kernels(options: Namespace, arguments: Sequence[str]) -> int:
     architectures = [int(sm) for sm in _choose("--architectures", options.architectures, ARCHITECTURES)]
     dtypes = _choose("--dtypes", options.dtypes, DTYPES)
     return compile_kernels(architectures, dtypes, options.all, options.output, arguments)
+
+
+def run_train(options: Namespace, arguments: Sequence[str]) -> int:
+    """Networks of courses on a data set."""
+    lesson = options.data
+    if options.transfer:
+        lesson += "-transfer"
+        if lesson not in LESSONS:
+            raise CommandError(f"--transfer needs the data set digits, got {options.data}")
+    return train_networks(lesson, getattr(options, "epochs", None), options.seed, options.output, arguments)
 
 
 def _choose(option: str, names: list[str], known: Iterable[object]) -> list[str]:

@@ -63,7 +63,7 @@ def machine_text(row: Row) -> str:
 def layer_table(network: str, rows: Sequence[Row]) -> Table:
     """One line per layer and algorithm; a star marks the algorithm that `auto` takes."""
     headers = ("median", "GFLOP/s", "GB/s", "of peak", "over direct", "error/bound")
-    table = _make_table(network, ("layer", "algorithm", "tile"), headers)
+    table = make_table(network, ("layer", "algorithm", "tile"), headers)
     ratio, previous = speedups(rows), ""
     for row in rows:
         name = "" if row["key"] == previous else layer_name(row, network)
@@ -93,7 +93,7 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     baseline = rows[0]["baseline"]
     headers = ("fastconv", baseline, "order", "min ratio", "ratio", "GFLOP/s", "of peak")
     for network in networks_of(rows):
-        table = _make_table(network, ("layer", "algorithm", "tile"), headers)
+        table = make_table(network, ("layer", "algorithm", "tile"), headers)
         for row in rows:
             if count_in(row, network):
                 lost = row["baseline_median"] < row["median"]
@@ -123,7 +123,7 @@ def _compare_cells(row: Row, network: str) -> Iterator[str]:
 
 def _means_table(rows: Sequence[Row], baseline: str) -> Table:
     headers = ("layers", "lost", "min ratio", "ratio", "fastconv", baseline)
-    table = _make_table("geometric means, each layer as often as it occurs", ("network",), headers)
+    table = make_table("geometric means, each layer as often as it occurs", ("network",), headers)
     for network in networks_of(rows):
         each = compare_network(rows, network)
         table.add_row(
@@ -138,7 +138,7 @@ def _means_table(rows: Sequence[Row], baseline: str) -> Table:
     return table
 
 
-def _make_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+def make_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     """A table that folds the cells of its widest column where the terminal is narrow, and cuts none."""
     table = Table(
         title=title,

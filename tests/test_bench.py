@@ -273,7 +273,9 @@ def test_a_run_of_nothing_is_refused(quick, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["layers"], ["photo"], ["report", "x"], ["kernels"], ["gpu"]])
+@pytest.mark.parametrize(
+    "command", [[], ["layers"], ["photo"], ["report", "x"], ["kernels"], ["gpu"], ["train", "digits"]]
+)
 def test_a_folder_that_cannot_be_is_named_at_once(tmp_path, capsys, command):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "below"
@@ -428,7 +430,18 @@ sys.exit(pytest.main(["bench", "--collect-only", "--quiet", "-p", "no:cacheprovi
 def test_help_names_every_run():
     command = [sys.executable, "-m", "bench", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in ("main", "layers", "photo", "networks", "compare", "report", "kernels", "gpu", "fit"):
+    for name in (
+        "main",
+        "layers",
+        "photo",
+        "networks",
+        "compare",
+        "report",
+        "kernels",
+        "gpu",
+        "fit",
+        "train",
+    ):
         assert re.search(rf"^    {name}\b", shown, re.MULTILINE)
 
 
