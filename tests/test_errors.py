@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastconv
-from fastconv import ConvError, ops, plan
+from fastconv import ConvError, plan
 from tests.test_arrays import FakeCudaArray
 
 NAN = float("nan")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.train.passes import conv1d, conv2d, grad, linear, max_pool2d, relu
+from fastconv import conv1d, conv2d, grad, linear, max_pool2d, relu
 
 
 class Parameter:
@@ -68,7 +68,7 @@ class Conv1d(Weighted):
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
         weight = self.weight.value
         self.weight.gradient = grad.conv1d_weight(self.input, weight.shape, grad_output, *self.geometry)
-        self.bias.gradient = grad_output.sum(axis=(0, 2))
+        self.bias.gradient = grad.conv1d_bias(grad_output)
         return grad.conv1d_input(self.input.shape, weight, grad_output, *self.geometry)
 
 
@@ -88,7 +88,7 @@ class Conv2d(Weighted):
     def backward(self, grad_output: np.ndarray) -> np.ndarray:
         weight = self.weight.value
         self.weight.gradient = grad.conv2d_weight(self.input, weight.shape, grad_output, *self.geometry)
-        self.bias.gradient = grad_output.sum(axis=(0, 2, 3))
+        self.bias.gradient = grad.conv2d_bias(grad_output)
         return grad.conv2d_input(self.input.shape, weight, grad_output, *self.geometry)
 
 

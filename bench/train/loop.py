@@ -11,7 +11,7 @@ import numpy as np
 from bench.train.data import Dataset, Examples
 from bench.train.layers import Network
 from bench.train.optimiser import SGD, decay_in_steps
-from bench.train.passes import cross_entropy, grad
+from fastconv import cross_entropy, grad
 
 
 @dataclass(frozen=True)
