@@ -26,7 +26,8 @@ ALLOWED = {
     "algorithms": {"problem"},
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
     "plan": {"algorithms", "cpu", "gpu", "measured", "problem"},
-    "ops": {"algorithms", "arrays", "plan", "problem"},
+    "lazy": set(),
+    "ops": {"algorithms", "arrays", "lazy", "plan", "problem"},
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
     "__init__": {"ops", "problem", "reference", "tune"},
 }
@@ -36,8 +37,9 @@ FOREIGN = {
     "llvmlite": {"cpu"},
     "ml_dtypes": {"arrays", "gpu"},
     "cupy": {"gpu"},
+    "dask": {"lazy"},
 }
-HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich"}
+HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich", "dask"}
 
 
 def unit(module):
@@ -136,7 +138,7 @@ class TestImport:
     def test_a_call_brings_no_framework(self):
         call = "x = np.ones((1, 1, 3)); fastconv.conv1d(x, x)"
         loaded = set(run(f"import sys, numpy as np, fastconv; {call}; print(*sys.modules)"))
-        assert not loaded & {"torch", "cupy", "matplotlib", "ml_dtypes", "rich"}
+        assert not loaded & {"torch", "cupy", "matplotlib", "ml_dtypes", "rich", "dask"}
 
     def test_public_names(self):
         names = {"__version__", "Conv1d", "Conv2d", "Conv3d", "ConvError", "algorithms"}
