@@ -197,10 +197,7 @@ def _align(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
 def _delay(array: Any) -> Any:
     """Return an array as one that is computed, or sent to a worker, once for all chunks."""
     import dask
-    import dask.array as da
 
-    if isinstance(array, da.Array):
-        return array.rechunk(-1).to_delayed().item()
     return None if array is None else dask.delayed(array, pure=True)
 
 
