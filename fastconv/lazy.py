@@ -142,11 +142,10 @@ class Sweep:
             chunks[axis] = division.outputs
         return tuple(chunks)
 
-    def map(self, name: str, function: Callable[..., Any], dtype: Any, *aligned: Any, **whole: Any) -> Any:
+    def map(self, function: Callable[..., Any], dtype: Any, *aligned: Any, **whole: Any) -> Any:
         """Return the Dask array whose chunks are function(chunk of the input and its halo, ..., parts=, ...).
 
         ========  =====================================================================================
-        name      begins the names of the tasks
         function  a chunk of the input, one of each `aligned`, then by name: `parts`, a Part per window,
                   and `whole` -> a chunk of the result, of the input's kind; pickled by its name
         aligned   arrays of the result's shape, divided as it is
@@ -161,7 +160,7 @@ class Sweep:
         halos = {axis: (division.before, division.after) for axis, division in self.divisions.items()}
         chunks = self.chunks
         return da.map_overlap(
-            partial(_run_chunk, function=function, windows=self.windows, halos=halos),
+            partial(_move_windows, function=function, windows=self.windows, halos=halos),
             self.input.rechunk({**dict.fromkeys(self.joined, -1), **inputs}),
             *[_align(array, chunks) for array in aligned],
             depth=[halos] + [0] * len(aligned),
@@ -172,7 +171,6 @@ class Sweep:
             chunks=chunks,
             dtype=dtype,
             meta=self.input._meta.astype(dtype),
-            token=name,
             **{key: _delay(array) for key, array in whole.items()},
         )
 
@@ -201,7 +199,7 @@ def _delay(array: Any) -> Any:
     return None if array is None else dask.delayed(array, pure=True)
 
 
-def _run_chunk(
+def _move_windows(
     block: Any,
     *aligned: Any,
     function: Callable[..., Any],

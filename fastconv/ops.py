@@ -262,12 +262,12 @@ def _convolve_lazily(
     frame = call.frame
     with call.kind.serve(call.given.values()):
         recipe = planning.make_plan(frame.problem, algo, call.kind.backend).recipe
-    whole = partial(
+    convolve = partial(
         _convolve_chunk, problem=frame.problem, ending=options[-2:], epilogue=call.epilogue, recipe=recipe
     )
     aligned = [] if residual is None else [residual]
     dtype = arrays.to_native(input.dtype)
-    return _sweep(input, frame, recipe).map(op, whole, dtype, *aligned, weight=weight, bias=bias)
+    return _sweep(input, frame, recipe).map(convolve, dtype, *aligned, weight=weight, bias=bias)
 
 
 def _bind_lazily(

@@ -260,7 +260,6 @@ class TestPlan:
         x, w = da.from_array(normals(rng, (1, 2, 9, 9)), 4), normals(rng, (3, 2, 3, 3))
         assert fastconv.conv2d(x, w).name == fastconv.conv2d(x, w.copy()).name
         assert fastconv.conv2d(x, w).name != fastconv.conv2d(x, w, stride=2).name
-        assert fastconv.conv2d(x, w).name.startswith("conv2d-")
 
 
 class Source:
@@ -428,7 +427,7 @@ class TestSweep:
             whole = tuple(lazy.Part(0, *pads) for pads in zip(before, after))
             for dtype, width in ((np.float32, None), (np.int64, shape[3])):
                 options = {"kernel": kernel, "stride": stride, "width": width}
-                y = sweep.map("max_pool", partial(max_pool, **options), dtype)
+                y = sweep.map(partial(max_pool, **options), dtype)
                 assert y.chunks[:2] == da.from_array(x, chunks).chunks[:2]
                 assert_same_bits(y.compute(), max_pool(x, parts=whole, **options))
 
@@ -468,12 +467,13 @@ class TestCluster:
         chunks = ((1,), (1,), (step,) * (rows // step), (step,) * (columns // step))
         image = da.map_blocks(make, chunks=chunks, dtype=np.float32, meta=np.empty((0,) * 4, np.float32))
         assert image.nbytes > self.LIMIT
-        y = fastconv.conv2d(image, w, bias, padding=1, algo="direct")
-        sampled = y[0, :, step - 1 :: step, ::step].compute()
         row, column = np.arange(step - 1, rows, step), np.arange(0, columns, step)
         taps = np.arange(-1, 2)
         patches = draw((row[:, None] + taps).ravel(), (column[:, None] + taps).ravel())
         patches = patches.reshape(len(row), 3, len(column), 3).transpose(0, 2, 1, 3).copy()
         patches[-1, :, 2], patches[:, 0, :, 0] = 0, 0  # padding
         windows = fastconv.conv2d(patches.reshape(-1, 1, 3, 3), w, bias, algo="direct")
-        assert_same_bits(sampled, windows.reshape(len(row), len(column), 2).transpose(2, 0, 1).copy())
+        expected = windows.reshape(len(row), len(column), 2).transpose(2, 0, 1)
+
+        y = fastconv.conv2d(image, w, bias, padding=1, algo="direct")
+        assert_same_bits(y[0, :, step - 1 :: step, ::step].compute(), expected)
