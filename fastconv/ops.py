@@ -98,6 +98,11 @@ def conv2d(
     or float16 or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for
     arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
 
+    A Dask array, of NumPy's or CuPy's chunks, gives a Dask array: the call checks all arguments, chooses the
+    algorithm for the undivided problem and computes nothing. weight, bias and residual may lie in memory or be
+    Dask arrays too. A chunk of the result is computed from a chunk of the input and what it needs of its
+    neighbours, with the bits it has in the undivided result (fastconv/lazy.py tells the exceptions).
+
     Tensors and CUDA arrays go in without a copy. On a CUDA device work is enqueued on the caller's current
     stream, which nobody waits for, and all memory comes from the caller's pool: CuPy's or torch's. There a
     kernel is compiled when it is first called, and subnormal numbers of float32 and bfloat16 count as 0.
@@ -720,6 +725,7 @@ def explain(
     """Tell what a convolution with these arguments would do and why, without doing it; print the result.
 
     The arguments, shapes and errors are those of conv1d, conv2d or conv3d, as the rank of the weight says.
+    Of a Dask array the plan of the undivided problem is told, and into what chunks it is divided.
 
     >>> import numpy as np
     >>> print(explain(np.ones((1, 64, 56, 56)), np.ones((64, 64, 3, 3)), padding=1))  # doctest: +ELLIPSIS

@@ -1,6 +1,7 @@
 """Dask arrays: divided anyhow, the result has the bits of the undivided one; the call computes nothing."""
 
 import pickle
+import sys
 import threading
 from functools import partial
 
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 
 import fastconv
 from fastconv import ConvError, lazy, reference
+from fastconv import plan as planning
 from fastconv.algorithms import TABLE
-from fastconv.plan import make_plan
+from fastconv.gpu import launch
 from fastconv.problem import make_problem, output_size
+from tests import cuda_stand_in
 from tests import strategies as strategies  # its profile of Hypothesis
 from tests.compare import assert_exact, integers, normals
+from tests.emulator import EmulatorDriver
 
 dask = pytest.importorskip("dask", reason="Dask is not installed")
 da = pytest.importorskip("dask.array", reason="Dask is not installed")
@@ -230,7 +234,9 @@ class TestPlan:
     def test_a_chunk_does_not_choose(self, rng, monkeypatch):
         """Neither algorithm nor tile: alone, a chunk would take others than the whole."""
         shapes, weight = ((1, 16, 96, 96), (1, 16, 9, 9)), (32, 16, 3, 3)
-        whole, part = (make_plan(make_problem("conv2d", shape, weight, padding=1)) for shape in shapes)
+        whole, part = (
+            planning.make_plan(make_problem("conv2d", shape, weight, padding=1)) for shape in shapes
+        )
         assert whole.recipe != part.recipe
         x, w = normals(rng, shapes[0]), normals(rng, weight)
         y = fastconv.conv2d(da.from_array(x, (1, 16, 8, 8)), w, padding=1)
@@ -328,6 +334,41 @@ class TestLayers:
             layer(da.ones((1, 1, 9)))
         with pytest.raises(ConvError, match="conv1d: out must be None"):
             layer(da.ones((1, 1, 9), dtype=np.float32), out=np.ones((1, 1, 7), np.float32))
+
+
+@pytest.mark.emulator
+class TestCupy:
+    """Chunks of CuPy's, with a CuPy that is not there and an emulated GPU."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", cuda_stand_in.make_cupy([]))
+        planning.forget_plans()
+        with launch.use_driver(cuda_stand_in.StandInDriver(EmulatorDriver())):
+            yield
+        planning.forget_plans()
+
+    @pytest.mark.parametrize("algo", ["direct", "winograd", "depthwise", "im2col"])
+    def test_as_undivided(self, rng, algo):
+        """To the bit, but for im2col: it cuts long sums into as many parts as suit the size of an image."""
+        groups = 6 if algo == "depthwise" else 1
+        fill = integers if algo == "im2col" else normals
+        x, w, bias, residual = (
+            cuda_stand_in.CupyArray(fill(rng, shape))
+            for shape in ((2, 6, 9, 14), (6, 6 // groups, 3, 3), (6,), (2, 6, 9, 14))
+        )
+        options = {"padding": 1, "algo": algo, "groups": groups, "activation": "relu"}
+        expected = fastconv.conv2d(x, w, bias, residual=residual, **options)
+        divided = da.from_array(x, (1, 4, 4, 5), asarray=False)
+        y = fastconv.conv2d(divided, w, bias, residual=residual, **options)
+        assert type(y._meta) is type(expected) is cuda_stand_in.CupyArray
+        assert min(y.numblocks[2:]) > 1
+        assert_same_bits(y.compute().host, expected.host)
+
+    def test_operands_elsewhere(self, rng):
+        divided = da.from_array(cuda_stand_in.CupyArray(normals(rng, (1, 1, 9))), 4, asarray=False)
+        with pytest.raises(TypeError, match="weight must be a CuPy array like input, got a NumPy array"):
+            fastconv.conv1d(divided, np.ones((1, 1, 3), np.float32))
 
 
 class TestExplain:
