@@ -14,7 +14,7 @@ all chunks names algorithm, memory order (that of the layout: a Dask array has n
 and chunks begin where tiles do. Then a result depends neither on the chunks nor on the machine, except that
 - silu, gelu, sigmoid and tanh are as exact as the mathematical library of the machine that computes a chunk;
 - on a GPU, im2col and pointwise cut long sums into parts, more of them the smaller the image and the larger
-  the GPU (gpu/product.py, count_parts): there a chunk agrees with the undivided result within the error bound.
+  the GPU (gpu/product.py, count_parts): there a chunk agrees with the undivided result within error bounds.
 """
 
 from __future__ import annotations

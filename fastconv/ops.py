@@ -99,8 +99,8 @@ def conv2d(
     arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
 
     A Dask array, of NumPy's or CuPy's chunks, gives a Dask array: the call checks all arguments, chooses the
-    algorithm for the undivided problem and computes nothing. weight, bias and residual may lie in memory or be
-    Dask arrays too. A chunk of the result is computed from a chunk of the input and what it needs of its
+    algorithm for the undivided problem and computes nothing. weight, bias and residual may lie in memory or
+    be Dask arrays too. A chunk of the result is computed from a chunk of the input and what it needs of its
     neighbours, with the bits it has in the undivided result (fastconv/lazy.py tells the exceptions).
 
     Tensors and CUDA arrays go in without a copy. On a CUDA device work is enqueued on the caller's current
