@@ -200,10 +200,15 @@ def _align(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
 
 
 def _delay(array: Any) -> Any:
-    """Return an array as one that is computed, or sent to a worker, once for all chunks."""
+    """Return an array as one that is computed, or sent to a worker, once for all chunks.
+
+    Of one in memory a copy: a change made to it between the call and the computation has no effect.
+    """
     import dask
 
-    return None if array is None else dask.delayed(array, pure=True)
+    if array is None:
+        return None
+    return dask.delayed(array if dask.is_dask_collection(array) else array.copy(), pure=True)
 
 
 def move_windows(

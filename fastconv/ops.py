@@ -264,15 +264,15 @@ def _convolve_lazily(
 ) -> Any:
     """Check a call, choose how its undivided problem is computed, and return a Dask array that does so."""
     call = _bind_lazily(op, input, weight, bias, options, activation, residual, out)
-    frame = call.frame
+    problem, (*_, layout, flip) = call.frame.problem, options
     with call.kind.serve(call.given.values()):
-        recipe = planning.make_plan(frame.problem, algo, call.kind.backend).recipe
+        recipe = planning.make_plan(problem, algo, call.kind.backend).recipe
     convolve = partial(
-        _convolve_chunk, problem=frame.problem, ending=options[-2:], epilogue=call.epilogue, recipe=recipe
+        _convolve_chunk, problem=problem, layout=layout, flip=flip, epilogue=call.epilogue, recipe=recipe
     )
     aligned = [] if residual is None else [residual]
     dtype = arrays.to_native(input.dtype)
-    return _sweep(input, frame, recipe).map(convolve, dtype, *aligned, weight=weight, bias=bias)
+    return _sweep(input, call.frame, recipe).map(convolve, dtype, *aligned, weight=weight, bias=bias)
 
 
 def _bind_lazily(
@@ -315,7 +315,8 @@ def _convolve_chunk(
     weight: Any,
     bias: Any,
     problem: ConvProblem,
-    ending: Options,
+    layout: str,
+    flip: bool,
     epilogue: Epilogue,
     recipe: planning.Recipe,
 ) -> Any:
@@ -323,7 +324,7 @@ def _convolve_chunk(
 
     The memory order is the problem's, whatever the strides of the chunk: it decides the order of sums.
     """
-    op, ndim, (layout, flip) = problem.op, problem.ndim, ending
+    op, ndim = problem.op, problem.ndim
     given = _given({"input": chunk, "weight": weight}, bias=bias, residual=residual)
     kind = arrays.adapt(op, given)
     dtype = arrays.common_dtype(op, given)

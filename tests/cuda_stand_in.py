@@ -44,6 +44,9 @@ class CupyArray:
     def astype(self, dtype):
         return CupyArray(self.host.astype(dtype))
 
+    def copy(self):
+        return CupyArray(self.host.copy())
+
     def __array_function__(self, function, types, args, kwargs):
         """NumPy's functions on arrays of CuPy's are CuPy's functions."""
         return CupyArray(function(*_hosts(args), **kwargs))

@@ -67,7 +67,7 @@ class TestDivide:
     @settings(max_examples=600)
     @given(windows().filter(lambda drawn: drawn[2] > 0))
     def test_every_window_lies_in_its_block(self, drawn):
-        """In the chunk, what it gets of its two neighbours, or the padding; and no chunk is empty."""
+        """In the chunk, what it gets of its two neighbours, or the padding; and every chunk is needed."""
         chunks, window, outputs = drawn
         inputs, results, before, after = division = lazy.divide(chunks, window, outputs)
         size = sum(chunks)
@@ -78,6 +78,8 @@ class TestDivide:
         ends, first = np.cumsum(inputs), 0
         for end, length, count in zip(ends, inputs, results):
             low, high = max(end - length - before, 0), min(end + after, size)
+            begin, stop = window.reads(first, first + count)
+            assert len(inputs) == 1 or (begin < size and stop > 0)
             for output in range(first, first + count):
                 taps = output * window.stride - window.before + window.dilation * np.arange(window.kernel)
                 inside = taps[(taps >= 0) & (taps < size)]
@@ -98,7 +100,8 @@ class TestDivide:
             ((4, 4, 4), lazy.Window(3, stride=10), 1, (12,)),  # one output
             ((2, 2, 2, 2), lazy.Window(1, stride=4), 2, (2, 6)),  # one in every other chunk
             ((4, 4), lazy.Window(1, before=9, stride=20), 1, (8,)),  # nothing but padding is read
-            ((4, 4), lazy.Window(2, stride=8, before=9), 2, (8,)),  # the first chunk would read padding alone
+            ((4, 4), lazy.Window(1, stride=8, before=9), 3, (8,)),  # the first chunk would read padding alone
+            ((4, 4), lazy.Window(1, stride=8), 3, (8,)),  # the last one
             ((1,) * 7, lazy.Window(5, before=2), 7, (2, 2, 3)),  # chunks smaller than the halo
             ((3, 3, 3, 3), lazy.Window(3, before=1, multiple=4), 12, (6, 6)),  # tiles of four outputs
         ],
@@ -264,6 +267,8 @@ class TestPlan:
     def test_names_are_deterministic(self, rng):
         """The same call names the same tasks: Dask computes them once."""
         x, w = da.from_array(normals(rng, (1, 2, 9, 9)), 4), normals(rng, (3, 2, 3, 3))
+        with dask.config.set({"tokenize.ensure-deterministic": True}):
+            fastconv.conv2d(x, w, w[:, 0, 0, 0], residual=normals(rng, (1, 3, 7, 7)), activation="relu")
         assert fastconv.conv2d(x, w).name == fastconv.conv2d(x, w.copy()).name
         assert fastconv.conv2d(x, w).name != fastconv.conv2d(x, w, stride=2).name
 
@@ -311,6 +316,19 @@ class TestLaziness:
             y = fastconv.conv2d(divided, some[0], some[1], residual=some[2])
             assert y.chunks == ((1, 1), (6,), (3, 4), (4, 3))
             assert_same_bits(y.compute(), expected)
+
+    def test_many_threads(self, rng):
+        x, w = normals(rng, (2, 8, 60, 60)), normals(rng, (8, 8, 3, 3))
+        y = fastconv.conv2d(da.from_array(x, (1, 8, 10, 10)), w, padding=1)
+        assert_same_bits(y.compute(scheduler="threads", num_workers=8), fastconv.conv2d(x, w, padding=1))
+
+    def test_arrays_that_change_after_the_call(self, rng):
+        """What is computed later is what was asked for."""
+        x, w, bias, residual = (normals(rng, shape) for shape in ((1, 2, 9), (3, 2, 3), (3,), (1, 3, 7)))
+        expected = fastconv.conv1d(x, w, bias, residual=residual)
+        y = fastconv.conv1d(da.from_array(x, 4), w, bias, residual=residual)
+        w[...] = bias[...] = residual[...] = np.nan
+        assert_same_bits(y.compute(), expected)
 
     def test_graph_goes_to_another_process(self, rng):
         y = fastconv.conv2d(da.ones((1, 2, 9, 9), chunks=4), np.ones((3, 2, 3, 3)), np.ones(3))
