@@ -188,6 +188,14 @@ class TestBits:
                 divided = da.from_array(x, (1, 3, rows, 5))
                 assert_same_bits(fastconv.conv2d(divided, w, padding=padding, algo=name).compute(), expected)
 
+    @pytest.mark.parametrize("padding", [(9, 0), (9, 9), (0, 20), (9, 20)])
+    def test_windows_that_read_padding_alone(self, rng, padding):
+        x, w, bias = normals(rng, (1, 2, 5)), normals(rng, (3, 2, 2)), normals(rng, (3,))
+        for stride in (8, 20):
+            options = {"padding": [padding], "stride": stride}
+            y = fastconv.conv1d(da.from_array(x, (1, 2, 2)), w, bias, **options)
+            assert_same_bits(y.compute(), fastconv.conv1d(x, w, bias, **options))
+
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", ">f4"])
     def test_other_dtypes(self, rng, dtype):
         dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
