@@ -177,7 +177,7 @@ class Sweep:
             allow_rechunk=False,
             chunks=chunks,
             dtype=dtype,
-            meta=self.input._meta.astype(dtype),
+            meta=self.input._meta,
             **{key: _delay(array) for key, array in whole.items()},
         )
 

@@ -22,6 +22,7 @@ from tests import strategies as strategies  # its profile of Hypothesis
 from tests.compare import assert_exact, integers, normals
 from tests.emulator import EmulatorDriver
 
+cloudpickle = pytest.importorskip("cloudpickle", reason="Dask is not installed")
 dask = pytest.importorskip("dask", reason="Dask is not installed")
 da = pytest.importorskip("dask.array", reason="Dask is not installed")
 
@@ -331,12 +332,19 @@ class TestLaziness:
         assert_same_bits(y.compute(scheduler="threads", num_workers=8), fastconv.conv2d(x, w, padding=1))
 
     def test_arrays_that_change_after_the_call(self, rng):
-        """What is computed later is what was asked for."""
-        x, w, bias, residual = (normals(rng, shape) for shape in ((1, 2, 9), (3, 2, 3), (3,), (1, 3, 7)))
-        expected = fastconv.conv1d(x, w, bias, residual=residual)
-        y = fastconv.conv1d(da.from_array(x, 4), w, bias, residual=residual)
-        w[...] = bias[...] = residual[...] = np.nan
+        """Weight and bias are those of the time of the call."""
+        x, w, bias = (normals(rng, shape) for shape in ((1, 2, 9), (3, 2, 3), (3,)))
+        expected = fastconv.conv1d(x, w, bias)
+        y = fastconv.conv1d(da.from_array(x, 4), w, bias)
+        w[...] = bias[...] = np.nan
         assert_same_bits(y.compute(), expected)
+
+    def test_weight_is_in_the_graph_once(self):
+        """Not in every task, each of which goes to a worker on its own."""
+        w = np.ones((256, 256, 3, 3), np.float32)
+        y = fastconv.conv2d(da.zeros((1, 256, 64, 64), chunks=(1, 256, 8, 8), dtype=np.float32), w)
+        tasks = [cloudpickle.dumps(task) for task in dict(y.__dask_graph__()).values()]
+        assert w.nbytes < sum(map(len, tasks)) < 2 * w.nbytes
 
     def test_graph_goes_to_another_process(self, rng):
         y = fastconv.conv2d(da.ones((1, 2, 9, 9), chunks=4), np.ones((3, 2, 3, 3)), np.ones(3))
