@@ -244,15 +244,23 @@ class TestPlan:
     """It is made once, for the undivided problem, and holds wherever the chunks are computed."""
 
     def test_a_chunk_does_not_choose(self, rng, monkeypatch):
-        """Neither algorithm nor tile: alone, a chunk would take others than the whole."""
-        shapes, weight = ((1, 16, 96, 96), (1, 16, 9, 9)), (32, 16, 3, 3)
+        """Not even where a worker's environment, or its small image, asks for another algorithm."""
+        x, w = normals(rng, (1, 16, 48, 48)), normals(rng, (32, 16, 3, 3))
+        expected, divided = fastconv.conv2d(x, w, padding=1), da.from_array(x, (1, 16, 8, 8))
+        y = fastconv.conv2d(divided, w, padding=1)
+        chosen = fastconv.explain(divided, w, padding=1).plan.algorithm.name
+        monkeypatch.setenv("FASTCONV_ALGO", "direct" if chosen == "winograd" else "winograd")
+        assert_same_bits(y.compute(), expected)
+        assert (fastconv.conv2d(divided, w, padding=1).compute() != expected).any()
+
+    def test_a_recipe_finds_a_plan_of_its_bits(self):
         whole, part = (
-            planning.make_plan(make_problem("conv2d", shape, weight, padding=1)) for shape in shapes
+            make_problem("conv2d", shape, (8, 4, 3, 3)) for shape in ((1, 4, 50, 50), (1, 4, 6, 9))
         )
-        assert whole.recipe != part.recipe
-        x, w = normals(rng, shapes[0]), normals(rng, weight)
-        y = fastconv.conv2d(da.from_array(x, (1, 16, 8, 8)), w, padding=1)
-        assert_same_bits(y.compute(), fastconv.conv2d(x, w, padding=1))
+        recipes = {plan.recipe for name in TABLE for plan in planning.possible_plans(whole, name)}
+        assert {("winograd", 2, 2), ("winograd", 4, 4), ("direct", None, 1)} <= recipes
+        for recipe in recipes:
+            assert planning.make_plan(part, recipe.algorithm, bits=recipe.bits).recipe == recipe
 
     @pytest.mark.parametrize("algo", ["direct", "winograd"])
     def test_another_cpu(self, rng, algo, monkeypatch):
