@@ -18,6 +18,7 @@ def read_version() -> str:
 
 
 BENCH = ["rich>=13", "matplotlib>=3.9", "scikit-learn>=1.5"]
+DASK = ["dask[array]>=2024.8", "distributed>=2024.8"]
 # Where NVIDIA publishes its compiler.
 NVRTC = "(sys_platform == 'linux' and platform_machine in 'x86_64 aarch64') or sys_platform == 'win32'"
 
@@ -78,10 +79,12 @@ setup(
         "cuda12": ["cupy-cuda12x[ctk]>=14"],
         "cuda13": ["cupy-cuda13x[ctk]>=14"],
         "torch": ["torch>=2.4"],  # the first one with torch.library.custom_op
+        "dask": DASK,  # arrays larger than memory, on one machine or a cluster
         "bench": BENCH,
         # The tests cover bench/ too, and build a wheel (setuptools).
         "test": [
             *BENCH,
+            *DASK,
             "pytest>=8",
             "hypothesis>=6.100",
             "pytest-benchmark>=4",

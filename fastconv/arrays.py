@@ -6,6 +6,7 @@ sys.modules. Views of CUDA arrays hold a device's addresses: their elements must
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -96,6 +97,8 @@ def adapt(op: str, given: Given) -> Kind:
 def _adapt_others(op: str, given: Given) -> Kind:
     names = {argument: _kind_name(op, argument, array) for argument, array in given.items()}
     first, name = next(iter(names.items()))
+    if name == DASK:
+        raise TypeError(f"{op}: {first} must be in memory here, got a Dask array (call its compute() first)")
     for argument, other in names.items():
         if other != name:
             rule = f"{argument} must be a {_noun(name)} like {first}, got a {_noun(other)}"
@@ -117,6 +120,8 @@ def _kind_name(op: str, argument: str, array: Any) -> str:
         return CUPY
     if hasattr(array, "__cuda_array_interface__"):
         return CUDA
+    if is_dask(array):
+        return DASK
     raise TypeError(f"{op}: {argument} must be {ACCEPTED}, got {_type_name(array)}")
 
 
@@ -229,6 +234,29 @@ TORCH = Kind("torch", _view_torch, _wrap_torch)
 KINDS = {kind.name: kind for kind in (NUMPY, TORCH)}
 CUPY, TORCH_CUDA, CUDA = "CuPy", "torch CUDA", "CUDA"
 """Names of the kinds that there are once per device; CUDA are all that have __cuda_array_interface__."""
+DASK = "Dask"
+"""Name of arrays that are of no kind: of what kind their chunks are shows when they are computed."""
+
+
+def is_dask(array: Any) -> bool:
+    """Say whether this is a Dask array."""
+    lazy = getattr(sys.modules.get("dask.array"), "Array", None)
+    return lazy is not None and isinstance(array, lazy)
+
+
+def stand_in(op: str, argument: str, array: Any) -> Any:
+    """Return an array without memory that has shape, dtype and kind of a Dask array; any other array itself.
+
+    By it the arguments of a lazy call can be checked. Raises ConvError where the shape is not known yet.
+    """
+    if not is_dask(array):
+        return array
+    if any(math.isnan(size) for size in array.shape):
+        rule = f"{argument} must have known chunk sizes"
+        raise ConvError(f"{op}: {rule}, got shape {array.shape} (call its compute_chunk_sizes() first)")
+    adapt(op, {argument: array._meta})
+    # By way of NumPy's protocols: for chunks of CuPy's this calls CuPy.
+    return np.broadcast_to(np.empty_like(array._meta, shape=()), array.shape)
 
 
 def common_dtype(op: str, given: Given) -> str:
@@ -286,11 +314,16 @@ def to_storage(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     >>> to_storage(np.array([0.1, 1e6], dtype="float32"), np.dtype("float16"))
     array([0.1, inf], dtype=float16)
     """
-    native = dtype if dtype.isnative else dtype.newbyteorder("=")
+    native = to_native(dtype)
     if array.dtype == native:
         return array
     with np.errstate(over="ignore"):  # inf is what rounding gives
         return array.astype(native, order="K")
+
+
+def to_native(dtype: np.dtype) -> np.dtype:
+    """Return a dtype in the byte order of the machine."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def store(array: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ an algorithm, run it into the output.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fastconv import arrays
+from fastconv import arrays, lazy
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE, Algorithm
 from fastconv.problem import (
@@ -114,6 +115,11 @@ def conv2d(
     or float16 or bfloat16 (ml_dtypes), which are summed in float32 and rounded once. Raises TypeError for
     arrays or options of another type, ConvError for values that break a rule, both before `out` is touched.
 
+    A Dask array, of NumPy's or CuPy's chunks, gives a Dask array: the call checks all arguments, chooses the
+    algorithm for the undivided problem and computes nothing. weight, bias and residual may lie in memory or
+    be Dask arrays too. A chunk of the result is computed from a chunk of the input and what it needs of its
+    neighbours, with the bits it has in the undivided result (fastconv/lazy.py tells the exceptions).
+
     Tensors and CUDA arrays go in without a copy. On a CUDA device work is enqueued on the caller's current
     stream, which nobody waits for, and all memory comes from the caller's pool: CuPy's or torch's. There a
     kernel is compiled when it is first called, and subnormal numbers of float32 and bfloat16 count as 0.
@@ -213,11 +219,18 @@ def convolve(
     out: Any,
 ) -> Any:
     """The one implementation of conv1d, conv2d, conv3d and the transposed ones."""
-    kind, given, frame, epilogue = call = bind(op, input, weight, bias, options, activation, residual, out)
+    if arrays.is_dask(input) and op in OPERATIONS:
+        return _convolve_lazily(op, input, weight, bias, options, algo, activation, residual, out)
+    call = bind(op, input, weight, bias, options, activation, residual, out)
+    result = _compute(op, call, algo)
+    return call.kind.wrap(result, input) if out is None else out
+
+
+def _compute(op: str, call: Call, algo: str, bits: Any = None) -> np.ndarray:
+    kind, given, frame, epilogue = call
     with kind.serve(given.values()):
-        plan = planning.make_plan(frame.problem, algo, kind.backend)
-        result = _run(op, plan, kind, given, frame, *call.filters(), epilogue)
-    return kind.wrap(result, input) if out is None else out
+        plan = planning.make_plan(frame.problem, algo, kind.backend, bits=bits)
+        return _run(op, plan, kind, given, frame, *call.filters(), epilogue)
 
 
 class Call(NamedTuple):
@@ -250,12 +263,96 @@ def bind(
     kind = arrays.adapt(op, given)
     dtype = arrays.common_dtype(op, given)
     epilogue = _NO_EPILOGUE if activation is None else make_epilogue(op, activation)
-    input = given["input"]
-    bias, residual = _shape(given.get("bias")), _shape(given.get("residual"))
-    shapes = Shapes(input.shape, given["weight"].shape, bias, residual)
     direction = "grad_input" if op in TRANSPOSED else "forward"
-    frame = find_frame(op, direction, input, shapes, dtype, options, kind.backend)
+    frame = find_frame(op, direction, given["input"], _shapes(given), dtype, options, kind.backend)
     return Call(kind, given, frame, epilogue)
+
+
+def _convolve_lazily(
+    op: str,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    options: Options,
+    algo: str,
+    activation: Activation,
+    residual: Any,
+    out: Any,
+) -> Any:
+    """Check a call, choose how its undivided problem is computed, and return a Dask array that does so."""
+    call = _bind_lazily(op, input, weight, bias, options, activation, residual, out)
+    problem, (*_, layout, flip) = call.frame.problem, options
+    with call.kind.serve(call.given.values()):
+        recipe = planning.make_plan(problem, algo, call.kind.backend).recipe
+    convolve = partial(
+        _convolve_chunk, problem=problem, layout=layout, flip=flip, epilogue=call.epilogue, recipe=recipe
+    )
+    aligned = [] if residual is None else [residual]
+    dtype = arrays.to_native(input.dtype)
+    return _sweep(input, call.frame, recipe).map(convolve, dtype, *aligned, weight=weight, bias=bias)
+
+
+def _bind_lazily(
+    op: str,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    options: Options,
+    activation: Activation,
+    residual: Any,
+    out: Any,
+) -> Call:
+    """Check all arguments of a call that a Dask array enters, by stand-ins for what has no memory yet."""
+    if out is not None:
+        raise ConvError(f"{op}: out must be None where input is a Dask array, which is computed later")
+    given = _given({"input": input, "weight": weight}, bias=bias, residual=residual)
+    known = {argument: arrays.stand_in(op, argument, array) for argument, array in given.items()}
+    operands = known["input"], known["weight"], known.get("bias")
+    return bind(op, *operands, options, activation, known.get("residual"), None)
+
+
+def _sweep(input: Any, frame: Frame, recipe: planning.Recipe) -> lazy.Sweep:
+    """Return how the windows of a problem move over a Dask array; all channels take part in each of them."""
+    p = frame.problem
+    is_last = frame.channels_first is not None
+    first = input.ndim - p.ndim - is_last
+    extents = zip(p.weight_shape[2:], p.stride[-p.ndim :], p.dilation[-p.ndim :], p.padding[-p.ndim :])
+    windows = {
+        axis: lazy.Window(kernel, stride, dilation, before, recipe.multiple)
+        for axis, (kernel, stride, dilation, (before, _)) in enumerate(extents, first)
+    }
+    return lazy.Sweep(input, windows, frame.result_shape, (input.ndim - 1 if is_last else first - 1,))
+
+
+def _convolve_chunk(
+    chunk: Any,
+    residual: Any = None,
+    *,
+    parts: tuple[lazy.Part, ...],
+    weight: Any,
+    bias: Any,
+    problem: ConvProblem,
+    layout: str,
+    flip: bool,
+    epilogue: Epilogue,
+    recipe: planning.Recipe,
+) -> Any:
+    """Convolve a chunk of a larger problem's input, with the bits that the undivided result has.
+
+    The memory order is the problem's, whatever the strides of the chunk: it decides the order of sums.
+    """
+    op, ndim = problem.op, problem.ndim
+    given = _given({"input": chunk, "weight": weight}, bias=bias, residual=residual)
+    kind = arrays.adapt(op, given)
+    dtype = arrays.common_dtype(op, given)
+    padding = tuple((part.before, part.after) for part in parts)
+    numbers = (problem.stride[-ndim:], padding, problem.dilation[-ndim:], problem.groups, problem.precision)
+    is_last = is_channels_last(op, layout)
+    frame = _make_frame(
+        op, problem.direction, _shapes(given), dtype, problem.order, is_last, flip, numbers, kind.backend
+    )
+    result = _compute(op, Call(kind, given, frame, epilogue), recipe.algorithm, recipe.bits)
+    return kind.wrap(result, chunk)
 
 
 def find_op(caller: str, weight: Any) -> str:
@@ -276,6 +373,10 @@ def _given(required: arrays.Given, **optional: Any) -> arrays.Given:
         if array is not None:
             required[argument] = array
     return required
+
+
+def _shapes(given: arrays.Given) -> Shapes:
+    return Shapes(**{argument: array.shape for argument, array in given.items() if argument != "out"})
 
 
 def _shape(array: np.ndarray | None) -> Shape | None:
@@ -503,6 +604,8 @@ class _Conv:
     def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
         """Convolve an input; all arrays are of the weight's kind and dtype."""
         op = self._op
+        if arrays.is_dask(input):
+            return self._call_lazily(input, residual, out)
         given = _given({"input": input}, residual=residual, out=out)
         kind = arrays.adapt(op, given)
         dtype = arrays.common_dtype(op, given)
@@ -515,6 +618,20 @@ class _Conv:
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
         return kind.wrap(result, input) if out is None else out
+
+    def _call_lazily(self, input: Any, residual: Any, out: Any) -> Any:
+        """Convolve a Dask array; its workers get the weight as it was given, but for a flip that is done."""
+        dtype = np.dtype(self._dtype)
+
+        def restore(view: np.ndarray) -> Any:
+            return self._kind.wrap(arrays.to_storage(view, dtype), view)
+
+        weight = restore(self._weight5.reshape(self._weight_shape))
+        bias = None if self._bias is None else restore(self._bias)
+        options = (*self._options[:-1], False)
+        return _convolve_lazily(
+            self._op, input, weight, bias, options, self._algo, self._activation, residual, out
+        )
 
     def _prepare(self, plan: planning.Plan) -> Any:
         """The weight as this plan wants it, made once for all problems whose plans want the same.
@@ -642,6 +759,7 @@ def explain(
     """Tell what a convolution with these arguments would do and why, without doing it; print the result.
 
     The arguments, shapes and errors are those of conv1d, conv2d or conv3d, as the rank of the weight says.
+    Of a Dask array the plan of the undivided problem is told, and into what chunks it is divided.
 
     >>> import numpy as np
     >>> print(explain(np.ones((1, 64, 56, 56)), np.ones((64, 64, 3, 3)), padding=1))  # doctest: +ELLIPSIS
@@ -652,11 +770,15 @@ def explain(
     op = find_op("explain", weight)
     layout = LAYOUTS[op][0] if layout is None else layout
     options = (stride, padding, dilation, groups, precision, layout, flip)
-    call = bind(op, input, weight, bias, options, activation, residual, out)
+    is_lazy = arrays.is_dask(input)
+    call = (_bind_lazily if is_lazy else bind)(op, input, weight, bias, options, activation, residual, out)
     if out is not None:
         arrays.check_out(op, call.given, call.frame.result_shape)
     with call.kind.serve(call.given.values()):
-        return planning.explain_problem(call.frame.problem, algo, call.kind.backend)
+        found = planning.explain_problem(call.frame.problem, algo, call.kind.backend)
+    if not is_lazy:
+        return found
+    return replace(found, division=str(_sweep(input, call.frame, found.plan.recipe)))
 
 
 def algorithms() -> tuple[Algorithm, ...]:

@@ -27,6 +27,17 @@ _CHOICES = ("auto", *TABLE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
+class Recipe(NamedTuple):
+    """What of a plan decides the bits of its result: names and a number, which hold on any machine.
+
+    multiple  a problem is cut without a change of bits where the index of an output is a multiple of it
+    """
+
+    algorithm: str
+    bits: Any
+    multiple: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one problem is computed; made by `make_plan`."""
@@ -49,6 +60,11 @@ class Plan:
     def weight_form(self) -> tuple[Any, ...]:
         """What the form of a prepared weight depends on."""
         return self.algorithm.name, getattr(self.tile, "packing", self.tile), self.problem.order, self.device
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return what another plan, of a part of the problem, needs to give the same bits."""
+        return Recipe(self.algorithm.name, _bits_of(self), getattr(self.tile, "m", 1))
 
     def run(
         self,
@@ -115,18 +131,24 @@ def _settings(backend: str) -> _Settings:
 
 
 def make_plan(
-    problem: ConvProblem, algo: str = "auto", backend: str = "cpu", tile: str | None = None
+    problem: ConvProblem,
+    algo: str = "auto",
+    backend: str = "cpu",
+    tile: str | None = None,
+    *,
+    bits: Any = None,
 ) -> Plan:
     """Choose an algorithm and a tile for a problem.
 
     algo   "auto" or the name of a row of the table
     tile   a tile by name, as `tiles` lists them; None: the one that the cost model prefers
+    bits   of an algorithm that is named: what the tile has to have, as a Recipe says; None: any
 
     Raises ConvError for an unknown name, for an algorithm that cannot run the problem (with the reason), and
     where nothing that can run it keeps to the workspace limit.
     """
     check_algorithm(problem.op, algo)
-    return _make_plan(problem, problem.op, algo, backend, tile, _settings(backend))
+    return _make_plan(problem, problem.op, algo, backend, tile, bits, _settings(backend))
 
 
 def check_algorithm(op: str, algo: str) -> None:
@@ -138,11 +160,11 @@ def check_algorithm(op: str, algo: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _make_plan(
-    problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, settings: _Settings
+    problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, bits: Any, settings: _Settings
 ) -> Plan:
     _check_sizes(problem, op)
     if algo != "auto":
-        return _named_plan(problem, op, algo, backend, tile)
+        return _named_plan(problem, op, algo, backend, tile, bits)
     if settings.algo:
         _check_name(op, "FASTCONV_ALGO", settings.algo, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
@@ -181,14 +203,14 @@ def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
     return next((plan for plan in plans if str(plan.tile) == record["tile"]), None)
 
 
-def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None) -> Plan:
+def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, bits: Any) -> Plan:
     """Return the plan of an algorithm that the caller asks for by name."""
     check_accepted(problem, op, algo, backend, str(problem))
     if tile is not None:
         plans = {str(plan.tile): plan for plan in possible_plans(problem, algo, backend)}
         _check_name(op, f"tile of {algo}", tile, tuple(plans))
         return plans[tile]
-    found = _cheapest(problem, algo, backend)
+    found = _cheapest(problem, algo, backend, bits)
     if not found:
         raise _out_of_workspace(problem, backend, (algo,))
     return found[0]
@@ -268,15 +290,16 @@ def fitting_plans(problem: ConvProblem, algo: str, backend: str = "cpu") -> list
     return plans if limit is None else [plan for plan in plans if plan.workspace() <= limit]
 
 
-def _cheapest(problem: ConvProblem, algo: str, backend: str) -> list[Plan]:
+def _cheapest(problem: ConvProblem, algo: str, backend: str, bits: Any = None) -> list[Plan]:
     """Return the plan with the cheapest tile, or nothing.
 
-    Where a tile decides the bits of a result, the batch has no say in which bits: the result of a sample
-    then does not depend on its batch.
+    Where a tile decides the bits of a result, and they are not given, the batch has no say in which bits: the
+    result of a sample then does not depend on its batch.
     """
     by_bits: dict[Any, list[Plan]] = {}
     for plan in fitting_plans(problem, algo, backend):
-        by_bits.setdefault(_bits_of(plan), []).append(plan)
+        if bits in (None, _bits_of(plan)):
+            by_bits.setdefault(_bits_of(plan), []).append(plan)
     if not by_bits:
         return []
     best = min(by_bits.values(), key=lambda plans: math.prod(_least_cost(plans, n) for n in TYPICAL_BATCHES))
@@ -308,11 +331,15 @@ def workspace_limit() -> int | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the plan, and for every row of the table its plan or why there is none."""
+    """What `explain` found: the plan, and for every row of the table its plan or why there is none.
+
+    division  how a Dask array is divided, in words
+    """
 
     plan: Plan
     reason: str
     others: tuple[tuple[str, Plan | str], ...]
+    division: str = ""
 
     def __repr__(self) -> str:
         return str(self)
@@ -327,6 +354,7 @@ class Explanation:
             f"  {_count(p.flops, 'FLOP')}, {_count(p.bytes, 'B')} moved at least, "
             f"{p.intensity:.1f} FLOP/B, {p.parameters:,} parameters",
             f"  {_unread(p)}",
+            *([f"  in {self.division}"] if self.division else []),
             f"  on {self.plan.device.name}: {self.plan.algorithm.name}, {self.reason}",
             f"  times are estimates for {place}; errors are bounds per element, in eps * conv(|x|, |w|)",
             "",

@@ -31,10 +31,32 @@ class CupyArray:
     dtype = property(lambda self: self.host.dtype)
     shape = property(lambda self: self.host.shape)
     ndim = property(lambda self: self.host.ndim)
+    size = property(lambda self: self.host.size)
+    nbytes = property(lambda self: self.host.nbytes)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return interface_of(self.host, CUPY_STREAM or 1)
+
+    def __getitem__(self, key):
+        return CupyArray(self.host[key])
+
+    def astype(self, dtype):
+        return CupyArray(self.host.astype(dtype))
+
+    def copy(self):
+        return CupyArray(self.host.copy())
+
+    def __array_function__(self, function, types, args, kwargs):
+        """NumPy's functions on arrays of CuPy's are CuPy's functions."""
+        return CupyArray(function(*_hosts(args), **kwargs))
+
+
+def _hosts(value: Any) -> Any:
+    """A function's arguments with the memory of arrays in place of the arrays."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_hosts, value))
+    return value.host if isinstance(value, CupyArray) else value
 
 
 class OnDevice(np.ndarray):

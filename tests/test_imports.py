@@ -31,7 +31,8 @@ ALLOWED = {
     "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
     "grad_input": {"problem"},
     "plan": {"algorithms", "cpu", "gpu", "grad_input", "measured", "problem"},
-    "ops": {"algorithms", "arrays", "plan", "problem"},
+    "lazy": set(),
+    "ops": {"algorithms", "arrays", "lazy", "plan", "problem"},
     "transposed": {"ops", "problem"},
     "conv_grad": {"arrays", "borrowing", "ops", "plan", "problem"},
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
@@ -50,8 +51,9 @@ FOREIGN = {
     "ml_dtypes": {"arrays", "gpu"},
     "cupy": {"gpu"},
     "torch": {"torch"},
+    "dask": {"lazy"},
 }
-HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich"}
+HEAVY = {"numba", "llvmlite", "cupy", "torch", "matplotlib", "ml_dtypes", "rich", "dask"}
 
 
 def unit(module):
@@ -150,7 +152,7 @@ class TestImport:
     def test_a_call_brings_no_framework(self):
         call = "x = np.ones((1, 1, 3)); fastconv.conv1d(x, x)"
         loaded = set(run(f"import sys, numpy as np, fastconv; {call}; print(*sys.modules)"))
-        assert not loaded & {"torch", "cupy", "matplotlib", "ml_dtypes", "rich"}
+        assert not loaded & {"torch", "cupy", "matplotlib", "ml_dtypes", "rich", "dask"}
 
     def test_public_names(self):
         names = {"__version__", "Conv1d", "Conv2d", "Conv3d", "ConvError", "algorithms"}

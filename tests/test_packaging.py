@@ -96,7 +96,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Version"] == fastconv.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
-    extras = {"bench", "cuda12", "cuda13", "lint", "test", "torch"}
+    extras = {"bench", "cuda12", "cuda13", "dask", "lint", "test", "torch"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
