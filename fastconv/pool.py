@@ -5,13 +5,16 @@ Names, argument order, defaults and meaning are those of torch.nn.functional; th
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from importlib import import_module
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fastconv import arrays
+from fastconv import arrays, lazy
 from fastconv.borrowing import borrow
 from fastconv.pool_problem import PoolProblem, make_adaptive_pool, make_pool, read_name, unpooled_size
 from fastconv.problem import ConvError, PerAxis
@@ -47,8 +50,8 @@ def max_pool2d(
         Return (maxima, indices): int64, each the place h * W + w of the maximum in its plane of the input.
 
     Of equal elements the first is the maximum; a NaN is greater than all, of several the last counts. A
-    window that sees nothing but padding gives -inf and the index -1. Kinds of arrays, dtypes, memory order,
-    streams and errors are those of fastconv.conv2d.
+    window that sees nothing but padding gives -inf and the index -1. Kinds of arrays, Dask's among them,
+    dtypes, memory order, streams and errors are those of fastconv.conv2d.
 
     >>> import numpy as np
     >>> image = np.arange(16.0).reshape(1, 4, 4)
@@ -282,10 +285,15 @@ def _options(kernel_size: Any, stride: Any, padding: Any, **others: Any) -> dict
 
 def _pool(op: str, input: Any, options: Any, return_indices: bool = False) -> Any:
     """The one implementation of all poolings; `options` of an adaptive one are its output size."""
+    if arrays.is_dask(input):
+        return _pool_lazily(op, input, options, return_indices)
     given = {"input": input}
     kind = arrays.adapt(op, given)
-    frame = make_frame(op, kind, given, options)
-    view = given["input"]
+    return _run(kind, make_frame(op, kind, given, options), input, given["input"], return_indices)
+
+
+def _run(kind: arrays.Kind, frame: Frame, input: Any, view: np.ndarray, return_indices: bool) -> Any:
+    """Pool the caller's array, which `view` shows, into new ones of its kind."""
     with kind.serve([view]):
         out = frame.allocate(kind, frame.problem.output_shape5, frame.compute)
         indices = frame.allocate(kind, out.shape, INDEX) if return_indices else None
@@ -295,6 +303,72 @@ def _pool(op: str, input: Any, options: Any, return_indices: bool = False) -> An
         result = frame.unframe(out, view.dtype)
     wrapped = kind.wrap(result, input)
     return wrapped if indices is None else (wrapped, kind.wrap(frame.unframe(indices, INDEX), input))
+
+
+def _pool_lazily(op: str, input: Any, options: Any, return_indices: bool) -> Any:
+    """Check a call, and return Dask arrays that pool chunk by chunk, with the bits of the undivided result.
+
+    The memory order is channels first: a Dask array has no strides to read another one from.
+    """
+    given = {"input": arrays.stand_in(op, "input", input)}
+    problem = make_frame(op, arrays.adapt(op, given), given, options).problem
+    first = input.ndim - problem.ndim
+    axes = dict(enumerate(problem.windows[-problem.ndim :], first))
+    sweep = lazy.Sweep(
+        input,
+        {
+            axis: lazy.Window(window.kernel, window.stride, window.dilation, window.padding)
+            for axis, window in axes.items()
+            if window.kernel
+        },
+        problem.output_shape[2 - first :],
+        tuple(axis for axis, window in axes.items() if not window.kernel),
+    )
+    dtype = arrays.to_native(input.dtype)
+    pooled = sweep.map(partial(_pool_chunk, problem=problem, return_indices=return_indices), dtype)
+    if not return_indices:
+        return pooled
+    return tuple(
+        pooled.map_blocks(itemgetter(i), dtype=dtype, meta=pooled._meta.astype(dtype))
+        for i, dtype in enumerate((dtype, INDEX))
+    )
+
+
+def _pool_chunk(
+    chunk: Any, *, parts: tuple[lazy.Part, ...], problem: PoolProblem, return_indices: bool
+) -> Any:
+    """Pool a chunk of a larger problem's input; indices are places in the undivided input."""
+    given = {"input": chunk}
+    kind = arrays.adapt(problem.op, given)
+    is_single = chunk.ndim == problem.ndim + 1
+    N, C, *sizes = (1, *chunk.shape) if is_single else chunk.shape
+    windows, starts = list(problem.windows), [0, 0, 0]
+    waiting = iter(parts)
+    for axis, size in enumerate(sizes, 3 - problem.ndim):
+        if windows[axis].kernel:
+            part = next(waiting)
+            windows[axis] = windows[axis].part(size, part.before, part.after)
+            starts[axis] = part.start
+    d, h, w = windows
+    here = replace(problem, N=N, C=C, windows=(d, h, w))
+    frame = Frame(here, is_single, compute_dtype(here, kind))
+    result = _run(kind, frame, chunk, given["input"], return_indices)
+    if not return_indices:
+        return result
+    pooled, indices = result
+    return pooled, _move_places(indices, pooled, here, problem, starts)
+
+
+def _move_places(
+    indices: Any, pooled: Any, here: PoolProblem, whole: PoolProblem, starts: Sequence[int]
+) -> Any:
+    """Turn places in a part of the input into places in the whole; -1, of nothing, stays."""
+    with borrow(whole.op, {"input": pooled, "indices": indices}) as loan:
+        place, moved, scale = loan["indices"], 0, 1
+        for part, axis, start in reversed(list(zip(here.windows, whole.windows, starts))):
+            moved = moved + (place % part.size + start) * scale
+            place, scale = place // part.size, scale * axis.size
+        return loan.give(loan.xp.where(loan["indices"] < 0, -1, moved))
 
 
 def backend(kind: arrays.Kind) -> Any:
@@ -337,7 +411,12 @@ def make_frame(
     is_single = len(shape) == ndim + 1
     order = find_order(array, ndim)
     problem = _find_problem(op, (1, *shape) if is_single else tuple(shape), _ByText(options), dtype, order)
-    return Frame(problem, is_single, np.dtype(problem.compute_dtype if kind.backend == "cpu" else dtype))
+    return Frame(problem, is_single, compute_dtype(problem, kind))
+
+
+def compute_dtype(problem: PoolProblem, kind: arrays.Kind) -> np.dtype:
+    """Return the dtype that a backend's kernels read and write: those of the GPU know half types."""
+    return np.dtype(problem.compute_dtype if kind.backend == "cpu" else problem.dtype)
 
 
 class _ByText:

@@ -32,7 +32,10 @@ class Taps(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """The windows along one axis; kernel 0: adaptive ones, which share out the input unevenly."""
+    """The windows along one axis; kernel 0: adaptive ones, which share out the input unevenly.
+
+    padding  in front of the input; `after`: behind it
+    """
 
     size: int
     outputs: int
@@ -40,11 +43,12 @@ class Windows(NamedTuple):
     stride: int = 1
     padding: int = 0
     dilation: int = 1
+    after: int = 0
 
     def taps(self, i: int, count_padding: bool) -> Taps:
         """Return what window i sees; a window of nothing but padding is empty.
 
-        >>> Windows(size=7, outputs=4, kernel=3, stride=2, padding=1).taps(0, count_padding=True)
+        >>> Windows(size=7, outputs=4, kernel=3, stride=2, padding=1, after=1).taps(0, count_padding=True)
         Taps(first=0, last=2, counted=3)
         """
         if not self.kernel:
@@ -55,9 +59,16 @@ class Windows(NamedTuple):
         first = begin if begin >= 0 else begin % self.dilation
         last = min(end, self.size)
         # Only max pooling knows a dilation, and only averages count.
-        return Taps(
-            first, last, min(end, self.size + self.padding) - begin if count_padding else last - first
-        )
+        return Taps(first, last, min(end, self.size + self.after) - begin if count_padding else last - first)
+
+    def part(self, size: int, before: int, after: int) -> Windows:
+        """Return the windows of a part of the input: of so many elements, and the padding that they lack.
+
+        >>> Windows(size=8, outputs=4, kernel=3, stride=2, padding=1).part(size=5, before=0, after=0)
+        Windows(size=5, outputs=2, kernel=3, stride=2, padding=0, dilation=1, after=0)
+        """
+        outputs = output_size(size, self.kernel, self.stride, before, after, self.dilation)
+        return self._replace(size=size, outputs=outputs, padding=before)
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def make_pool(
     for axis in zip(shape[2:], kernels, strides, paddings, dilations):
         size, kernel, stride, padding, dilation = axis
         outputs = output_size(size, kernel, stride, padding, padding, dilation, ceil_mode)
-        windows.append(Windows(size, outputs, kernel, stride, padding, dilation))
+        windows.append(Windows(size, outputs, kernel, stride, padding, dilation, padding))
     _check_outputs(call, windows)
     return PoolProblem(
         op, ndim, pool, shape[0], shape[1], _with_absent(windows),

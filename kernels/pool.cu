@@ -14,9 +14,10 @@
 #define RESIDENT 2  // else the compiler spills registers for the sake of more blocks
 #include "common.cuh"
 
-// The windows along one axis; kernel 0: adaptive ones, which share out the input unevenly.
+// The windows along one axis; kernel 0: adaptive ones, which share out the input unevenly. The padding lies in front of the
+// input, `after` behind it.
 struct Windows {
-    INDEX size, outputs, kernel, stride, padding, dilation;
+    INDEX size, outputs, kernel, stride, padding, dilation, after;
 };
 
 // Sizes by the field's letters, the windows along d, h and w, and strides in elements: x of the array (N, C, D, H, W), y of
@@ -25,6 +26,7 @@ struct Pool {
     INDEX N, C, D, H, W, O, P, Q;
     INDEX kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w;
     INDEX padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w;
+    INDEX after_d, after_h, after_w;
     INDEX x_n, x_c, x_d, x_h, x_w;
     INDEX y_n, y_c, y_o, y_p, y_q;
     INDEX i_n, i_c, i_o, i_p, i_q;
@@ -34,15 +36,15 @@ struct Pool {
 
 DEVICE Windows windows_d(const Pool& pool)
 {
-    return {pool.D, pool.O, pool.kernel_d, pool.stride_d, pool.padding_d, pool.dilation_d};
+    return {pool.D, pool.O, pool.kernel_d, pool.stride_d, pool.padding_d, pool.dilation_d, pool.after_d};
 }
 DEVICE Windows windows_h(const Pool& pool)
 {
-    return {pool.H, pool.P, pool.kernel_h, pool.stride_h, pool.padding_h, pool.dilation_h};
+    return {pool.H, pool.P, pool.kernel_h, pool.stride_h, pool.padding_h, pool.dilation_h, pool.after_h};
 }
 DEVICE Windows windows_w(const Pool& pool)
 {
-    return {pool.W, pool.Q, pool.kernel_w, pool.stride_w, pool.padding_w, pool.dilation_w};
+    return {pool.W, pool.Q, pool.kernel_w, pool.stride_w, pool.padding_w, pool.dilation_w, pool.after_w};
 }
 
 // The part of window i that lies in the input: taps first, first + dilation, ... before last.
@@ -60,7 +62,7 @@ struct Taps {
             const INDEX end = begin + (axis.kernel - 1) * axis.dilation + 1;
             first = begin >= 0 ? begin : begin + divide_up<INDEX>(-begin, axis.dilation) * axis.dilation;
             last = smaller(end, axis.size);
-            counted = count_padding ? smaller(end, axis.size + axis.padding) - begin : last - first;
+            counted = count_padding ? smaller(end, axis.size + axis.after) - begin : last - first;
         }
     }
 };

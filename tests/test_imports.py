@@ -36,7 +36,7 @@ ALLOWED = {
     "transposed": {"ops", "problem"},
     "conv_grad": {"arrays", "borrowing", "ops", "plan", "problem"},
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
-    "pool": {"arrays", "borrowing", "pool_problem", "problem"},
+    "pool": {"arrays", "borrowing", "lazy", "pool_problem", "problem"},
     "pool_grad": {"arrays", "borrowing", "pool", "pool_problem", "problem"},
     "functional": {"arrays", "borrowing", "losses", "problem", "resizing"},
     "functional_grad": {"borrowing", "functional", "losses", "problem", "resizing"},

@@ -1,6 +1,7 @@
 """Dask arrays: divided anyhow, the result has the bits of the undivided one; the call computes nothing."""
 
 import pickle
+import re
 import sys
 import threading
 from functools import partial
@@ -19,8 +20,10 @@ from fastconv.gpu import launch
 from fastconv.problem import make_problem, output_size
 from tests import cuda_stand_in
 from tests import strategies as strategies  # its profile of Hypothesis
+from tests.backends import EMULATOR
 from tests.compare import assert_exact, integers, normals
 from tests.emulator import EmulatorDriver
+from tests.places import entering
 
 cloudpickle = pytest.importorskip("cloudpickle", reason="Dask is not installed")
 dask = pytest.importorskip("dask", reason="Dask is not installed")
@@ -513,6 +516,131 @@ class TestSweep:
                 y = sweep.map(partial(max_pool, **options), dtype)
                 assert y.chunks[:2] == da.from_array(x, chunks).chunks[:2]
                 assert_same_bits(y.compute(), max_pool(x, parts=whole, **options))
+
+
+@st.composite
+def poolings(draw):
+    """A pooling by name, its options, the shape of its input, and the chunks of that."""
+    op = draw(st.sampled_from(["max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool"]))
+    ndim = draw(st.integers(1, 2 if op == "adaptive_max_pool" else 3))
+
+    def per_axis(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * ndim))
+
+    shape = (*draw(st.sampled_from([(2, 3), (3,)])), *per_axis(1, (40, 20, 9)[ndim - 1]))
+    options = {}
+    if op.startswith("adaptive"):
+        options["output_size"] = per_axis(1, 9)
+    else:
+        options["kernel_size"] = per_axis(1, 5)
+        options["stride"] = per_axis(1, 4)
+        options["padding"] = tuple(draw(st.integers(0, kernel // 2)) for kernel in options["kernel_size"])
+        options["ceil_mode"] = draw(st.booleans())
+    if op == "max_pool":
+        options["dilation"] = per_axis(1, 3)
+    if op == "avg_pool":
+        options["count_include_pad"] = draw(st.booleans())
+    return f"{op}{ndim}d", options, shape, tuple(draw(chunks_of(size)) for size in shape)
+
+
+class TestPooling:
+    @settings(max_examples=150)
+    @given(poolings(), st.integers(0, 2**32 - 1))
+    def test_as_undivided(self, drawn, seed):
+        op, options, shape, chunks = drawn
+        pool, rng = getattr(fastconv, op), np.random.default_rng(seed)
+        x = normals(rng, shape)
+        x[rng.random(shape) < 0.02] = np.nan
+        x[rng.random(shape) < 0.02] = -np.inf
+        divided = da.from_array(x, chunks)
+        try:
+            expected = pool(x, **options)
+        except ConvError as error:
+            with pytest.raises(ConvError, match=f"^{re.escape(str(error))}$"):
+                pool(divided, **options)
+            return
+        y = pool(divided, **options)
+        assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+        assert_same_bits(y.compute(), expected)
+        if "max" in op:
+            y, places = pool(divided, **options, return_indices=True)
+            expected, at = pool(x, **options, return_indices=True)
+            assert (places.chunks, places.dtype) == (y.chunks, at.dtype)
+            computed = dask.compute(y, places)
+            assert_same_bits(computed[0], expected)
+            assert_same_bits(computed[1], at)
+
+    def test_chunks_stay(self):
+        """As many of the result as of the input, but where windows share an axis out unevenly."""
+        x = da.ones((2, 6, 24, 20), chunks=(1, 3, 8, 5), dtype=np.float32)
+        assert fastconv.max_pool2d(x, 2).chunks == ((1, 1), (3, 3), (4, 4, 4), (3, 2, 3, 2))
+        assert fastconv.avg_pool2d(x, 3, 1, 1).chunks == x.chunks
+        assert fastconv.adaptive_avg_pool2d(x, (3, 3)).chunks == ((1, 1), (3, 3), (1, 1, 1), (3,))
+
+    def test_nothing_is_computed_by_the_call(self):
+        source = Source(((1,), (2, 2), (4, 4), (6,)))
+        _, places = fastconv.max_pool2d(source.array, 2, return_indices=True)
+        assert source.made == []
+        assert places[0, 0, :2, 1:].compute().tolist() == [[2, 4], [14, 16]]
+        assert sorted(source.made) == [(0, 0, 0, 0)]
+
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, ">f4"])
+    def test_other_dtypes(self, rng, dtype):
+        x = normals(rng, (1, 2, 9, 11)).astype(dtype)
+        y = fastconv.avg_pool2d(da.from_array(x, 4), 3, 2, 1)
+        assert_same_bits(y.compute(), fastconv.avg_pool2d(x, 3, 2, 1))
+
+    def test_windows_that_see_nothing(self):
+        x = da.ones((1, 1, 8), chunks=(1, 1, 4), dtype=np.float32)
+        y, places = fastconv.max_pool2d(x, (2, 1), 1, (1, 0), (2, 1), return_indices=True)
+        assert y.numblocks == (1, 1, 2)
+        assert (y.compute() == -np.inf).all()
+        assert (places.compute() == -1).all()
+
+    def test_rows_shorter_than_the_image(self, rng):
+        """Averages of windows one or two apart are summed in one order, however long the rows are."""
+        x = normals(rng, (1, 3, 20, 40))
+        for stride in (1, 2):
+            y = fastconv.avg_pool2d(da.from_array(x, (1, 1, 5, 5)), (3, 5), stride)
+            assert_same_bits(y.compute(), fastconv.avg_pool2d(x, (3, 5), stride))
+
+    @pytest.mark.emulator
+    def test_cupy(self, rng, monkeypatch):
+        with entering(EMULATOR, monkeypatch) as place:
+            x = place.make(normals(rng, (2, 3, 9, 14)))
+            divided = da.from_array(x, (1, 2, 4, 5), asarray=False)
+            for pool in (partial(fastconv.avg_pool2d, stride=2), partial(fastconv.max_pool2d, stride=1)):
+                y, expected = pool(divided, 3, padding=1).compute(), pool(x, 3, padding=1)
+                assert_same_bits(place.host(y), place.host(expected))
+            _, places = fastconv.max_pool2d(divided, 3, 2, return_indices=True)
+            _, expected = fastconv.max_pool2d(x, 3, 2, return_indices=True)
+            # What NumPy's functions stand in for CuPy's to make, Dask puts together as NumPy's.
+            assert_same_bits(np.asarray(places.compute()), place.host(expected))
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda x: fastconv.max_pool2d(x, 0), ConvError, "kernel_size must be at least 1"),
+            (lambda x: fastconv.max_pool1d(x, 2), ConvError, r"must have 3 axes \(2 without N\), got 4"),
+            (lambda x: fastconv.avg_pool2d(x.astype(int), 2), TypeError, "input.dtype must be"),
+            (
+                lambda x: fastconv.avg_pool2d(x[x[:, 0, 0, 0] > 0], 2),
+                ConvError,
+                "must have known chunk sizes",
+            ),
+            (lambda x: fastconv.adaptive_avg_pool2d(x, 0), ConvError, "output_size must be at least 1"),
+            (lambda x: fastconv.max_unpool2d(x, x, 2), TypeError, "input must be in memory here"),
+            (lambda x: fastconv.relu(x), TypeError, "input must be in memory here, got a Dask array"),
+            (
+                lambda x: fastconv.conv_transpose2d(x, np.ones((4, 2, 3, 3), np.float32)),
+                TypeError,
+                "^conv_transpose2d: input must be in memory here",
+            ),
+        ],
+    )
+    def test_errors_at_once(self, call, error, message):
+        with pytest.raises(error, match=message):
+            call(da.ones((2, 4, 9, 9), chunks=4, dtype=np.float32))
 
 
 class TestCluster:

@@ -4,7 +4,8 @@
     channels last:   a pixel of the output takes one tap at once for all channels, which lie side by side
 
 Either way the innermost loop runs over a line of memory, which LLVM turns into vectors. Where windows differ
-in width, or rows of outputs are short, the line is a row of the input, whose columns are then pooled.
+in width, or lie far apart, or rows of outputs are short, the line is a row of the input, whose columns are
+then pooled.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MAX, MAX_AND_PLACE, AVERAGE = 0, 1, 2
 
 SHORT_ROW = 8  # outputs: in rows of fewer, lines of them are too short for vectors
+LONG_STRIDE = 3  # elements: so far apart, and farther, they do not come in vectors
 SERIAL_WORK = 200_000  # taps; for fewer a second thread costs more than it saves
 CHANNELS_TOGETHER = 32  # that one task of a gradient handles, channels last
 
@@ -72,11 +74,19 @@ def pool(problem: PoolProblem, x: np.ndarray, out: np.ndarray, indices: np.ndarr
     arguments = (geometry, band.view(x), band.address(out), places, tables)
     kernel, tasks = _pool_pixels, problem.N * geometry.O * geometry.P
     if problem.order == "NCHW":
-        is_even = problem.windows[2].kernel > 0
         by_window = _pool_columns if indices is None else _find_maxima
-        kernel = _pool_rows if is_even and geometry.Q >= SHORT_ROW else by_window
+        kernel = _pool_rows if _is_by_rows(geometry) else by_window
         tasks *= geometry.C
     _run(problem, kernel, tasks, arguments)
+
+
+def _is_by_rows(g: Geometry) -> bool:
+    """Say whether the windows of a row take a tap together; of averages it decides the order of sums.
+
+    There the extent of the input has no say: a part of an image has the averages of the whole.
+    """
+    is_even = g.S > 0
+    return is_even and g.stride_w < LONG_STRIDE and (g.Q >= SHORT_ROW or g.mode == AVERAGE)
 
 
 def pool_input(

@@ -75,7 +75,7 @@ def _describe(
     """Return the fields of struct Pool in kernels/pool.cu, and a bound of all sizes and offsets in it."""
     axes = problem.windows
     fields = dict(zip("NCDHWOPQ", problem.input_shape5 + problem.output_shape5[2:]))
-    for name in ("kernel", "stride", "padding", "dilation"):
+    for name in ("kernel", "stride", "padding", "dilation", "after"):
         fields |= {f"{name}_{letter}": getattr(axis, name) for letter, axis in zip("dhw", axes)}
     reach = max(_reach(axis) for axis in axes)
     for name, letters, array in zip("xyi", ("ncdhw", "ncopq", "ncopq"), given):
@@ -92,4 +92,6 @@ def _reach(axis: Windows) -> int:
     """Return a bound of what is computed with the windows of an axis."""
     if not axis.kernel:
         return (axis.size + 1) * (axis.outputs + 1)
-    return axis.outputs * axis.stride + 2 * axis.kernel * axis.dilation + axis.size + axis.padding
+    return (
+        axis.outputs * axis.stride + 2 * axis.kernel * axis.dilation + axis.size + axis.padding + axis.after
+    )
