@@ -8,7 +8,7 @@ import pytest
 from fastconv import reference
 from fastconv.algorithms import TABLE
 from fastconv.plan import Plan, make_plan, possible_plans, why_refused
-from fastconv.problem import ConvProblem, Epilogue
+from fastconv.problem import ConvProblem, Epilogue, make_problem
 from tests.cases import CASES, TALL, WIDE, around_tile, options_of
 from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals, poisoned
 from tests.kernels import DTYPES, ORDERS, in_order, with_caches
@@ -155,6 +155,22 @@ class TestAlgorithm:
                 monkeypatch.setenv("FASTCONV_THREADS", threads)
                 found.add(gradient.run(make_plan(problem, algorithm)).tobytes())
             assert len(found) == 1
+
+
+@pytest.mark.parametrize("algorithm", sorted(set(TABLE) - {"winograd"}))
+def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
+    """One tap less than 4, 8 or 16 hold: were a whole vector stored, it would end behind the gradient."""
+    K = 32
+    for C, taps in ((15, (1, 1)), (31, (1, 1)), (5, (1, 3)), (1, (3, 5)), (1, (1, 7))):
+        groups = K if algorithm == "depthwise" else 1
+        shapes = (1, C * groups, 9, 11), (K, C, *taps)
+        problem = make_problem("conv2d", *shapes, groups=groups, direction="grad_weight")
+        gradient = make_gradient(rng, problem, integers)
+        for plan in possible_plans(problem, algorithm):
+            for label, out in layouts(np.full(gradient.shape, np.nan, np.float32)):
+                if out.flags.writeable:
+                    gradient.check(plan, out=out)
+                    assert np.isnan(surroundings(out)).all(), f"{plan}: wrote beside out, {label}"
 
 
 def surroundings(view):
