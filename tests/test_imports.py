@@ -42,20 +42,10 @@ ALLOWED = {
     "functional": {"arrays", "borrowing", "losses", "problem", "resizing"},
     "functional_grad": {"borrowing", "functional", "losses", "problem", "resizing"},
     "grad": {"conv_grad", "folding", "functional_grad", "pool_grad"},
-    "torch": {"__init__", "arrays", "conv_grad", "problem"},
-    "__init__": {
-        "folding",
-        "functional",
-        "grad",
-        "ops",
-        "pool",
-        "problem",
-        "reference",
-        "torch",
-        "transposed",
-        "tune",
-    },
-}  # fmt: skip
+    "torch": {"__init__", "arrays", "conv_grad", "pool_grad", "problem", "torch"},
+    "__init__": {"folding", "functional", "grad", "ops", "pool", "problem", "reference", "torch"}
+    | {"transposed", "tune"},
+}
 FOREIGN = {
     "numpy": set(ALLOWED),
     "numba": {"cpu"},

@@ -1,0 +1,38 @@
+"""What all operators need: to be registered, tensors without a history, and the strides of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv import arrays
+
+Numbers = int | Sequence[int]
+Size = Sequence[Any]  # of ints, symbolic ones too
+
+
+def define(name: str, arguments: str, results: str = "Tensor") -> Any:
+    """Return the decorator that registers a function as the operator fastconv::<name>."""
+    schema = f"({arguments}) -> {results}"
+    return torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
+
+
+def plain(*tensors: Tensor | None) -> Iterable[Any]:
+    """Return the tensors without their history: fastconv's functions refuse tensors that need a gradient."""
+    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+
+
+def per_axis(value: Numbers, ndim: int) -> list[int]:
+    """Return one number per axis; whether they are right is checked by fastconv's own functions."""
+    return [value] * ndim if isinstance(value, int) else list(value)
+
+
+def empty_like(leader: Tensor, shape: Size, dtype: Any = None) -> Tensor:
+    """Return a tensor whose memory has the order in which fastconv returns a result; its dtype by default."""
+    order = arrays.memory_order.__wrapped__(tuple(leader.shape[1:]), tuple(leader.stride()[1:]), 0, "NCHW")
+    if order == "NCHW":
+        return leader.new_empty(shape, dtype=dtype)
+    return leader.new_empty([shape[0], *shape[2:], shape[1]], dtype=dtype).movedim(-1, 1)
