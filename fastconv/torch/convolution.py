@@ -10,7 +10,7 @@ Four operators are registered with torch, which are each other's derivatives:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 import fastconv
 from fastconv import conv_grad
 from fastconv.problem import ConvError, output_size
-from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis, plain
+from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis
 
 Padding = str | int | Sequence[int | Sequence[int]]
 
@@ -242,22 +242,27 @@ def _pads(padding: Padding, sizes: Size, kernels: Size, stride: list[int], dilat
     return [number for pair in pairs for number in pair]
 
 
+def _plain(*tensors: Tensor | None) -> Iterable[Any]:
+    """Return the tensors without their history: fastconv's functions refuse tensors that need a gradient."""
+    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+
+
 @define("convolution", f"Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}")
 def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     function = getattr(fastconv, f"conv{weight.dim() - 2}d")
-    return function(*plain(input, weight, bias), **Geometry(*geometry).options())
+    return function(*_plain(input, weight, bias), **Geometry(*geometry).options())
 
 
 @define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}")
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
-    return function(tuple(input_size), *plain(weight, grad_output), **Geometry(*geometry).options())
+    return function(tuple(input_size), *_plain(weight, grad_output), **Geometry(*geometry).options())
 
 
 @define("convolution_weight", f"Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}")
 def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{len(weight_size) - 2}d_weight")
-    input, grad_output = plain(input, grad_output)
+    input, grad_output = _plain(input, grad_output)
     return function(input, tuple(weight_size), grad_output, **_for_weight(Geometry(*geometry)).options())
 
 
@@ -267,7 +272,7 @@ def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometr
 def _convolution_transposed(input: Any, weight: Any, bias: Any, output_padding: Any, *geometry: Any) -> Any:
     function = getattr(fastconv, f"conv_transpose{weight.dim() - 2}d")
     options = Geometry(*geometry).options()
-    return function(*plain(input, weight, bias), output_padding=output_padding, **options)
+    return function(*_plain(input, weight, bias), output_padding=output_padding, **options)
 
 
 def _for_weight(geometry: Geometry) -> Geometry:

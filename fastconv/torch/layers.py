@@ -1,4 +1,4 @@
-"""torch's convolutional layers, with its arguments and state, computed by fastconv; those of a whole model too."""
+"""torch's convolutional layers, with its arguments and state, computed by fastconv; those of a model too."""
 
 from __future__ import annotations
 

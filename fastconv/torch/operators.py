@@ -1,8 +1,8 @@
-"""What all operators need: to be registered, tensors without a history, and the strides of their results."""
+"""What all operators need: to be registered, one number per axis, and the strides of their results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,6 @@ def define(name: str, arguments: str, results: str = "Tensor") -> Any:
     """Return the decorator that registers a function as the operator fastconv::<name>."""
     schema = f"({arguments}) -> {results}"
     return torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
-
-
-def plain(*tensors: Tensor | None) -> Iterable[Any]:
-    """Return the tensors without their history: fastconv's functions refuse tensors that need a gradient."""
-    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def per_axis(value: Numbers, ndim: int) -> list[int]:

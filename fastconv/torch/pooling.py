@@ -20,7 +20,7 @@ from torch import Tensor
 import fastconv
 from fastconv import pool_grad
 from fastconv.problem import output_size as count_windows
-from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis, plain
+from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis
 
 _WINDOWS = "int ndim, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding"
 _MAX = f"{_WINDOWS}, SymInt[] dilation, bool ceil_mode"
@@ -253,47 +253,47 @@ def _with_batch(ndim: int, operator: Any, input: Tensor, *options: Any) -> Any:
 
 @define("max_pool", f"Tensor input, {_MAX}", "(Tensor, Tensor)")
 def _max_pool(input: Any, ndim: int, *options: Any) -> Any:
-    return getattr(fastconv, f"max_pool{ndim}d")(*plain(input), *options, return_indices=True)
+    return getattr(fastconv, f"max_pool{ndim}d")(input.detach(), *options, return_indices=True)
 
 
 @define("max_pool_input", f"Tensor grad_output, Tensor indices, SymInt[] input_size, {_MAX}")
 def _max_pool_input(grad_output: Any, indices: Any, input_size: Any, ndim: int, *options: Any) -> Any:
     function = getattr(pool_grad, f"max_pool{ndim}d_input")
-    return function(tuple(input_size), indices, *plain(grad_output), *options)
+    return function(tuple(input_size), indices, grad_output.detach(), *options)
 
 
 @define("adaptive_max_pool", "Tensor input, int ndim, SymInt[] output_size", "(Tensor, Tensor)")
 def _adaptive_max_pool(input: Any, ndim: int, output_size: Any) -> Any:
     function = getattr(fastconv, f"adaptive_max_pool{ndim}d")
-    return function(*plain(input), output_size, return_indices=True)
+    return function(input.detach(), output_size, return_indices=True)
 
 
 @define("adaptive_max_pool_input", "Tensor grad_output, Tensor indices, SymInt[] input_size, int ndim")
 def _adaptive_max_pool_input(grad_output: Any, indices: Any, input_size: Any, ndim: int) -> Any:
     function = getattr(pool_grad, f"adaptive_max_pool{ndim}d_input")
-    return function(tuple(input_size), indices, *plain(grad_output))
+    return function(tuple(input_size), indices, grad_output.detach())
 
 
 @define("avg_pool", f"Tensor input, {_AVERAGE}")
 def _avg_pool(input: Any, ndim: int, *options: Any) -> Any:
-    return getattr(fastconv, f"avg_pool{ndim}d")(*plain(input), *_known(ndim, options))
+    return getattr(fastconv, f"avg_pool{ndim}d")(input.detach(), *_known(ndim, options))
 
 
 @define("avg_pool_input", f"Tensor grad_output, SymInt[] input_size, {_AVERAGE}")
 def _avg_pool_input(grad_output: Any, input_size: Any, ndim: int, *options: Any) -> Any:
     function = getattr(pool_grad, f"avg_pool{ndim}d_input")
-    return function(tuple(input_size), *plain(grad_output), *_known(ndim, options))
+    return function(tuple(input_size), grad_output.detach(), *_known(ndim, options))
 
 
 @define("adaptive_avg_pool", "Tensor input, int ndim, SymInt[] output_size")
 def _adaptive_avg_pool(input: Any, ndim: int, output_size: Any) -> Any:
-    return getattr(fastconv, f"adaptive_avg_pool{ndim}d")(*plain(input), output_size)
+    return getattr(fastconv, f"adaptive_avg_pool{ndim}d")(input.detach(), output_size)
 
 
 @define("adaptive_avg_pool_input", "Tensor grad_output, SymInt[] input_size, int ndim")
 def _adaptive_avg_pool_input(grad_output: Any, input_size: Any, ndim: int) -> Any:
     function = getattr(pool_grad, f"adaptive_avg_pool{ndim}d_input")
-    return function(tuple(input_size), *plain(grad_output))
+    return function(tuple(input_size), grad_output.detach())
 
 
 @define(
@@ -304,7 +304,7 @@ def _adaptive_avg_pool_input(grad_output: Any, input_size: Any, ndim: int) -> An
 def _max_unpool(
     input: Any, indices: Any, kernel_size: Any, stride: Any, padding: Any, output_size: Any
 ) -> Any:
-    return fastconv.max_unpool2d(*plain(input), indices, kernel_size, stride, padding, output_size)
+    return fastconv.max_unpool2d(input.detach(), indices, kernel_size, stride, padding, output_size)
 
 
 def _known(ndim: int, options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -331,8 +331,13 @@ def _fake_avg_pool(
 def _pooled_shape(
     input: Tensor, kernel_size: Size, stride: Size, padding: Size, dilation: Size, ceil_mode: bool
 ) -> list[Any]:
-    axes = zip(input.shape[2:], kernel_size, stride, padding, padding, dilation, strict=True)
-    return [*input.shape[:2], *(count_windows(*axis, ceil_mode=ceil_mode) for axis in axes)]
+    sizes = [
+        count_windows(size, kernel, step, pad, pad, spread, ceil_mode)
+        for size, kernel, step, pad, spread in zip(
+            input.shape[2:], kernel_size, stride, padding, dilation, strict=True
+        )
+    ]
+    return [*input.shape[:2], *sizes]
 
 
 @_adaptive_max_pool.register_fake
