@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -207,6 +208,11 @@ def test_random_options(name, ndim, rng):
             )
 
 
+def test_sizes_of_numpy():
+    x = make((2, 3, 6, 6))
+    assert torch.equal(ft.max_pool2d(x, np.int64(2), np.int32(3)), ft.max_pool2d(x, 2, 3))
+
+
 def test_windows_of_padding_only():
     """They give -inf and no gradient, once or twice."""
     x = torch.tensor([[[1.0]]], dtype=torch.float64, requires_grad=True)
@@ -300,6 +306,8 @@ BAD = {
         "max_pool2d: input (N, C, H, W) must have 4 axes (3 without N), got 5",
     ),
     "kernels": (lambda: ft.max_pool2d(make((2, 3, 4)), (2, 2, 2)), ConvError, "max_pool2d: len(kernel_size)"),
+    "kernel of another type": (lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError, "'float' object"),
+    "size of another type": (lambda: ft.adaptive_avg_pool2d(make((2, 3, 4)), (None, 2.5)), TypeError, "float"),
     "padding": (
         lambda: ft.avg_pool2d(make((2, 3, 4)), 2, padding=2), ConvError,
         "avg_pool2d: padding must be at most kernel_size // 2 = 2 // 2 = 1, got 2",

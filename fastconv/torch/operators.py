@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ def define(name: str, arguments: str, results: str = "Tensor") -> Any:
     return torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
 
 
-def per_axis(value: Numbers, ndim: int) -> list[int]:
-    """Return one number per axis; whether they are right is checked by fastconv's own functions."""
-    return [value] * ndim if isinstance(value, int) else list(value)
+def per_axis(value: Any, ndim: int) -> list[Any]:
+    """Return one whole number per axis; whether they are right is checked by fastconv's own functions."""
+    entries = value if isinstance(value, Sequence) else [value] * ndim
+    return [entry if isinstance(entry, (int, torch.SymInt)) else operator.index(entry) for entry in entries]
 
 
 def empty_like(leader: Tensor, shape: Size, dtype: Any = None) -> Tensor:

@@ -1,17 +1,18 @@
 """The poolings as torch operations: tensors that may need gradients enter, and leave with a history.
 
-    operator             its derivative       and that one's
-    max_pool             max_pool_input       torch's gather, by the indices
-    adaptive_max_pool    adaptive_max_pool_input, the same
-    avg_pool             avg_pool_input       avg_pool
-    adaptive_avg_pool    adaptive_avg_pool_input, adaptive_avg_pool
-    max_unpool           torch's gather
+    operator           its derivative           and that one's
+    max_pool           max_pool_input           torch's gather, by the indices
+    adaptive_max_pool  adaptive_max_pool_input  torch's gather, by the indices
+    avg_pool           avg_pool_input           avg_pool
+    adaptive_avg_pool  adaptive_avg_pool_input  adaptive_avg_pool
+    max_unpool         torch's gather
 
 The operators take a batch, and one number per spatial axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,12 +58,13 @@ def max_pool2d(
 ) -> Any:
     """Do what fastconv.max_pool2d does, differentiably: torch.nn.functional.max_pool2d by fastconv's kernels.
 
-    =======  =====================================================
+    =======  =====================================================================================
     input    (N, C, H, W) or (C, H, W), on the CPU or a CUDA device
-    returns  (N, C, P, Q) or (C, P, Q), in the input's memory order; or (maxima, indices)
-    =======  =====================================================
+    returns  (N, C, P, Q) or (C, P, Q), in the input's memory order; (maxima, indices) if asked for
+    =======  =====================================================================================
 
-    float16, bfloat16, float32 and float64; autocast changes nothing. Raises what fastconv.max_pool2d does.
+    float16, bfloat16, float32 and float64; autocast changes nothing. Gradients may be differentiated again.
+    Raises what fastconv.max_pool2d does.
 
     >>> image = torch.tensor([[[1.0, 5.0], [2.0, 3.0]]], requires_grad=True)
     >>> max_pool2d(image, 2).sum().backward()
@@ -234,9 +236,9 @@ def _averages(
 
 def _adaptive(ndim: int, operator: Any, input: Tensor, output_size: Any) -> Any:
     """Call an adaptive operator; None for an axis keeps its size."""
-    wanted = [None] * ndim if output_size is None else per_axis(output_size, ndim)
+    wanted = list(output_size) if isinstance(output_size, Sequence) else [output_size] * ndim
     sizes = [size if wish is None else wish for size, wish in zip(input.shape[-ndim:], wanted)]
-    return _with_batch(ndim, operator, input, sizes + wanted[ndim:])
+    return _with_batch(ndim, operator, input, per_axis(sizes + wanted[ndim:], ndim))
 
 
 def _with_batch(ndim: int, operator: Any, input: Tensor, *options: Any) -> Any:
@@ -253,47 +255,47 @@ def _with_batch(ndim: int, operator: Any, input: Tensor, *options: Any) -> Any:
 
 @define("max_pool", f"Tensor input, {_MAX}", "(Tensor, Tensor)")
 def _max_pool(input: Any, ndim: int, *options: Any) -> Any:
-    return getattr(fastconv, f"max_pool{ndim}d")(input.detach(), *options, return_indices=True)
+    return getattr(fastconv, f"max_pool{ndim}d")(input, *options, return_indices=True)
 
 
 @define("max_pool_input", f"Tensor grad_output, Tensor indices, SymInt[] input_size, {_MAX}")
 def _max_pool_input(grad_output: Any, indices: Any, input_size: Any, ndim: int, *options: Any) -> Any:
     function = getattr(pool_grad, f"max_pool{ndim}d_input")
-    return function(tuple(input_size), indices, grad_output.detach(), *options)
+    return function(tuple(input_size), indices, grad_output, *options)
 
 
 @define("adaptive_max_pool", "Tensor input, int ndim, SymInt[] output_size", "(Tensor, Tensor)")
 def _adaptive_max_pool(input: Any, ndim: int, output_size: Any) -> Any:
     function = getattr(fastconv, f"adaptive_max_pool{ndim}d")
-    return function(input.detach(), output_size, return_indices=True)
+    return function(input, output_size, return_indices=True)
 
 
 @define("adaptive_max_pool_input", "Tensor grad_output, Tensor indices, SymInt[] input_size, int ndim")
 def _adaptive_max_pool_input(grad_output: Any, indices: Any, input_size: Any, ndim: int) -> Any:
     function = getattr(pool_grad, f"adaptive_max_pool{ndim}d_input")
-    return function(tuple(input_size), indices, grad_output.detach())
+    return function(tuple(input_size), indices, grad_output)
 
 
 @define("avg_pool", f"Tensor input, {_AVERAGE}")
 def _avg_pool(input: Any, ndim: int, *options: Any) -> Any:
-    return getattr(fastconv, f"avg_pool{ndim}d")(input.detach(), *_known(ndim, options))
+    return getattr(fastconv, f"avg_pool{ndim}d")(input, *_known(ndim, options))
 
 
 @define("avg_pool_input", f"Tensor grad_output, SymInt[] input_size, {_AVERAGE}")
 def _avg_pool_input(grad_output: Any, input_size: Any, ndim: int, *options: Any) -> Any:
     function = getattr(pool_grad, f"avg_pool{ndim}d_input")
-    return function(tuple(input_size), grad_output.detach(), *_known(ndim, options))
+    return function(tuple(input_size), grad_output, *_known(ndim, options))
 
 
 @define("adaptive_avg_pool", "Tensor input, int ndim, SymInt[] output_size")
 def _adaptive_avg_pool(input: Any, ndim: int, output_size: Any) -> Any:
-    return getattr(fastconv, f"adaptive_avg_pool{ndim}d")(input.detach(), output_size)
+    return getattr(fastconv, f"adaptive_avg_pool{ndim}d")(input, output_size)
 
 
 @define("adaptive_avg_pool_input", "Tensor grad_output, SymInt[] input_size, int ndim")
 def _adaptive_avg_pool_input(grad_output: Any, input_size: Any, ndim: int) -> Any:
     function = getattr(pool_grad, f"adaptive_avg_pool{ndim}d_input")
-    return function(tuple(input_size), grad_output.detach())
+    return function(tuple(input_size), grad_output)
 
 
 @define(
@@ -304,7 +306,7 @@ def _adaptive_avg_pool_input(grad_output: Any, input_size: Any, ndim: int) -> An
 def _max_unpool(
     input: Any, indices: Any, kernel_size: Any, stride: Any, padding: Any, output_size: Any
 ) -> Any:
-    return fastconv.max_unpool2d(input.detach(), indices, kernel_size, stride, padding, output_size)
+    return fastconv.max_unpool2d(input, indices, kernel_size, stride, padding, output_size)
 
 
 def _known(ndim: int, options: tuple[Any, ...]) -> tuple[Any, ...]:
