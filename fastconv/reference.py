@@ -298,6 +298,7 @@ def _sigmoid(y: Array) -> Array:
         return np.asarray(1 / (1 + np.exp(-y)))
 
 
+@np.errstate(invalid="ignore")  # inf - inf; and a BLAS may raise the flag over lanes without elements
 def _forward(
     op: str,
     input: ArrayLike,
@@ -324,6 +325,7 @@ def _forward(
     return activate(y, activation)
 
 
+@np.errstate(invalid="ignore")  # inf - inf; and a BLAS may raise the flag over lanes without elements
 def _grad_input(
     op: str, input_size: Sequence[int], weight: ArrayLike, grad_output: ArrayLike, geometry: Geometry
 ) -> Array:
@@ -339,6 +341,7 @@ def _grad_input(
     return _as_caller(image[inside].copy(), problem.input_shape, batched)
 
 
+@np.errstate(invalid="ignore")  # inf - inf; and a BLAS may raise the flag over lanes without elements
 def _grad_weight(
     op: str, input: ArrayLike, weight_size: Sequence[int], grad_output: ArrayLike, geometry: Geometry
 ) -> Array:

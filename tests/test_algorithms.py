@@ -163,7 +163,9 @@ class TestWay:
         """Also where a whole vector would end just beyond a row of the output."""
         rows, width = tile_sizes(way, "float32")
         m = getattr(tile_of(way, "float32"), "m", 1)
-        cases = around_tile(rows, width - 1, m) + around_tile(width, rows + 1, m)
+        cases = around_tile(rows, width - 1, m)
+        if way.backend is CPU:  # where the larger tiles do not take seconds each
+            cases += around_tile(width, rows + 1, m)
         for problem in various(way, order=order) + way.problems(cases, order=order):
             layer, plan = make_layer(rng, problem, integers), way.plan(problem)
             for label, out in layouts(np.full(problem.output_shape, np.nan, np.float32)):
@@ -212,8 +214,7 @@ class TestWay:
             clean = layer.run(plan)
             layer.x[1, 3, 4, 5] = value
             y = layer.run(plan)
-            with np.errstate(invalid="ignore"):  # inf - inf and 0 * inf are what is wanted here
-                seen = ~np.isfinite(layer.expected)
+            seen = ~np.isfinite(layer.expected)
             assert seen.any()
             assert not np.isfinite(y[seen]).any()
             reach = plan.error_bound().reach

@@ -265,12 +265,11 @@ class TestPlan:
         for recipe in recipes:
             assert planning.make_plan(part, recipe.algorithm, bits=recipe.bits).recipe == recipe
 
-    @pytest.mark.parametrize("algo", ["direct", "winograd"])
-    def test_another_cpu(self, rng, algo, monkeypatch):
+    def test_another_cpu(self, rng, monkeypatch):
         """A worker with narrower vectors, fewer registers and another environment gives the same bits."""
         x, w = normals(rng, (1, 4, 25, 31)), normals(rng, (5, 4, 3, 3))
-        expected = fastconv.conv2d(x, w, padding=1, algo=algo)
-        y = fastconv.conv2d(da.from_array(x, (1, 4, 10, 9)), w, padding=1, algo=algo)
+        expected = fastconv.conv2d(x, w, padding=1, algo="direct")
+        y = fastconv.conv2d(da.from_array(x, (1, 4, 10, 9)), w, padding=1, algo="direct")
         monkeypatch.setenv("FASTCONV_VECTOR_BITS", "128")
         monkeypatch.setenv("FASTCONV_ALGO", "im2col")
         assert_same_bits(y.compute(), expected)
@@ -477,47 +476,6 @@ class TestErrors:
             fastconv.conv2d(self.X, self.W)
 
 
-def max_pool(chunk, *, parts, kernel, stride, width=None):
-    """The largest of each window, or, given a width, where it lies in the undivided image of this width."""
-    padding = [(0, 0)] * (chunk.ndim - 2) + [(part.before, part.after) for part in parts]
-    padded = np.pad(chunk, padding, constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(-2, -1))
-    windows = windows[..., :: stride[0], :: stride[1], :, :]
-    if width is None:
-        return windows.max(axis=(-2, -1))
-    tap = windows.reshape(*windows.shape[:-2], -1).argmax(-1)
-    rows, columns = (
-        part.start - part.before + step * np.arange(count)
-        for part, step, count in zip(parts, stride, windows.shape[-4:-2])
-    )
-    return (rows[:, None] + tap // kernel[1]) * width + columns + tap % kernel[1]
-
-
-class TestSweep:
-    def test_another_operation_on_windows(self, rng):
-        """Pooling: padding that is not zero, channels divided too, results that tell where they come from."""
-        for _ in range(60):
-            shape = (2, 3, *rng.integers(5, 25, 2).tolist())
-            kernel, stride, before, after = rng.integers((1, 1, 0, 0), (6, 5, 3, 3), (2, 4)).T.tolist()
-            sizes = zip(shape[2:], kernel, stride, before, after)
-            outputs = tuple(output_size(*axis, dilation=1) for axis in sizes)
-            if min(outputs) < 1:
-                continue
-            x = normals(rng, shape)
-            chunks = tuple(rng.integers(1, size + 1).item() for size in shape)
-            windows = {
-                2 + axis: lazy.Window(k, s, before=pad)
-                for axis, (k, s, pad) in enumerate(zip(kernel, stride, before))
-            }
-            sweep = lazy.Sweep(da.from_array(x, chunks), windows, (*shape[:2], *outputs))
-            whole = tuple(lazy.Part(0, *pads) for pads in zip(before, after))
-            for dtype, width in ((np.float32, None), (np.int64, shape[3])):
-                options = {"kernel": kernel, "stride": stride, "width": width}
-                y = sweep.map(partial(max_pool, **options), dtype)
-                assert y.chunks[:2] == da.from_array(x, chunks).chunks[:2]
-                assert_same_bits(y.compute(), max_pool(x, parts=whole, **options))
-
-
 @st.composite
 def poolings(draw):
     """A pooling by name, its options, the shape of its input, and the chunks of that."""
@@ -544,7 +502,7 @@ def poolings(draw):
 
 
 class TestPooling:
-    @settings(max_examples=150)
+    @settings(max_examples=80)
     @given(poolings(), st.integers(0, 2**32 - 1))
     def test_as_undivided(self, drawn, seed):
         op, options, shape, chunks = drawn

@@ -88,7 +88,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
         _run(block, first, last, d, g, a_rows, b_pixels, x, y, band.address(sums))
 
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
-    outer.run(problem, d, out, add)
+    outer.run(problem, block, d, out, add)
 
 
 @Kernel

@@ -57,7 +57,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     def add(first: int, last: int, sums: np.ndarray) -> None:
         _run(block, first, last, d, g, tables, elements, rows, pixels, x, y, band.address(sums))
 
-    outer.run(problem, d, outer.by_group(problem, operands.out), add)
+    outer.run(problem, block, d, outer.by_group(problem, operands.out), add)
 
 
 @Kernel

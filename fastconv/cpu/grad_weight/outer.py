@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv.cpu import threads
-from fastconv.cpu.band import copy_padded, even_share, make_block, task_threads
+from fastconv.cpu.band import address, copy_padded, even_share, make_block, task_threads, view
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
+    Kernel,
     Tile,
     advance,
     block_columns,
@@ -32,6 +33,7 @@ from fastconv.cpu.simd import (
     block_rows,
     multiply_tile,
     part,
+    pointer,
     small_part,
     split_columns,
     table,
@@ -121,16 +123,22 @@ def make_sums_block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
     return replace(block, adds=True, m=block.lanes)
 
 
-def run(problem: ConvProblem, d: Division, out: np.ndarray, kernel: Callable[..., None]) -> None:
+def run(
+    problem: ConvProblem, block: Block, d: Division, out: np.ndarray, kernel: Callable[..., None]
+) -> None:
     """Let `kernel(first, last, sums)` add up all tasks, then fill out (groups, K, C, T, R, S)."""
-    shape = (d.parts, d.groups, d.c_parts, d.k_parts, d.rows, d.k_step)
-    sums = np.zeros(shape, problem.compute_dtype)
+    tasks, workers = d.groups * d.c_parts * d.k_parts, task_threads(problem)
+    sums = np.zeros((d.parts, tasks, d.rows, d.k_step), problem.compute_dtype)
+    threads.run_tasks(lambda first, last: kernel(first, last, sums), d.parts * tasks, workers)
+    target = view(out)
+    axes = zip((d.c_step, *out.shape[3:]), target[3:])
+    rows = reduce(np.add.outer, [np.arange(size) * step for size, step in axes]).reshape(-1)
+    is_line = bool((np.diff(rows) == 1).all())
     threads.run_tasks(
-        lambda first, last: kernel(first, last, sums), math.prod(shape[:4]), task_threads(problem)
+        lambda first, last: _collect(block, first, last, d, tasks, address(sums), target, rows, is_line),
+        tasks,
+        workers,
     )
-    total = sums.sum(axis=0) if d.parts > 1 else sums[0]
-    total = total[..., : d.c_step * d.taps, :].transpose(0, 2, 4, 1, 3)  # group, panels, k, channels, tap
-    out[...] = total.reshape(d.groups, d.k_parts * d.k_step, *out.shape[2:])[:, : d.K]
 
 
 def by_group(problem: ConvProblem, out: np.ndarray) -> np.ndarray:
@@ -195,3 +203,38 @@ def add_products(block, a, rows, a_rows, a_pixels, panels, b_pixels, pixels, k_c
                 block, vectors, a, advance(table(a_rows), row), table(a_pixels),
                 panel, table(b_pixels), pixels, target, target, k_step,
             )  # fmt: skip
+
+
+@Kernel
+def _collect(block, first, last, d, tasks, sums, out, rows, is_line):
+    """Add up the parts of tasks and turn them: out[k, row] = sum over parts of sums[part, row, k].
+
+    rows     offsets of a task's rows in out, from its first channel on
+    is_line  whether they lie side by side
+    """
+    lanes, size = block_lanes(block), d.rows * d.k_step
+    for task in range(first, last):
+        group, c, k, k_count, _, _ = find_task(d, task)
+        total = advance(pointer(block, sums), task * size)
+        for index in range(1, d.parts):
+            add_line(total, advance(total, index * tasks * size), size)
+        target = advance(pointer(block, out[0]), group * out[1] + k * out[2] + c * out[3])
+        for j in range(0, k_count, lanes):
+            source, turned = advance(total, j), advance(target, j * out[2])
+            done = 0
+            if is_line and k_count - j >= lanes:
+                while done + lanes <= rows.size:
+                    split_columns(
+                        block, advance(source, done * d.k_step), d.k_step, advance(turned, done), out[2]
+                    )
+                    done += lanes
+            for row in range(done, rows.size):
+                for i in range(min(lanes, k_count - j)):
+                    turned[i * out[2] + rows[row]] = source[row * d.k_step + i]
+
+
+@part
+def add_line(target, source, count):
+    """Add a line of elements to another."""
+    for i in range(count):
+        target[i] += source[i]
