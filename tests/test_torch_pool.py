@@ -307,7 +307,7 @@ BAD = {
     ),
     "kernels": (lambda: ft.max_pool2d(make((2, 3, 4)), (2, 2, 2)), ConvError, "max_pool2d: len(kernel_size)"),
     "kernel of another type": (lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError, "'float' object"),
-    "size of another type": (lambda: ft.adaptive_avg_pool2d(make((2, 3, 4)), (None, 2.5)), TypeError, "float"),
+    "size of another type": (lambda: ft.adaptive_avg_pool1d(make((2, 3)), 2.5), TypeError, "'float' object"),
     "padding": (
         lambda: ft.avg_pool2d(make((2, 3, 4)), 2, padding=2), ConvError,
         "avg_pool2d: padding must be at most kernel_size // 2 = 2 // 2 = 1, got 2",
