@@ -65,6 +65,7 @@ setup(
         "fastconv",
         *("fastconv.cpu", "fastconv.cpu.grad_weight"),
         *("fastconv.gpu", "fastconv.gpu.grad_weight"),
+        "fastconv.torch",
         "fastconv.kernels",
     ],
     # The CUDA sources lie beside the package in a checkout and inside it once installed.

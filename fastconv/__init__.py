@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fastconv import grad as grad
     from fastconv import reference as reference
     from fastconv import torch as torch
+    from fastconv.folding import fold as fold
+    from fastconv.folding import unfold as unfold
     from fastconv.functional import batch_norm as batch_norm
     from fastconv.functional import cross_entropy as cross_entropy
     from fastconv.functional import dropout as dropout
@@ -84,6 +86,7 @@ _HOME = {
     "dropout": "functional",
     "explain": "ops",
     "flatten": "functional",
+    "fold": "folding",
     "gelu": "functional",
     "interpolate": "functional",
     "leaky_relu": "functional",
@@ -101,6 +104,7 @@ _HOME = {
     "softmax": "functional",
     "tanh": "functional",
     "tune": "tune",
+    "unfold": "folding",
 }
 _MODULES = ("grad", "reference")
 _ON_DEMAND = ("torch",)  # not what `from fastconv import *` brings: it needs torch

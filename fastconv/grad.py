@@ -13,6 +13,8 @@ from fastconv.conv_grad import conv2d_weight as conv2d_weight
 from fastconv.conv_grad import conv3d_bias as conv3d_bias
 from fastconv.conv_grad import conv3d_input as conv3d_input
 from fastconv.conv_grad import conv3d_weight as conv3d_weight
+from fastconv.folding import fold_input as fold_input
+from fastconv.folding import unfold_input as unfold_input
 from fastconv.functional_grad import batch_norm as batch_norm
 from fastconv.functional_grad import cross_entropy_input as cross_entropy_input
 from fastconv.functional_grad import dropout_input as dropout_input

@@ -158,7 +158,7 @@ def make_pool(
         size, kernel, stride, padding, dilation = axis
         outputs = output_size(size, kernel, stride, padding, padding, dilation, ceil_mode)
         windows.append(Windows(size, outputs, kernel, stride, padding, dilation, padding))
-    _check_outputs(call, windows)
+    check_outputs(call, windows)
     return PoolProblem(
         op, ndim, pool, shape[0], shape[1], _with_absent(windows),
         count_padding=_flag(call, "count_include_pad"), divisor=_divisor(call), dtype=dtype, order=order,
@@ -259,7 +259,8 @@ def _paddings(call: Call, kernels: tuple[int, ...]) -> tuple[int, ...]:
     return paddings
 
 
-def _check_outputs(call: Call, windows: list[Windows]) -> None:
+def check_outputs(call: Call, windows: list[Windows]) -> None:
+    """Raise unless a window fits along every axis."""
     for letter, axis in zip(_AXES[-len(windows) :], windows):
         if axis.outputs < 1:
             limit = f"{axis.padding} + {axis.size} + {axis.padding} = {axis.size + 2 * axis.padding}"

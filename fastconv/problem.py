@@ -67,7 +67,8 @@ def output_size(
     if not ceil_mode:
         return room // stride + 1
     windows = -(-room // stride) + 1
-    return windows - ((windows - 1) * stride >= padding_before + size)
+    begins_behind = (windows - 1) * stride >= padding_before + size
+    return windows - 1 if begins_behind else windows  # torch's symbolic sizes subtract no truth
 
 
 def span(kernel: int, dilation: int) -> int:

@@ -143,7 +143,10 @@ def make_cupy(allocated: list[np.ndarray]) -> types.ModuleType:
 
     module = types.ModuleType("cupy")
     module.ndarray, module.empty = CupyArray, empty
-    module.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=as_strided))
+    slide = np.lib.stride_tricks.sliding_window_view
+    module.lib = types.SimpleNamespace(
+        stride_tricks=types.SimpleNamespace(as_strided=as_strided, sliding_window_view=_on_device(slide))
+    )
 
     @contextmanager
     def from_external(stream):

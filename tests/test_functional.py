@@ -373,6 +373,115 @@ class TestInterpolate:
         assert place.host(fastconv.interpolate(none, 6)).shape == (0, 2, 6)
 
 
+# images (C, H, W) and the options kernel_size, dilation, padding, stride
+WINDOWS = {
+    "plain": ((3, 4, 5), (2,)),
+    "one tap": ((3, 4, 5), (1,)),
+    "padded": ((2, 3, 4), (3, 1, 1)),
+    "far padding": ((1, 2, 1), (2, 1, (0, 5))),
+    "steps": ((2, 7, 8), ((3, 2), (2, 3), (0, 1), (2, 1))),
+    "gaps": ((2, 5, 9), (1, 1, 0, (2, 4))),
+    "all": ((2, 3, 4), ((3, 4),)),
+}
+every_window = pytest.mark.parametrize(("shape", "options"), WINDOWS.values(), ids=list(WINDOWS))
+
+
+def read_by_windows(shape, kernel_size, dilation=1, padding=0, stride=1):
+    """What lies in every window: (row and column of the result of unfold, (c, h, w)), without the padding."""
+    pairs = (value if isinstance(value, tuple) else (value, value) for value in (dilation, padding, stride))
+    (dh, dw), (ph, pw), (sh, sw) = pairs
+    R, S = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    tops = range(-ph, shape[1] + ph - dh * (R - 1), sh)
+    lefts = range(-pw, shape[2] + pw - dw * (S - 1), sw)
+    reads = []
+    for column, (top, left) in enumerate(itertools.product(tops, lefts)):
+        for row, (c, r, s) in enumerate(np.ndindex(shape[0], R, S)):
+            h, w = top + r * dh, left + s * dw
+            if 0 <= h < shape[1] and 0 <= w < shape[2]:
+                reads.append((row, column, (c, h, w)))
+    return (shape[0] * R * S, len(tops) * len(lefts)), reads
+
+
+class TestUnfold:
+    @every_window
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+    @pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+    @everywhere
+    def test_definition(self, place, batch, dtype, shape, options, rng):
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        size, reads = read_by_windows(shape, *options)
+        x = integers(rng, (*batch, *shape), dtype)
+        expected = np.zeros((*batch, *size), dtype)
+        for row, column, place_read in reads:
+            expected[..., row, column] = x[(..., *place_read)]
+        assert_exact(place.host(fastconv.unfold(place.make(x), *options)), expected)
+
+    @every_window
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+    @pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
+    @everywhere
+    def test_fold(self, place, batch, dtype, shape, options, rng):
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        size, reads = read_by_windows(shape, *options)
+        columns = integers(rng, (*batch, *size), dtype)
+        expected = np.zeros((*batch, *shape), dtype)
+        for row, column, place_read in reads:
+            expected[(..., *place_read)] += columns[..., row, column]
+        assert_exact(place.host(fastconv.fold(place.make(columns), shape[1:], *options)), expected)
+
+    @every_window
+    def test_each_is_the_transpose_of_the_other(self, shape, options, rng):
+        size, _ = read_by_windows(shape, *options)
+        x, columns = normals(rng, (2, *shape), "float64"), normals(rng, (2, *size), "float64")
+        found = (x * fastconv.fold(columns, shape[1:], *options)).sum()
+        assert math.isclose((fastconv.unfold(x, *options) * columns).sum(), found, rel_tol=1e-12)
+
+    def test_a_convolution_is_a_product_of_matrices(self, rng):
+        x, w = integers(rng, (2, 3, 7, 8)), integers(rng, (5, 3, 3, 2))
+        product = w.reshape(5, -1) @ fastconv.unfold(x, (3, 2), (2, 1), (1, 2), (1, 3))
+        expected = fastconv.conv2d(x, w, stride=(1, 3), padding=(1, 2), dilation=(2, 1))
+        assert_exact(product.reshape(expected.shape), expected)
+
+    def test_any_memory_layout(self, rng):
+        image, columns = integers(rng, (2, 3, 4, 5)), integers(rng, (2, 12, 12))
+        unfolded, folded = fastconv.unfold(image, 2), fastconv.fold(columns, (4, 5), 2)
+        for _, x in (*layouts(image), *foreign_layouts(image)):
+            assert_exact(fastconv.unfold(x, 2), unfolded)
+        for _, x in (*layouts(columns), *foreign_layouts(columns)):
+            assert_exact(fastconv.fold(x, (4, 5), 2), folded)
+
+    @pytest.mark.parametrize("order", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize("padding", [0, 1])
+    @everywhere
+    def test_memory_order_is_kept(self, place, padding, order, rng):
+        """There and back; the result is never a view, of what the caller has or of something larger."""
+        x = integers(rng, (2, 4, 5, 3))
+        x = np.moveaxis(x, -1, 1) if order == "NHWC" else x.transpose(0, 3, 1, 2).copy()
+        columns = place.host(fastconv.unfold(place.make(x), 1, padding=padding))
+        assert (columns.swapaxes(1, 2) if order == "NHWC" else columns).flags.c_contiguous
+        back = place.host(fastconv.fold(place.make(columns), (4, 5), 1, padding=padding))
+        assert (np.moveaxis(back, 1, -1) if order == "NHWC" else back).flags.c_contiguous
+        assert_exact(back, x)
+        for result in (columns, back):
+            assert not np.shares_memory(result, x)
+            assert result.flags.writeable
+
+    def test_half_types_are_summed_in_float32(self):
+        """2048 and eight times 1: in float16 each 1 would be lost."""
+        columns = np.ones((9, 9), np.float16)
+        columns[0, 8] = 2048
+        assert fastconv.fold(columns, 5, 3)[0, 2, 2] == 2056
+
+    @everywhere
+    def test_no_samples(self, place):
+        none = place.make(np.zeros((0, 2, 3, 4), np.float32))
+        assert place.host(fastconv.unfold(none, 2)).shape == (0, 8, 6)
+        none = place.make(np.zeros((0, 8, 6), np.float32))
+        assert place.host(fastconv.fold(none, (3, 4), 2)).shape == (0, 2, 3, 4)
+
+
 CALLS = {
     "relu": lambda x, whole: fastconv.relu(x),
     "gelu": lambda x, whole: fastconv.gelu(x),
@@ -382,7 +491,10 @@ CALLS = {
     "batch_norm": lambda x, whole: fastconv.batch_norm(x, None, None, training=True),
     "dropout": lambda x, whole: fastconv.dropout(x, rng=0),
     "flatten": lambda x, whole: fastconv.flatten(x),
+    "unfold": lambda x, whole: fastconv.unfold(x, 2, padding=1),
+    "fold": lambda x, whole: fastconv.fold(x, (3, 4), 2),
 }
+SHAPES = {"unfold": (2, 4, 6)}  # of the input, where it is not (4, 6)
 
 
 class TestKinds:
@@ -396,7 +508,7 @@ class TestKinds:
     def test_on_a_device(self, place, kind, dtype, name, rng, monkeypatch):
         ml_dtypes = pytest.importorskip("ml_dtypes")
         kind = cuda_stand_in.make_kind(kind, [], monkeypatch)
-        x = normals(rng, (4, 6)).astype(getattr(ml_dtypes, dtype, dtype))
+        x = normals(rng, SHAPES.get(name, (4, 6))).astype(getattr(ml_dtypes, dtype, dtype))
         whole = rng.integers(0, 6, 4)
         expected = np.asarray(CALLS[name](x, whole))
         result = CALLS[name](kind.make(x), kind.make(whole))
@@ -409,7 +521,7 @@ class TestKinds:
     @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
     def test_tensors(self, name, dtype, rng):
         torch = pytest.importorskip("torch")
-        x = torch.from_numpy(normals(rng, (4, 6))).to(getattr(torch, dtype))
+        x = torch.from_numpy(normals(rng, SHAPES.get(name, (4, 6)))).to(getattr(torch, dtype))
         whole = torch.from_numpy(rng.integers(0, 6, 4))
         result = CALLS[name](x, whole)
         assert type(result) is torch.Tensor
@@ -567,6 +679,36 @@ BAD = {
     "size 0": (lambda: fastconv.interpolate(X, 0), ConvError, "size must be at least 1, got 0"),
     "scale": (lambda: fastconv.interpolate(X, scale_factor=0.1), ConvError, "the size of the result must be"),
     "scales": (lambda: fastconv.interpolate(X, scale_factor=(2, 2)), ConvError, "len(scale_factor) must be"),
+    "axes of unfold": (
+        lambda: fastconv.unfold(X[0], 1), ConvError,
+        "unfold: input (N, C, H, W) must have 4 axes (3 without N), got 2 (input (3, 4), kernel_size 1)",
+    ),
+    "no channels": (lambda: fastconv.unfold(X[:0], 1), ConvError, "input.shape[1] must be at least 1, got 0"),
+    "large kernel": (
+        lambda: fastconv.unfold(X, (3, 2), 2, (0, 1)), ConvError,
+        "unfold: the window's extent must be at most padding + H + padding = 0 + 3 + 0 = 3, got 2 * (3 - 1)",
+    ),
+    "kernel 0": (lambda: fastconv.unfold(X, 0), ConvError, "kernel_size must be at least 1, got 0"),
+    "stride 0": (lambda: fastconv.unfold(X, 1, stride=0), ConvError, "stride must be at least 1, got 0"),
+    "dilation 0": (lambda: fastconv.unfold(X, 1, (1, 0)), ConvError, "dilation must be at least 1, got 0"),
+    "padding -1": (lambda: fastconv.unfold(X, 1, 1, -1), ConvError, "padding must be at least 0, got -1"),
+    "kernels": (lambda: fastconv.unfold(X, (1, 1, 1)), ConvError, "len(kernel_size) must be the number of"),
+    "kernel of another type": (lambda: fastconv.unfold(X, 2.0), TypeError, "unfold: kernel_size must be an"),
+    "axes of fold": (
+        lambda: fastconv.fold(X[0, 0], 2, 1), ConvError,
+        "fold: input (N, C * R * S, L) must have 3 axes (2 without N), got 1",
+    ),
+    "rows of fold": (
+        lambda: fastconv.fold(X, (2, 3), (1, 2)), ConvError,
+        "fold: input.shape[-2] must be a multiple of R * S = 1 * 2 = 2, got 3 (input (2, 3, 4), output_size",
+    ),
+    "columns of fold": (
+        lambda: fastconv.fold(X, (2, 3), 1), ConvError,
+        "fold: input.shape[-1] must be L = P * Q = 2 * 3 = 6, got 4",
+    ),
+    "size of fold": (lambda: fastconv.fold(X, (4, 0), 1), ConvError, "output_size must be at least 1, got 0"),
+    "sizes of fold": (lambda: fastconv.fold(X, X.shape, 1), ConvError, "len(output_size) must be the number"),
+    "window of fold": (lambda: fastconv.fold(X, 2, 3), ConvError, "padding + H + padding = 0 + 2 + 0 = 2"),
     "scale of another type": (lambda: fastconv.interpolate(X, scale_factor="2"), TypeError, "finite number"),
 }  # fmt: skip
 
@@ -634,6 +776,18 @@ class TestAgainstTorch:
         wanted = functional.batch_norm(self.torch.from_numpy(x), *tensors, training=training).numpy()
         assert_bounded(found, wanted, 1e-12)
         assert_bounded(arrays, tensors.numpy(), 1e-13)
+
+    def test_unfold_and_fold(self, functional, rng):
+        for _ in range(50):
+            kernel, dilation, stride = rng.integers(1, 4, (3, 2))
+            padding = rng.integers(0, 4, 2)
+            sizes = tuple((dilation * (kernel - 1) + 1 + rng.integers(0, 6, 2)).tolist())
+            options = [tuple(value.tolist()) for value in (kernel, dilation, padding, stride)]
+            x = integers(rng, (2, 3, *sizes))
+            columns = functional.unfold(self.torch.from_numpy(x), *options)
+            assert_exact(fastconv.unfold(x, *options), columns.numpy())
+            images = functional.fold(columns, sizes, *options)
+            assert_exact(fastconv.fold(columns.numpy(), sizes, *options), images.numpy())
 
     @pytest.mark.parametrize("size", [1, 4, 5, 12])
     def test_local_response_norm(self, functional, size, rng):

@@ -182,6 +182,23 @@ def test_flatten(place, rng):
     assert_exact(place.host(found), gradient.reshape(2, 3, 4, 5))
 
 
+@pytest.mark.parametrize(
+    "options", [(2,), ((2, 3), 1, (1, 2), 2), (2, (1, 3), 1)], ids=["plain", "steps", "dilated"]
+)
+@everywhere
+def test_unfold_and_fold(place, options, rng):
+    x = normals(rng, (2, 3, 4, 5), "float64")
+    columns = fastconv.unfold(x, *options)
+    gradient = normals(rng, columns.shape, "float64")
+    found = place.host(grad.unfold_input(x.shape, place.make(gradient), *options))
+    assert_gradient(found, lambda x: fastconv.unfold(x, *options), x, gradient)
+    found = place.host(grad.unfold_input(x.shape[1:], place.make(gradient[0]), *options))
+    assert_gradient(found, lambda x: fastconv.unfold(x, *options), x[0], gradient[0])
+    gradient = normals(rng, x.shape, "float64")
+    found = place.host(grad.fold_input(place.make(gradient), *options))
+    assert_gradient(found, lambda c: fastconv.fold(c, (4, 5), *options), columns, gradient)
+
+
 class TestInterpolate:
     @pytest.mark.parametrize(
         ("sizes", "size", "mode"),
@@ -299,6 +316,20 @@ BAD = {
         lambda: grad.interpolate_input(SIZE, np.ones((2, 3, 7)), 8), ConvError,
         "interpolate_input: grad_output.shape must be that of the result = (2, 3, 8), got (2, 3, 7)",
     ),
+    "size of unfold": (
+        lambda: grad.unfold_input((2, 2, 2), X, 1), ConvError,
+        "unfold_input: grad_output.shape must be that of the output = (2, 4), got (2, 3)",
+    ),
+    "axes of unfold": (
+        lambda: grad.unfold_input((1, 3), X, 1), ConvError,
+        "unfold_input: input (N, C, H, W) must have 4 axes",
+    ),
+    "kernel of unfold": (
+        lambda: grad.unfold_input((2, 1, 3), X, 2), ConvError, "padding + H + padding = 0 + 1 + 0 = 1, got",
+    ),
+    "axes of fold": (
+        lambda: grad.fold_input(X, 1), ConvError, "fold_input: grad_output (N, C, H, W) must have 4 axes",
+    ),
     "size of response": (
         lambda: grad.local_response_norm_input(np.ones(SIZE), np.ones(SIZE), 0), ConvError,
         "size must be at least 1, got 0",
@@ -318,7 +349,7 @@ def test_every_gradient_is_listed():
     pools = {f"{pool}_pool{axes}d" for pool in ("max", "avg", "adaptive_avg") for axes in (1, 2, 3)}
     pools |= {"adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool2d"}
     others = {*ACTIVATIONS, "softmax", "log_softmax", "linear", "cross_entropy", "local_response_norm"}
-    others |= {"dropout", "flatten", "interpolate"}
+    others |= {"dropout", "flatten", "interpolate", "unfold", "fold"}
     assert names >= {f"{name}_input" for name in pools | others} | {
         "linear_weight",
         "linear_bias",

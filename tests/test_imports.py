@@ -38,11 +38,13 @@ ALLOWED = {
     "tune": {"algorithms", "arrays", "gpu", "measured", "ops", "plan", "problem"},
     "pool": {"arrays", "borrowing", "lazy", "pool_problem", "problem"},
     "pool_grad": {"arrays", "borrowing", "pool", "pool_problem", "problem"},
+    "folding": {"arrays", "borrowing", "pool_problem", "problem"},
     "functional": {"arrays", "borrowing", "losses", "problem", "resizing"},
     "functional_grad": {"borrowing", "functional", "losses", "problem", "resizing"},
-    "grad": {"conv_grad", "functional_grad", "pool_grad"},
-    "torch": {"__init__", "arrays", "conv_grad", "problem"},
-    "__init__": {"functional", "grad", "ops", "pool", "problem", "reference", "torch", "transposed", "tune"},
+    "grad": {"conv_grad", "folding", "functional_grad", "pool_grad"},
+    "torch": {"__init__", "arrays", "conv_grad", "pool_grad", "problem", "torch"},
+    "__init__": {"folding", "functional", "grad", "ops", "pool", "problem", "reference", "torch"}
+    | {"transposed", "tune"},
 }
 FOREIGN = {
     "numpy": set(ALLOWED),
@@ -159,6 +161,7 @@ class TestImport:
         names |= {"conv1d", "conv2d", "conv3d", "explain", "grad", "reference", "tune"}
         names |= {f"{pool}_pool{axes}d" for pool in ("avg", "max", "adaptive_avg") for axes in (1, 2, 3)}
         names |= {"adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool2d", "interpolate"}
+        names |= {"fold", "unfold"}
         names |= {"relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax"}
         names |= {"linear", "cross_entropy", "batch_norm", "local_response_norm", "dropout", "flatten"}
         names |= {f"conv_transpose{axes}d" for axes in (1, 2, 3)}

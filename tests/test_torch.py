@@ -1,6 +1,10 @@
-"""fastconv.torch: the convolutions under autograd, torch.compile, autocast and DDP, and as layers."""
+"""fastconv.torch: its names; convolutions under autograd, torch.compile, autocast and DDP; layers; a network.
+
+Its poolings are tested in test_torch_pool.py.
+"""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -18,6 +22,11 @@ from fastconv.problem import ConvError  # noqa: E402
 
 NDIM = (1, 2, 3)
 SIZES, KERNELS = (6, 5, 4), (3, 2, 2)
+
+# What is no operation on arrays, or tells and measures how one would run: these take tensors as they are.
+ABOUT = {"ConvError", "algorithms", "explain", "grad", "reference", "tune", "__version__"}
+OPERATIONS = sorted(set(fastconv.__all__) - ABOUT)
+ONLY_OURS = {"rng", "return_mask"}  # of dropout: what NumPy needs, and what a gradient by hand needs
 
 every_ndim = pytest.mark.parametrize("ndim", NDIM)
 either = pytest.mark.parametrize("name", ["conv", "conv_transpose"])
@@ -46,6 +55,46 @@ def ours(name, ndim):
 
 def theirs(name, ndim):
     return getattr(nn.functional, f"{name}{ndim}d")
+
+
+class TestNames:
+    def test_every_operation_has_its_name_here(self):
+        assert set(OPERATIONS) <= set(dir(ft))
+        assert all(callable(getattr(ft, name)) for name in OPERATIONS)
+
+    @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith(("conv", "Conv"))])
+    def test_arguments_are_those_for_arrays(self, name):
+        """The same names in the same order and the same defaults, or one where there was none."""
+        try:
+            here = inspect.signature(getattr(ft, name)).parameters
+        except ValueError:  # compiled, without a signature; tested by a call below
+            return
+        for place, parameter in enumerate(inspect.signature(getattr(fastconv, name)).parameters.values()):
+            if parameter.name not in ONLY_OURS:
+                twin = here[parameter.name]
+                assert parameter.default in (parameter.empty, twin.default)
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                    assert list(here)[place] == parameter.name
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        {
+            "avg_pool1d": (2,), "gelu": (), "flatten": (1,), "linear": (torch.ones(2, 6), torch.ones(2)),
+            "relu": (), "relu6": (), "sigmoid": (), "silu": (), "tanh": (), "softmax": (1,),
+            "log_softmax": (1,), "leaky_relu": (0.2,), "unfold": ((1, 2), 1, 0, (1, 2)),
+            "fold": ((2, 4), (2, 1)), "local_response_norm": (2, 0.1, 0.5, 2.0),
+            "interpolate": (3, None, "linear", False), "adaptive_avg_pool1d": (2,), "dropout": (0.0, True),
+            "batch_norm": (torch.ones(4), torch.ones(4), torch.ones(4), torch.ones(4), False, 0.2, 0.3),
+        }.items(),
+    )  # fmt: skip
+    def test_a_call_gives_what_it_gives_on_an_array(self, name, arguments):
+        shape = {"unfold": (3, 4, 6), "fold": (2, 4, 4)}.get(name, (3, 4, 6))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        on_array = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+        found = getattr(ft, name)(x.clone().requires_grad_(), *arguments)
+        assert found.requires_grad
+        expected = torch.from_numpy(getattr(fastconv, name)(x.numpy(), *on_array))
+        torch.testing.assert_close(found.detach(), expected)
 
 
 @either
@@ -264,6 +313,50 @@ def test_hooks_stay():
     layer.register_forward_hook(lambda *arguments: seen.append(type(arguments[0])))
     ft.convert(layer).model(torch.ones(1, 1, 3, 3))
     assert seen == [ft.Conv2d]
+
+
+class LeNet(nn.Module):
+    """A small network that takes its functions from a module: fastconv.torch, or torch's own."""
+
+    def __init__(self, functions):
+        super().__init__()
+        generator, self.functions = torch.Generator().manual_seed(0), functions
+        shapes = (6, 1, 5, 5), (6,), (8, 6, 3, 3), (8,), (4, 8 * 2 * 2), (4,)
+        self.parts = nn.ParameterList(0.2 * torch.randn(shape, generator=generator) for shape in shapes)
+
+    def forward(self, x):
+        f, (w1, b1, w2, b2, w3, b3) = self.functions, self.parts
+        x = f.max_pool2d(f.relu(f.conv2d(x, w1, b1, padding=2)), 2)
+        x = f.avg_pool2d(f.relu(f.conv2d(x, w2, b2)), 3, 2, 1)
+        return f.linear(f.adaptive_avg_pool2d(x, 2).flatten(1), w3, b3)
+
+    def learn(self, steps):
+        """Losses of plain gradient descent on one batch."""
+        generator = torch.Generator().manual_seed(1)
+        x, labels = torch.randn(8, 1, 12, 12, generator=generator), torch.arange(8) % 4
+        optimiser, losses = torch.optim.SGD(self.parameters(), lr=0.1), []
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss = self.functions.cross_entropy(self(x), labels)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        return losses
+
+
+def test_a_network_learns_as_on_torchs_own_functions():
+    found, expected = LeNet(ft).learn(20), LeNet(nn.functional).learn(20)
+    assert expected[-1] < 0.5 * expected[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_network_compiled_without_a_break():
+    """Its losses, through compiled forward and backward passes, are those of the network as it stands."""
+    torch.compiler.reset()
+    network = LeNet(ft)
+    expected = LeNet(ft).learn(3)
+    network.forward = torch.compile(network.forward, fullgraph=True, backend="aot_eager")
+    np.testing.assert_allclose(network.learn(3), expected, rtol=1e-5)
 
 
 def make_network():

@@ -1,7 +1,6 @@
-"""The convolutions as torch operations: under autograd (twice too), torch.compile, autocast and DDP.
+"""The convolutions as torch operations: tensors that may need gradients enter, and leave with a history.
 
-`fastconv.conv2d` takes tensors that need no gradient; here they may. Four operators are registered with
-torch, which are each other's derivatives:
+Four operators are registered with torch, which are each other's derivatives:
 
     convolution          needs  convolution_input and convolution_weight
     convolution_input           convolution_weight and convolution
@@ -14,19 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-try:
-    import torch
-    from torch import Tensor, nn
-except ImportError as error:
-    raise ImportError(f"fastconv.torch needs torch: pip install torch ({error})") from error
+import torch
+from torch import Tensor
 
 import fastconv
-from fastconv import arrays, conv_grad
+from fastconv import conv_grad
 from fastconv.problem import ConvError, output_size
+from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis
 
-Numbers = int | Sequence[int]
 Padding = str | int | Sequence[int | Sequence[int]]
-Size = Sequence[Any]  # of ints, symbolic ones too
 
 # What every operator takes at its end; padding is before, after, before, after ...
 _GEOMETRY = "int[] stride, SymInt[] padding, int[] dilation, int groups, str algo, str precision"
@@ -141,7 +136,7 @@ def conv_transpose1d(
     tensor([[ 1., 10.,  2., 20.]])
     """
     geometry = _transposed_geometry(1, stride, padding, dilation, groups, algo, precision)
-    return _transpose(1, input, weight, bias, _per_axis(output_padding, 1), geometry)
+    return _transpose(1, input, weight, bias, per_axis(output_padding, 1), geometry)
 
 
 def conv_transpose2d(
@@ -163,7 +158,7 @@ def conv_transpose2d(
     [[[[1.0, 1.0, 1.0, 1.0]]]]
     """
     geometry = _transposed_geometry(2, stride, padding, dilation, groups, algo, precision)
-    return _transpose(2, input, weight, bias, _per_axis(output_padding, 2), geometry)
+    return _transpose(2, input, weight, bias, per_axis(output_padding, 2), geometry)
 
 
 def conv_transpose3d(
@@ -185,148 +180,14 @@ def conv_transpose3d(
     tensor([2., 2.])
     """
     geometry = _transposed_geometry(3, stride, padding, dilation, groups, algo, precision)
-    return _transpose(3, input, weight, bias, _per_axis(output_padding, 3), geometry)
-
-
-class Conv1d(nn.Conv1d):
-    """torch.nn.Conv1d, its arguments and its state dict, computed by fastconv; see Conv2d."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(self, conv1d, input, weight, bias)
-
-
-class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d, its arguments and its state dict, computed by fastconv.
-
-    >>> Conv2d(3, 8, 3, padding="same")(torch.ones(1, 3, 5, 5)).shape
-    torch.Size([1, 8, 5, 5])
-    """
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(self, conv2d, input, weight, bias)
-
-
-class Conv3d(nn.Conv3d):
-    """torch.nn.Conv3d, its arguments and its state dict, computed by fastconv; see Conv2d."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(self, conv3d, input, weight, bias)
-
-
-class ConvTranspose1d(nn.ConvTranspose1d):
-    """torch.nn.ConvTranspose1d, its arguments and its state dict, computed by fastconv."""
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve; output_size chooses among the possible extents."""
-        return _forward_transposed(self, conv_transpose1d, 1, input, output_size)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch.nn.ConvTranspose2d, its arguments and its state dict, computed by fastconv.
-
-    >>> ConvTranspose2d(3, 8, 4, stride=2, padding=1)(torch.ones(1, 3, 5, 5)).shape
-    torch.Size([1, 8, 10, 10])
-    """
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve; output_size chooses among the possible extents."""
-        return _forward_transposed(self, conv_transpose2d, 2, input, output_size)
-
-
-class ConvTranspose3d(nn.ConvTranspose3d):
-    """torch.nn.ConvTranspose3d, its arguments and its state dict, computed by fastconv."""
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve; output_size chooses among the possible extents."""
-        return _forward_transposed(self, conv_transpose3d, 3, input, output_size)
-
-
-_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.ConvTranspose1d: ConvTranspose1d,
-    nn.ConvTranspose2d: ConvTranspose2d, nn.ConvTranspose3d: ConvTranspose3d,
-}  # fmt: skip
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-class Conversion(NamedTuple):
-    """What `convert` did.
-
-    model    the converted one
-    swapped  names of the layers that fastconv computes now
-    left     name -> why a convolution was left alone
-    """
-
-    model: nn.Module
-    swapped: list[str]
-    left: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.swapped)} convolutions are computed by fastconv, {len(self.left)} are left alone"
-        ]
-        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.left.items())])
-
-
-def convert(model: nn.Module) -> Conversion:
-    """Let fastconv compute the convolutions of a model: its layers change their class, in place.
-
-    Parameters, buffers, hooks and names stay, so that optimisers and state dicts go on working.
-
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, dtype=torch.complex64))
-    >>> print(convert(model))
-    1 convolutions are computed by fastconv, 1 are left alone
-      2: fastconv has no torch.complex64
-    """
-    swapped, left = [], {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, tuple(_SWAPS)) or type(layer) in _SWAPS.values():
-            continue
-        reason = _why_left(layer)
-        if reason is None:
-            layer.__class__ = _SWAPS[type(layer)]
-            swapped.append(name or type(layer).__name__)
-        else:
-            left[name or type(layer).__name__] = reason
-    return Conversion(model, swapped, left)
-
-
-def _why_left(layer: nn.Module) -> str | None:
-    if type(layer) not in _SWAPS:
-        return f"{type(layer).__module__}.{type(layer).__qualname__} may compute something of its own"
-    weight: Any = layer.weight
-    if weight.dtype not in _DTYPES:
-        return f"fastconv has no {weight.dtype}"
-    if weight.device.type not in ("cpu", "cuda", "meta"):
-        return f"fastconv has no kernels for {weight.device.type}"
-    return None
-
-
-def _forward(layer: Any, function: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Do what torch's layers do in _conv_forward."""
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        input = nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
-
-
-def _forward_transposed(
-    layer: Any, function: Any, ndim: int, input: Tensor, output_size: list[int] | None
-) -> Tensor:
-    """Do what torch's transposed layers do in forward."""
-    beyond = layer._output_padding(
-        input, output_size, layer.stride, layer.padding, layer.kernel_size, ndim, layer.dilation
-    )
-    return function(
-        input, layer.weight, layer.bias, layer.stride, layer.padding, beyond, layer.groups, layer.dilation
-    )
+    return _transpose(3, input, weight, bias, per_axis(output_padding, 3), geometry)
 
 
 def _convolve(
     ndim: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Numbers, padding: Padding,
     dilation: Numbers, groups: int, algo: str, precision: str,
 ) -> Tensor:  # fmt: skip
-    steps, spread = _per_axis(stride, ndim), _per_axis(dilation, ndim)
+    steps, spread = per_axis(stride, ndim), per_axis(dilation, ndim)
     pads = _pads(padding, input.shape[-ndim:], weight.shape[2:], steps, spread)
     x, weight, bias = _autocast(input, weight, bias)
     is_single = input.dim() == ndim + 1
@@ -350,7 +211,7 @@ def _transposed_geometry(
     if isinstance(padding, str):
         rule = "padding must be an int, or an int or (before, after) pair per spatial axis"
         raise TypeError(f"conv_transpose{ndim}d: {rule}, got {padding!r}")
-    steps, spread = _per_axis(stride, ndim), _per_axis(dilation, ndim)
+    steps, spread = per_axis(stride, ndim), per_axis(dilation, ndim)
     pads = _pads(padding, (), (), steps, spread)
     return Geometry(steps, pads, spread, groups, algo, precision)
 
@@ -362,11 +223,6 @@ def _autocast(*tensors: Any) -> Any:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
-
-
-def _per_axis(value: Numbers, ndim: int) -> list[int]:
-    """Return one number per axis; whether they are right is checked by fastconv's own functions."""
-    return [value] * ndim if isinstance(value, int) else list(value)
 
 
 def _pads(padding: Padding, sizes: Size, kernels: Size, stride: list[int], dilation: list[int]) -> list[Any]:
@@ -386,37 +242,33 @@ def _pads(padding: Padding, sizes: Size, kernels: Size, stride: list[int], dilat
     return [number for pair in pairs for number in pair]
 
 
-def _define(name: str, arguments: str) -> Any:
-    """Return the decorator that registers a function as the operator fastconv::<name>."""
-    schema = f"({arguments}, {_GEOMETRY}) -> Tensor"
-    return torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
-
-
 def _plain(*tensors: Tensor | None) -> Iterable[Any]:
     """Return the tensors without their history: fastconv's functions refuse tensors that need a gradient."""
     return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
-@_define("convolution", "Tensor input, Tensor weight, Tensor? bias")
+@define("convolution", f"Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}")
 def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     function = getattr(fastconv, f"conv{weight.dim() - 2}d")
     return function(*_plain(input, weight, bias), **Geometry(*geometry).options())
 
 
-@_define("convolution_input", "SymInt[] input_size, Tensor weight, Tensor grad_output")
+@define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}")
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
     return function(tuple(input_size), *_plain(weight, grad_output), **Geometry(*geometry).options())
 
 
-@_define("convolution_weight", "Tensor input, SymInt[] weight_size, Tensor grad_output")
+@define("convolution_weight", f"Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}")
 def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{len(weight_size) - 2}d_weight")
     input, grad_output = _plain(input, grad_output)
     return function(input, tuple(weight_size), grad_output, **_for_weight(Geometry(*geometry)).options())
 
 
-@_define("convolution_transposed", "Tensor input, Tensor weight, Tensor? bias, int[] output_padding")
+@define(
+    "convolution_transposed", f"Tensor input, Tensor weight, Tensor? bias, int[] output_padding, {_GEOMETRY}"
+)
 def _convolution_transposed(input: Any, weight: Any, bias: Any, output_padding: Any, *geometry: Any) -> Any:
     function = getattr(fastconv, f"conv_transpose{weight.dim() - 2}d")
     options = Geometry(*geometry).options()
@@ -434,12 +286,12 @@ def _fake_convolution(input: Tensor, weight: Tensor, bias: Any, *geometry: Any) 
     pads = zip(g.padding[::2], g.padding[1::2], strict=True)
     axes = zip(input.shape[2:], weight.shape[2:], g.stride, pads, g.dilation, strict=True)
     sizes = [output_size(size, kernel, step, *pad, spread) for size, kernel, step, pad, spread in axes]
-    return _empty_like(input, [input.shape[0], weight.shape[0], *sizes])
+    return empty_like(input, [input.shape[0], weight.shape[0], *sizes])
 
 
 @_convolution_input.register_fake
 def _fake_convolution_input(input_size: Size, weight: Tensor, grad_output: Tensor, *geometry: Any) -> Tensor:
-    return _empty_like(grad_output, list(input_size))
+    return empty_like(grad_output, list(input_size))
 
 
 @_convolution_weight.register_fake
@@ -455,15 +307,7 @@ def _fake_convolution_transposed(
     pads = [before + after for before, after in zip(g.padding[::2], g.padding[1::2], strict=True)]
     axes = zip(input.shape[2:], weight.shape[2:], g.stride, pads, g.dilation, output_padding, strict=True)
     sizes = [(H - 1) * step - pad + spread * (R - 1) + 1 + more for H, R, step, pad, spread, more in axes]
-    return _empty_like(input, [input.shape[0], weight.shape[1] * g.groups, *sizes])
-
-
-def _empty_like(leader: Tensor, shape: Size) -> Tensor:
-    """Return a tensor whose memory has the order in which fastconv returns a result."""
-    order = arrays.memory_order.__wrapped__(tuple(leader.shape[1:]), tuple(leader.stride()[1:]), 0, "NCHW")
-    if order == "NCHW":
-        return leader.new_empty(shape)
-    return leader.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
+    return empty_like(input, [input.shape[0], weight.shape[1] * g.groups, *sizes])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
