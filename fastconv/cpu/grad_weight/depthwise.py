@@ -78,10 +78,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     d, g = _plan(problem, tile, device)
     lanes = device.lanes(problem.compute_dtype)
     block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True, m=lanes)
-    t, r, s = (np.arange(extent) for extent in problem.weight_shape5[2:])
-    r, s = r * problem.dilation[1], s * problem.dilation[2]
-    taps = ((t[:, None, None] * g.Hb + r[:, None]) * g.Wb + s).reshape(-1) * d.k_step
-    a_rows, b_pixels = outer.row_offsets(d, taps), np.arange(g.rows * g.cols) * d.k_step
+    a_rows, b_pixels = _tables(problem, tile, device)
     x, y = view(operands.x), view(operands.weight)
 
     def add(first: int, last: int, sums: np.ndarray) -> None:
@@ -89,6 +86,16 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
 
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
     outer.run(problem, block, d, out, add)
+
+
+@lru_cache(maxsize=256)
+def _tables(problem: ConvProblem, tile: Tile, device: Device) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the taps and the pixels of grad_y lie in their packed blocks."""
+    d, g = _plan(problem, tile, device)
+    t, r, s = (np.arange(extent) for extent in problem.weight_shape5[2:])
+    r, s = r * problem.dilation[1], s * problem.dilation[2]
+    taps = ((t[:, None, None] * g.Hb + r[:, None]) * g.Wb + s).reshape(-1) * d.k_step
+    return outer.row_offsets(d, taps), np.arange(g.rows * g.cols) * d.k_step
 
 
 @Kernel

@@ -131,14 +131,19 @@ def run(
     sums = np.zeros((d.parts, tasks, d.rows, d.k_step), problem.compute_dtype)
     threads.run_tasks(lambda first, last: kernel(first, last, sums), d.parts * tasks, workers)
     target = view(out)
-    axes = zip((d.c_step, *out.shape[3:]), target[3:])
-    rows = reduce(np.add.outer, [np.arange(size) * step for size, step in axes]).reshape(-1)
-    is_line = bool((np.diff(rows) == 1).all())
+    rows, is_line = _tap_offsets((d.c_step, *out.shape[3:]), target[3:])
     threads.run_tasks(
         lambda first, last: _collect(block, first, last, d, tasks, address(sums), target, rows, is_line),
         tasks,
         workers,
     )
+
+
+@lru_cache(maxsize=256)
+def _tap_offsets(sizes: tuple[int, ...], steps: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+    """Return where the taps of a task's channels lie in the gradient, and whether that is side by side."""
+    rows = reduce(np.add.outer, [np.arange(size) * step for size, step in zip(sizes, steps)]).reshape(-1)
+    return rows, bool((np.diff(rows) == 1).all())
 
 
 def by_group(problem: ConvProblem, out: np.ndarray) -> np.ndarray:
