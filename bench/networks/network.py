@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
-from bench.networks.nodes import Conv, ConvLayer, Node, Shape
+from bench.networks.nodes import Conv, ConvLayer, MaxUnpool, Node, Shape
 from fastconv.problem import ConvError
 
 INPUT = "input"
+INDICES = ".indices"  # behind the name of a pooling: the places of its maxima, as a value of their own
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Layer:
     name: str
     node: Node
     inputs: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the values that its run takes: its inputs, and the indices of a pooling that it undoes."""
+        indices = (self.node.pool + INDICES,) if isinstance(self.node, MaxUnpool) else ()
+        return (*self.inputs, *indices)
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in the order of its execution; `source` is the paper, and whose variant of it this is."""
+    """A network in the order of its execution; `source` is the paper, and whose variant of it this is.
+
+    `training_only`: prefixes of arrays that checkpoints hold for layers that only training has.
+    """
 
     name: str
     source: str
     input_shape: Shape
     layers: tuple[Layer, ...]
+    training_only: tuple[str, ...] = ()
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -85,6 +96,18 @@ class Network:
             for layer in self.layers
             for name, shape in layer.node.parameters(self.shapes[layer.inputs[0]]).items()
         }
+
+    def buffers(self) -> dict[str, Shape]:
+        """Shape of every array that a run needs beside the trainable ones, named alike."""
+        return {
+            f"{layer.name}.{name}": shape
+            for layer in self.layers
+            for name, shape in layer.node.buffers(self.shapes[layer.inputs[0]]).items()
+        }
+
+    def arrays(self) -> dict[str, Shape]:
+        """Shape of every array that a run needs."""
+        return {**self.parameters(), **self.buffers()}
 
     def summary(self) -> list[Row]:
         """One row for each layer."""
