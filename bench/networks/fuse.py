@@ -98,7 +98,8 @@ class _Chain:
             node = replace(node, activation=following.node)
         else:
             return False
-        self.node, self.layer = node, Layer(following.name, node, inputs)
+        fused = (*(self.layer.fused or (self.layer.name,)), following.name)
+        self.node, self.layer = node, Layer(following.name, node, inputs, fused)
         return True
 
     def _scale(self, scale: np.ndarray, shift: np.ndarray) -> None:

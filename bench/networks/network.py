@@ -17,11 +17,15 @@ INDICES = ".indices"  # behind the name of a pooling: the places of its maxima, 
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with its name and the names of the layers whose outputs it takes ("input" is the network's)."""
+    """A node with its name and the names of the layers whose outputs it takes ("input" is the network's).
+
+    `fused`: names of the layers that it stands for, if `fuse` made it of several.
+    """
 
     name: str
     node: Node
     inputs: tuple[str, ...]
+    fused: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

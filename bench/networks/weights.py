@@ -66,14 +66,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
     except ModuleNotFoundError as error:
         need = 'safetensors is not installed: pip install ".[bench]" in the checkout'
         raise ConvError(f"weights: {need}") from error
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
-    except (OSError, TypeError, SafetensorError) as error:  # TypeError: bfloat16, which NumPy lacks
+        return load_file(path)
+    except (OSError, KeyError, TypeError, SafetensorError) as error:  # those of Python: a dtype NumPy lacks
         raise ConvError(f"weights: {path.name} cannot be read as .safetensors: {error}") from error
 
 
