@@ -31,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"--output must be a folder that can be written to, got {options.output}")
     if getattr(options, "threads", None):
         os.environ["FASTCONV_THREADS"] = str(options.threads)
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(options.threads))  # NumPy's matrix products
     if options.run == "run_gpu":
         from bench.gpu.command import run_gpu  # a machine with a GPU may lack what the other commands need
 
@@ -40,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.fit import run_fit
 
         return run_fit(options.file)
-    if options.run == "run_train":  # small products: threads would wait for each other longer than they work
+    if options.run in ("run_train", "run_network"):
+        # Small products: threads would wait for each other, or for fastconv's, longer than they work.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from bench import commands  # here, because --help needs none of what it imports
