@@ -30,10 +30,11 @@ from bench.networks.nodes import (
     Pool,
 )
 from fastconv import reference
+from fastconv.borrowing import Loan
 from fastconv.problem import ConvError
 from tests import torch_twin
 from tests.backends import EMULATOR
-from tests.compare import assert_bounded, normals
+from tests.compare import assert_bounded, assert_exact, normals
 from tests.places import entering
 
 # So that all networks are checked in a minute: inputs of other sizes that they accept, narrower layers.
@@ -192,9 +193,9 @@ def outputs(model, x):
 
 
 def test_a_sample_does_not_depend_on_its_batch(rng):
-    model = Model(branches(), draw_weights(branches()))
-    x = normals(rng, (3, 3, 12, 12))
-    assert np.array_equal(model.run(x)[1:2, :], model.run(x[1:2]))
+    """Bit for bit, but for linear layers, whose matrix product is the array library's."""
+    model, x = Model(branches(), draw_weights(branches())), normals(rng, (3, 3, 12, 12))
+    assert_exact(outputs(model, x)["flatten"][1:2], outputs(model, x[1:2])["flatten"])
 
 
 def test_what_nobody_reads_any_more_is_freed(rng):
@@ -226,32 +227,20 @@ def test_input_of_another_shape_is_refused(shape):
 
 @pytest.mark.emulator
 def test_a_network_runs_on_cupy_arrays(monkeypatch, rng):
-    """On the kernels of the GPU, emulated: convolutions, poolings, and what CuPy's functions do."""
-    network = lenet_with_batch_norm()
-    weights, x = draw_weights(network), normals(rng, (2, 1, 12, 12))
+    """On the kernels of the GPU, emulated: all that stays of every way to join layers when they are fused."""
+    network, weights = fuse(branches(), draw_weights(branches()))
+    x = normals(rng, (2, 3, 12, 12))
     expected = outputs(Model(network, weights), x)
+    give = Loan.give
     with entering(EMULATOR, monkeypatch) as place:
+        # The stand-in's functions return arrays that its kernels do not take; those of CuPy's do.
+        monkeypatch.setattr(Loan, "give", lambda loan, result: place.make(place.host(give(loan, result))))
         there = {name: place.make(array) for name, array in weights.items()}
         found = outputs(Model(network, there), place.make(x))
         found = {name: place.host(array) for name, array in found.items()}
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert_bounded(found[name], array, 1e-5 * (1 + np.abs(array)), "float32")
-
-
-def lenet_with_batch_norm():
-    net = Draft(1, 12, 12)
-    net.add("C1", Conv(4, 3))
-    net.add("C1.bn", BatchNorm())
-    net.add("C1.relu", Activation("relu"))
-    net.add("S2", Pool("max", 2, 2))
-    net.add("C3", Conv(6, 3, padding=1))
-    net.add("C3.tanh", Activation("tanh"))
-    net.add("S4", Pool("avg", 2, 2))
-    net.add("average", AdaptivePool(1))
-    net.add("flatten", Flatten())
-    net.add("output", Linear(3))
-    return net.network("tiny", "made up")
 
 
 # Fusion -------------------------------------------------------------------------------------------
@@ -305,3 +294,119 @@ def test_an_activation_is_not_fused_before_a_sum():
     net.add("twice", Add(), conv, conv)
     fused, _ = fuse(net.network("net", ""), draw_weights(net.network("net", "")))
     assert [layer.name for layer in fused.layers] == ["relu", "sum", "conv2", "twice"]
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def save_npz(path, arrays):
+    np.savez(path, **arrays)
+
+
+def save_safetensors(path, arrays):
+    library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    library.save_file(arrays, path)
+
+
+SAVE = pytest.mark.parametrize(
+    ("suffix", "save"), [("npz", save_npz), ("safetensors", save_safetensors)], ids=["npz", "safetensors"]
+)
+
+
+@SAVE
+def test_weights_come_back_from_a_file(tmp_path, suffix, save, rng):
+    network = branches()
+    weights = draw_weights(network, seed=3)
+    counter = {"stem.bn.num_batches_tracked": np.array(7)}
+    save(tmp_path / f"net.{suffix}", {**weights, **counter})
+    found = load_weights(network, tmp_path / f"net.{suffix}")
+    assert list(found) == list(network.arrays())
+    for name, array in weights.items():
+        assert_exact(found[name], array)
+
+
+def test_arrays_of_a_batch_norm():
+    network = get_network("resnet18")
+    assert sum(name.endswith("running_var") for name in network.buffers()) == 20
+    assert network.buffers()["bn1.running_mean"] == (64,)
+    assert not network.buffers().keys() & network.parameters().keys()
+    assert network.arrays().keys() == network.buffers().keys() | network.parameters().keys()
+
+
+def test_auxiliary_heads_and_matrices_of_checkpoints(tmp_path):
+    network = get_network("googlenet")
+    small = replace(network, input_shape=(3, 32, 32), layers=network.layers[:3])
+    weights = draw_weights(small)
+    save_npz(tmp_path / "a.npz", {**weights, "aux1.fc1.weight": np.zeros(3), "aux2.conv.bn.bias": np.zeros(3)})
+    assert load_weights(small, tmp_path / "a.npz").keys() == weights.keys()
+    pixelwise = Draft(4, 2, 2)
+    pixelwise.add("mix", Conv(3, 1))
+    matrix = {"mix.weight": np.ones((3, 4), np.float32), "mix.bias": np.ones(3, np.float32)}
+    save_npz(tmp_path / "b.npz", matrix)
+    found = load_weights(pixelwise.network("net", ""), tmp_path / "b.npz")
+    assert_exact(found["mix.weight"], np.ones((3, 4, 1, 1), np.float32))
+
+
+def broken(weights, kind):
+    """What a file holds, and what the error says of it."""
+    if kind == "missing":
+        kept = {name: array for name, array in weights.items() if not name.startswith("stem.bn.")}
+        return kept, "4 missing (stem.bn.weight, stem.bn.bias, stem.bn.running_mean, stem.bn.running_var)"
+    if kind == "unknown":
+        return {**weights, "head.weight": np.zeros(3)}, "1 unknown (head.weight)"
+    if kind == "other network":
+        return draw_weights(get_network("mnist1d")), "and 6 unknown (conv1."
+    if kind == "shape":
+        changed = weights["stem.weight"].transpose(1, 0, 2, 3)
+        return {**weights, "stem.weight": changed}, "stem.weight must have shape (8, 3, 3, 3), got (3, 8, 3, 3)"
+    changed = weights["fc.bias"].astype(np.float64)
+    return {**weights, "fc.bias": changed}, "fc.bias must be of dtype float32, got float64"
+
+
+@SAVE
+@pytest.mark.parametrize("kind", ["missing", "unknown", "other network", "shape", "dtype"])
+def test_weights_that_do_not_fit_are_refused(tmp_path, kind, suffix, save):
+    arrays, rule = broken(draw_weights(branches()), kind)
+    save(tmp_path / f"net.{suffix}", {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    with pytest.raises(ConvError, match=rf"^weights: .*{re.escape(rule)}"):
+        load_weights(branches(), tmp_path / f"net.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("net.npz", b"no archive", "net.npz cannot be read as .npz"),
+        ("net.npz", b"", "net.npz cannot be read as .npz"),
+        ("net.safetensors", b"no header at all", "net.safetensors cannot be read as .safetensors"),
+        ("net.pth", b"", "the file must be of type .safetensors or .npz, got net.pth"),
+        ("net", None, "the file must exist, got "),
+    ],
+)
+def test_files_without_weights_are_refused(tmp_path, name, content, rule):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConvError, match=f"^weights: {re.escape(rule)}"):
+        load_weights(branches(), tmp_path / name)
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it raises ModuleNotFoundError
+    (tmp_path / "net.safetensors").write_bytes(b"")
+    with pytest.raises(ConvError, match="safetensors is not installed: pip install"):
+        load_weights(branches(), tmp_path / "net.safetensors")
+
+
+def test_a_seed_draws_the_same_weights():
+    first, again, other = (draw_weights(branches(), seed) for seed in (0, 0, 1))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not any(np.array_equal(first[name], other[name]) for name in first)
+    assert all(array.dtype == np.float32 and array.std() > 0 for array in first.values())
+
+
+def test_drawn_weights_keep_the_size_of_activations(rng):
+    """Behind 13 convolutions and their ReLUs the numbers are as large as at the input."""
+    network = shrink(get_network("vgg16"))
+    found = outputs(Model(network, draw_weights(network)), normals(rng, (1, 3, 32, 32)))
+    assert 0.1 < np.sqrt((found["features.27"] ** 2).mean()) < 10
