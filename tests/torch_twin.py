@@ -79,7 +79,9 @@ def compute(torch, node, inputs, arrays):
 
 def _convolve(torch, node, x, arrays, ndim):
     F, options = torch.nn.functional, {"stride": node.stride, "dilation": node.dilation}
-    if ndim == 2 and node.groups > 1 and not node.transposed:  # in float64 torch would take the groups one after the other
+    if (
+        ndim == 2 and node.groups > 1 and not node.transposed
+    ):  # in float64 torch would take the groups one after the other
         return _convolve_groups(torch, node, x, arrays, options)
     convolve, padding = getattr(F, f"conv{'_transpose' * node.transposed}{ndim}d"), node.padding
     options["groups"] = node.groups

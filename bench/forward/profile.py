@@ -69,7 +69,7 @@ class Profile:
         return dict(sorted(kinds.items(), key=lambda item: -sum(layer.seconds for layer in item[1])))
 
 
-def profile(model: Model, x: np.ndarray, keep: Collection[str] = (), seconds: float = SECONDS) -> Profile:
+def profile(model: Model, x: np.ndarray, keep: Collection[str] = ()) -> Profile:
     """Run a model once to look at it, which warms it up, then as often as fits into the time.
 
     keep  names of layers whose outputs are wanted
@@ -85,7 +85,7 @@ def profile(model: Model, x: np.ndarray, keep: Collection[str] = (), seconds: fl
 
     output = model.run(x, look)
     totals: list[float] = []
-    end = perf_counter() + seconds
+    end = perf_counter() + SECONDS
     while len(totals) < FEWEST or (perf_counter() < end and len(totals) < MOST):
         start = perf_counter()
         model.run(x, lambda step: times[step.layer.name].append(step.seconds))
