@@ -161,14 +161,14 @@ def branches():
     net.add("stem", Conv(8, 3, padding=1, bias=False))
     net.add("stem.bn", BatchNorm())
     start = net.add("stem.relu", Activation("relu"))
-    net.add("body", Conv(8, 3, padding=1))
+    net.add("body", Conv(8, 3, padding=2, dilation=2))
     body = net.add("body.scale", LayerScale())
     net.last = start
     shortcut = net.add("shortcut", Conv(8, 1))
     net.add("sum", Add(), body, shortcut)
     left = net.add("sum.relu", Activation("leaky_relu", 0.1))
     pooled = net.add("pool", Pool("max", 2, 2, return_indices=True), left)
-    net.add("up", ConvTranspose(8, 3, padding=1, groups=2))
+    net.add("up", ConvTranspose(8, 3, padding=2, dilation=2, groups=2))
     net.add("up.bn", BatchNorm())
     net.add("whole", ConvTranspose(8, 1, bias=False), pooled)
     net.add("whole.bn", BatchNorm())
@@ -606,7 +606,8 @@ def test_a_run_tells_of_every_layer(quick, tmp_path, capsys):
     assert {"cpu", "threads", "versions", "commit", "peak_gflops"} <= set(found)
     for text in (
         "conv1 .. relu1", f"{first['algorithm']} {first['tile']}", "1x32x26x26", "10 layers",
-        "93,322 parameters", "time by kind of layer", "weights: random, seed 0: classes and maps mean nothing",
+        "93,322 parameters", "time by kind of layer",
+        "weights: random, seed 0: classes and maps mean nothing",
         "no class-activation map: it needs global average pooling",
     ):  # fmt: skip
         assert text in shown

@@ -406,7 +406,7 @@ def test_graph_is_ready_to_execute(network):
         assert len(layer.inputs) == 1 or isinstance(layer.node, Add | Concat)
         if isinstance(layer.node, MaxUnpool):
             size = layer.node.size
-            assert known[layer.node.pool] == Pool("max", size, size)
+            assert known[layer.node.pool] == Pool("max", size, size, return_indices=True)
         used.update(layer.inputs)
         known[layer.name] = layer.node
     assert set(known) - used == {network.layers[-1].name}
