@@ -285,16 +285,25 @@ def test_a_kept_layer_keeps_its_output():
     assert names[:5] == ["stem.bn", "stem.relu", "shortcut", "sum", "sum.relu"]
 
 
-def test_an_activation_is_not_fused_before_a_sum():
-    """relu(conv(x)) + x is not relu(conv(x) + x); and a sum of a map with itself has no residual."""
+def test_what_does_not_commute_is_not_fused():
+    """A sum or a batch norm behind an activation, a batch norm behind a sum, a sum of a map with itself."""
     net = Draft(4, 6, 6)
     conv = net.add("conv", Conv(4, 3, padding=1))
     relu = net.add("relu", Activation("relu"))
     net.add("sum", Add(), relu, "input")
     conv = net.add("conv2", Conv(4, 1))
     net.add("twice", Add(), conv, conv)
+    net.add("conv3", Conv(4, 1))
+    net.add("relu3", Activation("relu"))
+    net.add("relu3.bn", BatchNorm())
+    net.add("conv4", Conv(4, 1))
+    net.add("sum4", Add(), "conv4", "relu3.bn")
+    net.add("sum4.bn", BatchNorm())
     fused, _ = fuse(net.network("net", ""), draw_weights(net.network("net", "")))
-    assert [layer.name for layer in fused.layers] == ["relu", "sum", "conv2", "twice"]
+    assert [layer.name for layer in fused.layers] == [
+        *("relu", "sum", "conv2", "twice"),
+        *("relu3", "relu3.bn", "sum4", "sum4.bn"),
+    ]
 
 
 # Weights ------------------------------------------------------------------------------------------
