@@ -17,7 +17,7 @@ def read_version() -> str:
     return found.group(1)
 
 
-BENCH = ["rich>=13", "matplotlib>=3.9", "scikit-learn>=1.5"]
+BENCH = ["rich>=13", "matplotlib>=3.9", "pillow>=10", "safetensors>=0.4", "scikit-learn>=1.5"]
 DASK = ["dask[array]>=2024.8", "distributed>=2024.8"]
 # Where NVIDIA publishes its compiler.
 NVRTC = "(sys_platform == 'linux' and platform_machine in 'x86_64 aarch64') or sys_platform == 'win32'"

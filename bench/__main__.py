@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bench.gpu.fit import run_fit
 
         return run_fit(options.file)
-    if options.run == "run_train":  # small products: threads would wait for each other longer than they work
+    if options.run in ("run_train", "run_network"):
+        # Small products: threads would wait for each other, or for fastconv's, longer than they work.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from bench import commands  # here, because --help needs none of what it imports
@@ -84,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_layers(commands)
     _add_photo(commands)
     _add_networks(commands)
+    _add_network(commands)
     _add_compare(commands)
     _add_report(commands)
     _add_kernels(commands)
@@ -137,6 +139,35 @@ def _add_networks(commands: Commands) -> None:
         commands, "networks", "a network's layers: shapes, parameters, multiply-adds, receptive fields"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all names are listed, if none is given")
+
+
+def _add_network(commands: Commands) -> None:
+    parser = _add_command(
+        commands,
+        "network",
+        "run one network on a picture: time, algorithm, rate and memory of every layer, and pictures of its "
+        "first filters, of the maps of chosen layers and of what speaks for its class",
+    )
+    parser.add_argument("name", metavar="NAME", help="as `python -m bench networks` lists them")
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # what has no default that could be shown
+    parser.set_defaults(image=None, weights=None, chosen=None)
+    parser.add_argument("--image", type=Path, metavar="FILE", help="instead of a photograph", **unset)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help=".safetensors or .npz, not random ones", **unset
+    )
+    parser.add_argument(
+        "--layers", type=_names, default=(), metavar="NAME,...", help="whose maps are pictured, not a choice"
+    )
+    parser.add_argument("--unfused", action="store_true", help="every layer by itself")
+    parser.add_argument("--batch", type=_positive, default=1, help="samples in the input, all alike")
+    parser.add_argument("--top", type=_positive, default=5, help="classes that are printed")
+    parser.add_argument(
+        "--class", type=_index, dest="chosen", metavar="INDEX", help="of the class-activation map", **unset
+    )
+    _add_threads(parser)
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="DIR", help="where rows and pictures go"
+    )
 
 
 def _add_compare(commands: Commands) -> None:
@@ -212,7 +243,7 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--epochs", type=_positive, default=argparse.SUPPRESS, help="of each network, not those of its recipe"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the data, the weights and their order")
+    parser.add_argument("--seed", type=_index, default=0, help="of the data, the weights and their order")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="where curves and plot go")
 
 
@@ -255,7 +286,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seed(text: str) -> int:
+def _index(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)

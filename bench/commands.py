@@ -9,6 +9,8 @@ from rich.console import Console
 
 from bench import compare, networks, photo, rows, show
 from bench.cases import Case, all_networks, collect
+from bench.forward.command import Request
+from bench.forward.command import run_network as run_forward
 from bench.kernels.instances import ARCHITECTURES, DTYPES
 from bench.kernels.run import compile_kernels
 from bench.layers import Settings
@@ -63,6 +65,15 @@ def run_networks(options: Namespace, arguments: Sequence[str]) -> int:
     for name in options.names:
         networks.print_summary(networks.get_network(name))
     return 0
+
+
+def run_network(options: Namespace, arguments: Sequence[str]) -> int:
+    """One network on a picture: what each layer takes, and what it makes of it."""
+    names = ("image", "weights", "chosen", "unfused", "batch", "top")
+    request = Request(
+        options.name, layers=tuple(options.layers), **{name: getattr(options, name) for name in names}
+    )
+    return run_forward(request, options.output, arguments)
 
 
 def run_compare(options: Namespace, arguments: Sequence[str]) -> int:

@@ -435,6 +435,7 @@ def test_help_names_every_run():
         "layers",
         "photo",
         "networks",
+        "network",
         "compare",
         "report",
         "kernels",

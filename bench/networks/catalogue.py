@@ -9,6 +9,7 @@ scores, without the softmax of their loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from bench.networks.network import Draft, Network
 from bench.networks.nodes import (
@@ -144,7 +145,8 @@ def _googlenet() -> Network:
         net.add(f"{name}.bn", BatchNorm(eps=1e-3))
         return net.add(f"{name}.relu", RELU)
 
-    return _inceptions("googlenet", "torchvision", unit, large=3, pool4=2, norms=False, dropout=0.2)
+    network = _inceptions("googlenet", "torchvision", unit, large=3, pool4=2, norms=False, dropout=0.2)
+    return replace(network, training_only=("aux1.", "aux2."))
 
 
 def _googlenet_2014() -> Network:
@@ -392,7 +394,7 @@ def _deconvnet() -> Network:
     for stage, (channels, count) in enumerate(zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3)), start=1):
         for index in range(1, count + 1):
             unit(f"conv{stage}-{index}", Conv(channels, 3, padding=1, bias=False))
-        net.add(f"pool{stage}", Pool("max", 2, 2))
+        net.add(f"pool{stage}", Pool("max", 2, 2, return_indices=True))
     unit("fc6", Conv(4096, 7, bias=False))
     unit("fc7", Conv(4096, 1, bias=False))
     unit("deconv-fc6", ConvTranspose(512, 7, bias=False))

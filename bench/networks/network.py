@@ -8,19 +8,30 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
-from bench.networks.nodes import Conv, ConvLayer, Node, Shape
+from bench.networks.nodes import Conv, ConvLayer, MaxUnpool, Node, Shape
 from fastconv.problem import ConvError
 
 INPUT = "input"
+INDICES = ".indices"  # behind the name of a pooling: the places of its maxima, as a value of their own
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with its name and the names of the layers whose outputs it takes ("input" is the network's)."""
+    """A node with its name and the names of the layers whose outputs it takes ("input" is the network's).
+
+    `fused`: names of the layers that it stands for, if `fuse` made it of several.
+    """
 
     name: str
     node: Node
     inputs: tuple[str, ...]
+    fused: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the values that its run takes: its inputs, and the indices of a pooling that it undoes."""
+        indices = (self.node.pool + INDICES,) if isinstance(self.node, MaxUnpool) else ()
+        return (*self.inputs, *indices)
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in the order of its execution; `source` is the paper, and whose variant of it this is."""
+    """A network in the order of its execution; `source` is the paper, and whose variant of it this is.
+
+    `training_only`: prefixes of arrays that checkpoints hold for layers that only training has.
+    """
 
     name: str
     source: str
     input_shape: Shape
     layers: tuple[Layer, ...]
+    training_only: tuple[str, ...] = ()
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -85,6 +100,18 @@ class Network:
             for layer in self.layers
             for name, shape in layer.node.parameters(self.shapes[layer.inputs[0]]).items()
         }
+
+    def buffers(self) -> dict[str, Shape]:
+        """Shape of every array that a run needs beside the trainable ones, named alike."""
+        return {
+            f"{layer.name}.{name}": shape
+            for layer in self.layers
+            for name, shape in layer.node.buffers(self.shapes[layer.inputs[0]]).items()
+        }
+
+    def arrays(self) -> dict[str, Shape]:
+        """Shape of every array that a run needs."""
+        return {**self.parameters(), **self.buffers()}
 
     def summary(self) -> list[Row]:
         """One row for each layer."""

@@ -1,22 +1,32 @@
-"""What a layer does, without its data: its output shape, parameters, multiply-adds and windows.
+"""What a layer does: its output shape, arrays, multiply-adds and windows, and its run once it has its arrays.
 
 Shapes leave out the batch and list the channels first: (C, *spatial) for maps, (features,) for vectors. Every
 node holds all that is needed to execute it; options mean what PyTorch's modules mean by the same words. An
-option given as one int holds for every spatial axis.
+option given as one int holds for every spatial axis. A run takes and returns NumPy's or CuPy's arrays, with
+the batch in front: by fastconv's functions, and by operators and NumPy functions that CuPy's arrays take up.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial, reduce
+from typing import Any, ClassVar
 
+import numpy as np
+
+import fastconv
 from fastconv.problem import ConvError, output_size
 
 Shape = tuple[int, ...]
 PerAxis = int | tuple[int, ...]
 Pad = int | tuple[int, int]  # before and after alike, or a pair
+Array = Any
+Arrays = Mapping[str, Array]
+Run = Callable[..., Array]
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,14 @@ class Node:
         """Trainable arrays by PyTorch's name for them, for an input of that shape."""
         return {}
 
+    def buffers(self, shape: Shape) -> dict[str, Shape]:
+        """Arrays that a run needs beside them, which training gathers without a gradient."""
+        return {}
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        """The node with its arrays: a function of inputs (N, *shape) that returns the output."""
+        raise NotImplementedError(f"{type(self).__name__} has no run")
+
     def macs(self, shape: Shape) -> int:
         """Multiply-adds for one sample, of convolutions and matrix products only."""
         return 0
@@ -123,7 +141,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Conv(Node):
-    """Cross-correlation with `channels` filters."""
+    """Cross-correlation with `channels` filters.
+
+    `residual` and `activation` are set by `fuse`: a second input is added, then the function is applied,
+    while the output is in cache.
+    """
 
     channels: int
     kernel: PerAxis
@@ -132,6 +154,8 @@ class Conv(Node):
     dilation: PerAxis = 1
     groups: int = 1
     bias: bool = True
+    residual: bool = False
+    activation: Activation | None = None
     transposed: ClassVar[bool] = False
 
     def workload(self, shape: Shape, network: str = "", name: str = "") -> ConvLayer:
@@ -145,11 +169,24 @@ class Conv(Node):
         )  # fmt: skip
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        return (self.channels, *self.workload(inputs[0]).output_spatial)
+        shape = (self.channels, *self.workload(inputs[0]).output_spatial)
+        if any(other != shape for other in inputs[1:]):
+            raise ConvError(f"conv: residual must have the output's shape {shape}, got {inputs[1:]}")
+        return shape
 
     def parameters(self, shape: Shape) -> dict[str, Shape]:
         weight = {"weight": self.workload(shape).weight_shape}
         return weight | {"bias": (self.channels,)} if self.bias else weight
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        """fastconv's Conv1d, Conv2d or Conv3d: the weight is packed once, for every later run."""
+        make = getattr(fastconv, f"Conv{len(shape) - 1}d")
+        return make(arrays["weight"], arrays.get("bias"), **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """Keyword arguments of fastconv's operations."""
+        options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        return options if self.activation is None else {**options, "activation": self.activation.epilogue}
 
     def macs(self, shape: Shape) -> int:
         return self.workload(shape).macs
@@ -161,7 +198,9 @@ class Conv(Node):
     def describe(self, ndim: int) -> str:
         groups = f" groups {self.groups}" if self.groups > 1 else ""
         kind = "transposed conv" if self.transposed else "conv"
-        return f"{kind} {_kernel_text(self.kernel, self.stride, ndim)}{groups}"
+        fused = " + add" if self.residual else ""
+        fused += f" + {self.activation.name}" if self.activation else ""
+        return f"{kind} {_kernel_text(self.kernel, self.stride, ndim)}{groups}{fused}"
 
     def _pads(self, axis: int) -> Pad:
         return self.padding if isinstance(self.padding, int) else self.padding[axis]
@@ -177,6 +216,11 @@ class ConvTranspose(Conv):
 
     transposed: ClassVar[bool] = True
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        convolve = getattr(fastconv, f"conv_transpose{len(shape) - 1}d")
+        weight, bias, options = arrays["weight"], arrays.get("bias"), self._options()
+        return lambda x, residual=None: convolve(x, weight, bias, residual=residual, **options)
+
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
         stride, position = _on(self.stride, axis), o + _pair(self._pads(axis))[0]
         return -((self._reach(axis) - position) // stride), position // stride
@@ -187,13 +231,17 @@ class ConvTranspose(Conv):
 
 @dataclass(frozen=True)
 class Pool(Node):
-    """`mode` "max" or "avg" over windows; `ceil_mode` adds a last window that reaches over the edge."""
+    """`mode` "max" or "avg" over windows; `ceil_mode` adds a last window that reaches over the edge.
+
+    With `return_indices` a run returns (output, indices): the places of the maxima, for MaxUnpool.
+    """
 
     mode: str
     kernel: PerAxis
     stride: PerAxis
     padding: PerAxis = 0
     ceil_mode: bool = False
+    return_indices: bool = False
 
     def output_shape(self, *inputs: Shape) -> Shape:
         channels, *spatial = inputs[0]
@@ -202,6 +250,11 @@ class Pool(Node):
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
         first = o * _on(self.stride, axis) - _on(self.padding, axis)
         return first, first + _on(self.kernel, axis) - 1
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        pool = getattr(fastconv, f"{self.mode}_pool{len(shape) - 1}d")
+        indices = {"return_indices": True} if self.return_indices else {}
+        return lambda x: pool(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil_mode, **indices)
 
     def describe(self, ndim: int) -> str:
         return f"{self.mode} pool {_kernel_text(self.kernel, self.stride, ndim)}"
@@ -228,6 +281,10 @@ class AdaptivePool(Node):
         size, parts = shape[1 + axis], _on(self.size, axis)
         return o * size // parts, -(-(o + 1) * size // parts) - 1
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        pool = getattr(fastconv, f"adaptive_avg_pool{len(shape) - 1}d")
+        return lambda x: pool(x, self.size)
+
     def describe(self, ndim: int) -> str:
         return f"avg pool to {_times(_per_axis(self.size, ndim))}"
 
@@ -249,6 +306,10 @@ class MaxUnpool(Node):
     def phases(self, axis: int) -> int:
         return _on(self.size, axis)
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        """A function of the input and of the indices of the pooling."""
+        return lambda x, indices: fastconv.max_unpool2d(x, indices, self.size)
+
     def describe(self, ndim: int) -> str:
         return f"max unpool x{_times(_per_axis(self.size, ndim))}"
 
@@ -265,6 +326,12 @@ class Crop(Node):
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
         position = o + (shape[1 + axis] - _on(self.size, axis)) // 2
         return position, position
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        starts = [self.window(0, axis, shape)[0] for axis in range(len(shape) - 1)]
+        sizes = _per_axis(self.size, len(starts))
+        middle = tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+        return lambda x: x[(slice(None), slice(None), *middle)]
 
 
 @dataclass(frozen=True)
@@ -286,15 +353,35 @@ class Linear(Node):
     def macs(self, shape: Shape) -> int:
         return self.features * shape[0]
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return partial(fastconv.linear, weight=arrays["weight"], bias=arrays.get("bias"))
+
 
 @dataclass(frozen=True)
 class BatchNorm(Node):
-    """Batch normalisation per channel (Ioffe and Szegedy 2015) with a trained scale and shift."""
+    """Batch normalisation per channel (Ioffe and Szegedy 2015) with a trained scale and shift.
+
+    A run takes mean and variance from the buffers, as after training: no sample depends on the others.
+    """
 
     eps: float = 1e-5
 
     def parameters(self, shape: Shape) -> dict[str, Shape]:
         return {"weight": shape[:1], "bias": shape[:1]}
+
+    def buffers(self, shape: Shape) -> dict[str, Shape]:
+        return {"running_mean": shape[:1], "running_var": shape[:1]}
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return partial(fastconv.batch_norm, **arrays, eps=self.eps)
+
+    def affine(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and summand (C,) in float64 that do the same."""
+        mean, variance, weight, bias = (
+            arrays[name].astype(np.float64) for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        scale = weight / np.sqrt(variance + self.eps)
+        return scale, bias - mean * scale
 
 
 @dataclass(frozen=True)
@@ -306,6 +393,16 @@ class LayerNorm(Node):
     def parameters(self, shape: Shape) -> dict[str, Shape]:
         return {"weight": shape[:1], "bias": shape[:1]}
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        weight, bias = (arrays[name].reshape(-1, *(1,) * (len(shape) - 1)) for name in ("weight", "bias"))
+
+        def normalise(x: Array) -> Array:
+            centred = x - x.mean(axis=1, keepdims=True)
+            variance = (centred * centred).mean(axis=1, keepdims=True)
+            return centred / np.sqrt(variance + self.eps) * weight + bias
+
+        return normalise
+
 
 @dataclass(frozen=True)
 class LayerScale(Node):
@@ -313,6 +410,14 @@ class LayerScale(Node):
 
     def parameters(self, shape: Shape) -> dict[str, Shape]:
         return {"layer_scale": (shape[0], 1, 1)}
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return partial(operator.mul, arrays["layer_scale"])
+
+    def affine(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and summand (C,) in float64 that do the same."""
+        scale = arrays["layer_scale"].astype(np.float64).ravel()
+        return scale, np.zeros_like(scale)
 
 
 @dataclass(frozen=True)
@@ -324,6 +429,9 @@ class LocalResponseNorm(Node):
     beta: float
     k: float
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return lambda x: fastconv.local_response_norm(x, self.size, self.alpha, self.beta, self.k)
+
 
 @dataclass(frozen=True)
 class Activation(Node):
@@ -332,20 +440,35 @@ class Activation(Node):
     name: str
     slope: float = 0.0
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        activate = getattr(fastconv, self.name)
+        return partial(activate, negative_slope=self.slope) if self.name == "leaky_relu" else activate
+
+    @property
+    def epilogue(self) -> str | tuple[str, float]:
+        """The argument `activation` of a convolution that does the same."""
+        return (self.name, self.slope) if self.name == "leaky_relu" else self.name
+
     def describe(self, ndim: int) -> str:
         return self.name
 
 
 @dataclass(frozen=True)
 class Dropout(Node):
-    """Zeroes features with probability `p` in training; does nothing else."""
+    """Zeroes features with probability `p` in training; does nothing else, and nothing in a run."""
 
     p: float = 0.5
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return lambda x: x
 
 
 @dataclass(frozen=True)
 class Softmax(Node):
     """Softmax over the channels."""
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return partial(fastconv.softmax, dim=1)
 
 
 @dataclass(frozen=True)
@@ -357,6 +480,9 @@ class Flatten(Node):
 
     def window(self, o: int, axis: int, shape: Shape) -> tuple[int, int]:
         return 0, shape[1 + axis] - 1
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return partial(fastconv.flatten, start_dim=1)
 
 
 @dataclass(frozen=True)
@@ -370,6 +496,9 @@ class Reshape(Node):
             raise ConvError(f"reshape: elements must be those of {inputs[0]}, got {self.shape}")
         return self.shape
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return lambda x: x.reshape(-1, *self.shape)
+
 
 @dataclass(frozen=True)
 class Add(Node):
@@ -380,6 +509,9 @@ class Add(Node):
             raise ConvError(f"add: input shapes must be equal, got {inputs}")
         return inputs[0]
 
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return lambda *inputs: reduce(operator.add, inputs)
+
 
 @dataclass(frozen=True)
 class Concat(Node):
@@ -389,6 +521,9 @@ class Concat(Node):
         if len({shape[1:] for shape in inputs}) != 1:
             raise ConvError(f"concat: spatial sizes of the inputs must be equal, got {inputs}")
         return (sum(shape[0] for shape in inputs), *inputs[0][1:])
+
+    def bind(self, shape: Shape, arrays: Arrays) -> Run:
+        return lambda *inputs: np.concatenate(inputs, axis=1)
 
 
 def _pair(pad: Pad) -> tuple[int, int]:
