@@ -51,13 +51,13 @@ def all_networks() -> list[str]:
 def collect(
     networks: Sequence[str], batch: int = 1, dtype: str = "float32", order: str = "NCHW"
 ) -> tuple[list[Case], list[Row]]:
-    """The cases in order of first appearance, and a left_out row per layer that no operation computes yet."""
+    """The cases in order of first appearance, and a left_out row per layer that is not timed here."""
     cases: dict[ConvProblem, Case] = {}
     left_out: list[Row] = []
     for layer in (layer for name in networks for layer in get_network(name).convolutions()):
         use = (layer.network, layer.name, layer.count)
         if layer.transposed:
-            left_out.append(_cannot_run(layer, "fastconv has no transposed convolution yet"))
+            left_out.append(_cannot_run(layer, "python -m bench network times transposed convolutions"))
             continue
         problem = _problem(layer, batch, dtype, order)
         known = cases.get(problem)
