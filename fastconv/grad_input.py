@@ -111,9 +111,8 @@ def _make_part(problem: ConvProblem, *phases: Phase) -> Part:
         problem, direction="forward", C=problem.K, K=problem.C, stride=(1, 1, 1),
         dilation=(d.dilation, h.dilation, w.dilation), padding=(d.padding, h.padding, w.padding),
     )  # fmt: skip
-    if any(
-        phase.taps is None for phase in phases
-    ):  # a convolution of nothing: one tap, one channel per group
+    # A convolution of nothing: one tap, one channel per group.
+    if any(phase.taps is None for phase in phases):
         part = replace(part, C=problem.groups, dilation=(1, 1, 1), padding=((0, 0),) * 3)
         return Part(replace(part, D=d.size, H=h.size, W=w.size, T=1, R=1, S=1), (d, h, w))
     D, H, W = (phase.outputs.stop - phase.outputs.start for phase in phases)
@@ -143,7 +142,7 @@ class InputGradient:
         """Return the bytes that are allocated at a time, the rearranged weight of a part included."""
         return max(
             int(self._forward.workspace(part.problem, tile, device))
-            + math.prod(part.problem.weight_shape5) * part.problem.itemsize
+            + math.prod(part.problem.weight_shape5) * self._memory.itemsize(problem)
             for part in find_parts(problem)
         )
 

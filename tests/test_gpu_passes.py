@@ -20,6 +20,7 @@ from tests.cases import CASES, HEAVY, Case, options_of
 from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals, poisoned
 from tests.emulator import EmulatorDriver
 from tests.kernels import ORDERS, Way, forms, in_order, on_backends
+from tests.test_gpu_kernels import Allocating
 
 BACKENDS = [EMULATOR, GPU]
 LIGHT = [case for case in CASES if case not in HEAVY]
@@ -316,21 +317,6 @@ def far_apart(array):
     return far
 
 
-class Allocating:
-    """A driver that allocates and adds up, and runs nothing."""
-
-    def __init__(self):
-        self.allocated = 0
-
-    def empty(self, shape, dtype):
-        array = np.empty(shape, dtype)
-        self.allocated += array.nbytes
-        return array
-
-    def launch(self, kernel, blocks, arguments):
-        pass
-
-
 class TestParts:
     """Pixels are summed in parts, so that all SMs have work; the stage ADD adds them."""
 
@@ -500,10 +486,23 @@ class TestInput:
         lambda backend: list({way.algorithm: way for way in forms(backend)}.values()), backends=BACKENDS
     )
     def test_dtypes(self, way, dtype, rng):
-        names = {"pointwise": "pointwise", "depthwise": "depthwise"}
-        name = names.get(way.algorithm, "padded_3x3")
-        problem = next(case for case in CASES if case.name == name).problem(
-            direction="grad_input", dtype=dtype
-        )
+        problem = one_case(way.algorithm, dtype)
         if way.takes(dtype):
             make_gradient(rng, problem, integers).check(way.plan(problem))
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    @on_backends(forms, backends=[EMULATOR])
+    def test_workspace_as_stated(self, way, dtype, rng):
+        """Of a single part, with the rearranged weight."""
+        problem = one_case(way.algorithm, dtype)
+        if way.takes(dtype):
+            plan, driver = way.plan(problem), Allocating()
+            with launch.use_driver(driver):
+                make_gradient(rng, problem, integers).run(plan)
+            assert driver.allocated == plan.workspace(), plan
+
+
+def one_case(algorithm, dtype):
+    """A gradient of the input with stride 1 that an algorithm accepts."""
+    name = {"pointwise": "pointwise", "depthwise": "depthwise"}.get(algorithm, "padded_3x3")
+    return next(case for case in CASES if case.name == name).problem(direction="grad_input", dtype=dtype)

@@ -5,7 +5,9 @@ import pytest
 
 import fastconv
 from fastconv import conv_grad, reference
+from fastconv.cpu import direct, memory
 from fastconv.grad_input import find_parts
+from fastconv.plan import make_plan
 from fastconv.problem import ConvError, make_problem, make_transposed
 from tests.compare import assert_exact, integers, normals
 
@@ -75,6 +77,20 @@ class TestGradients:
         found = of(conv_grad, op, "input")(x.shape, w, np.moveaxis(channels_last(grad), -1, 1), **OPTIONS)
         assert np.moveaxis(found, 1, -1).flags.c_contiguous
         assert_exact(found, of(reference, op, "input")(x.shape, w, grad, **OPTIONS), "float32")
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+    def test_bias(self, op, dtype, rng):
+        _, _, grad = arrays_of(rng, op, dtype)
+        last = {"conv1d": "NLC", "conv2d": "NHWC", "conv3d": "NDHWC"}[op]
+        axes = tuple(range(2, grad.ndim))
+        bias = of(conv_grad, op, "bias")
+        expected = grad.astype("float64").sum(axis=(0, *axes))
+        assert_exact(bias(grad), expected, dtype)
+        assert_exact(bias(channels_last(grad), layout=last), expected, dtype)
+        assert_exact(bias(grad[1]), grad[1].astype("float64").sum(axis=tuple(a - 1 for a in axes)), dtype)
+        assert_exact(bias(grad[:0]), np.zeros(len(expected)), dtype)
+        with pytest.raises(ConvError, match=f"^{op}_bias: "):
+            bias(grad[0, 0])
 
     def test_without_batch(self, op, rng):
         x, w, grad = arrays_of(rng, op)
@@ -254,6 +270,28 @@ def test_a_transposed_convolution_pads_by_no_name():
     arguments = np.ones((1, 4, 5, 5), np.float32), np.ones((4, 2, 3, 3), np.float32)
     with pytest.raises(TypeError, match=r"padding must be an int, or an int or .* got 'same'"):
         fastconv.conv_transpose2d(*arguments, padding="same")
+
+
+def test_inputs_that_no_tap_meets():
+    """In front of the first one and behind the last: they lie beyond the memory of what is convolved."""
+    one = np.ones((1, 1, 1), np.float32)
+    padding = [(3, 0)]
+    y = fastconv.conv_transpose1d(one, one, dilation=5, output_padding=4, padding=padding)
+    assert y.tolist() == [[[0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_workspace_has_the_rearranged_weight(dtype, rng, monkeypatch):
+    """In the dtype of the arithmetic, which is the one of the copy."""
+    copies, copy = [], memory.copy
+    monkeypatch.setattr(memory, "copy", lambda *operands: copies.append(copy(*operands)) or copies[-1])
+    shape, w = (1, 5, 9, 8), integers(rng, (7, 5, 3, 3)).astype(dtype)
+    grad = integers(rng, (1, 7, 7, 6)).astype(dtype)
+    conv_grad.conv2d_input(shape, w, grad, algo="direct")
+    plan = make_plan(make_problem("conv2d", shape, w.shape, dtype=dtype, direction="grad_input"), "direct")
+    (part,) = find_parts(plan.problem)
+    of_forward = direct.workspace(part.problem, plan.tile, plan.device)
+    assert plan.workspace() == of_forward + sum(array.nbytes for array in copies)
 
 
 def test_output_padding_of_more_than_a_stride():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastconv.cpu.device import itemsize as itemsize  # half types are converted before
+
 
 def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Copy into contiguous memory."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastconv.gpu import caller as callers
 from fastconv.gpu import launch
 from fastconv.gpu.caller import Caller
+
+if TYPE_CHECKING:
+    from fastconv.problem import ConvProblem
 
 _NO_ADDRESS = 64  # of an empty array: for a null pointer NumPy would allocate memory of its own
 
@@ -204,3 +207,8 @@ def _holder(array: Any) -> _Holder:
     while isinstance(array, np.ndarray):
         array = array.base
     return array
+
+
+def itemsize(problem: ConvProblem) -> int:
+    """Return the bytes of one element of the arrays that kernels take: as it is stored."""
+    return problem.itemsize
