@@ -98,7 +98,8 @@ def _adapt_others(op: str, given: Given) -> Kind:
     names = {argument: _kind_name(op, argument, array) for argument, array in given.items()}
     first, name = next(iter(names.items()))
     if name == DASK:
-        raise TypeError(f"{op}: {first} must be in memory here, got a Dask array (call its compute() first)")
+        hint = "call its compute() first, or let its map_blocks() call this where chunks are independent"
+        raise TypeError(f"{op}: {first} must be in memory here, got a Dask array ({hint})")
     for argument, other in names.items():
         if other != name:
             rule = f"{argument} must be a {_noun(name)} like {first}, got a {_noun(other)}"
@@ -184,7 +185,9 @@ def _plain_tensor(op: str, argument: str, tensor: Any, place: str) -> Any:
     torch = sys.modules["torch"]
     if tensor.requires_grad and torch.is_grad_enabled():
         rule = f"{argument}.requires_grad must be False, because no gradient would flow back, got True"
-        raise ConvError(f"{op}: {rule} (use .detach(), or call under torch.no_grad())")
+        raise ConvError(
+            f"{op}: {rule} (autograd knows fastconv.torch; without it use .detach() or no_grad())"
+        )
     if argument not in WHOLE:
         _check_dtype_name(op, argument, str(tensor.dtype).removeprefix("torch."))
     if tensor.device.type != place or tensor.layout is not torch.strided:

@@ -45,3 +45,5 @@ from fastconv.pool_grad import max_pool1d_input as max_pool1d_input
 from fastconv.pool_grad import max_pool2d_input as max_pool2d_input
 from fastconv.pool_grad import max_pool3d_input as max_pool3d_input
 from fastconv.pool_grad import max_unpool2d_input as max_unpool2d_input
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -580,6 +580,10 @@ class _Conv:
         flip: bool = False,
     ) -> None:
         op = self._op
+        if isinstance(weight, int):
+            name = type(self).__name__
+            hint = f"fastconv.torch.{name} takes numbers of channels and has parameters"
+            raise TypeError(f"{op}: weight of {name} must be an array, got {weight!r} ({hint})")
         given = _given({"weight": weight}, bias=bias)
         self._kind = arrays.adapt(op, given)
         self._dtype = arrays.common_dtype(op, given)

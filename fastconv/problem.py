@@ -576,8 +576,11 @@ def _check_shape_of(call: Call, name: str, rule: str, shape: tuple[int, ...]) ->
 
 def shape_of(call: Call, name: str, shape: object) -> tuple[int, ...]:
     """Return the shape of an array, or a size that is an argument itself."""
-    rule = f"{name + '.shape' * (not name.endswith('_size'))} must be a tuple of ints"
+    is_argument = name.endswith("_size")
+    rule = f"{name + '.shape' * (not is_argument)} must be a tuple of ints"
     sizes = _as_tuple(shape)
+    if is_argument and getattr(shape, "ndim", 1) != 1:
+        raise TypeError(f"{call.op}: {rule}, {_found(shape)}")
     if sizes is None:
         raise call.type_error(rule, shape)
     return tuple(integer(call, rule, size) for size in sizes)
@@ -587,9 +590,15 @@ def to_sizes(op: str, name: str, value: object) -> tuple[int, ...]:
     """Return a shape that is given as such, not as an array's; raise TypeError for anything else."""
     entries = _as_tuple(value)
     if entries is None or not all(map(_is_integer, entries)):
-        kind = type(value).__name__
-        raise TypeError(f"{op}: {name} must be a tuple of ints, got {show(value)} of type {kind}")
+        raise TypeError(f"{op}: {name} must be a tuple of ints, {_found(value)}")
     return tuple(operator.index(entry) for entry in entries)  # type: ignore[arg-type]
+
+
+def _found(value: Any) -> str:
+    """Say what was given in place of sizes."""
+    if getattr(value, "ndim", 1) != 1:
+        return f"got an array of shape {tuple(value.shape)} (say its shape)"
+    return f"got {show(value)} of type {type(value).__name__}"
 
 
 def _as_tuple(value: object) -> tuple[object, ...] | None:

@@ -47,6 +47,12 @@ def conv_transpose2d(
     All other arguments, the kinds of arrays, dtypes and errors are those of conv2d; the argument order is
     torch's. It is computed by the same algorithms: `winograd` with stride 1 only.
 
+    Its gradients, of g with respect to the result, where `geometry` is stride, padding, dilation, groups:
+    conv2d(g, weight, None, *geometry) with respect to the input, grad.conv2d_weight(g, weight.shape, input,
+    *geometry) to the weight, grad.conv2d_bias(g) to the bias. If output_padding is a stride or more, conv2d
+    gives more rows than the input has, of which the first are the gradient; for grad.conv2d_weight, zeros
+    behind the input make up for them.
+
     >>> import numpy as np
     >>> conv_transpose2d(np.array([[[[1.0, 2.0]]]]), np.array([[[[1.0, 10.0, 100.0]]]]), stride=2)
     array([[[[  1.,  10., 102.,  20., 200.]]]])

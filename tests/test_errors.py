@@ -249,6 +249,11 @@ class TestFunctions:
             with pytest.raises(ConvError, match=rf"^{op}: "):
                 getattr(fastconv, op)(x, w, **changes)
 
+    def test_a_layer_takes_the_weight_itself(self):
+        text = "^conv2d: weight of Conv2d must be an array, got 3 .fastconv.torch.Conv2d takes numbers"
+        with pytest.raises(TypeError, match=text):
+            fastconv.Conv2d(3, 8, 3)
+
     @pytest.mark.parametrize("bad", [1.0, True, np.float64(1), np.True_])
     def test_what_equals_one_is_not_one(self, bad):
         """After a call with 1 was remembered: 1.0 == True == 1, and their hashes are the same."""

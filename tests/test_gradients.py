@@ -139,6 +139,10 @@ GRADIENT_ERRORS = {
         TypeError,
         {"input_size": (2, 4, 9.0, 8)},
     ),
+    "input_size must be a tuple of ints, got an array of shape (2, 4, 9, 8) (say its shape)": (
+        TypeError,
+        {"input_size": np.ones((2, 4, 9, 8))},
+    ),
     "grad_output.shape must be output.shape = (2, 6, 5, 4), got (2, 6, 5, 5)": (
         ConvError,
         {"grad_output": np.ones((2, 6, 5, 5), np.float32)},
@@ -270,6 +274,19 @@ def test_a_transposed_convolution_pads_by_no_name():
     arguments = np.ones((1, 4, 5, 5), np.float32), np.ones((4, 2, 3, 3), np.float32)
     with pytest.raises(TypeError, match=r"padding must be an int, or an int or .* got 'same'"):
         fastconv.conv_transpose2d(*arguments, padding="same")
+
+
+@pytest.mark.parametrize("output_padding", [0, 1, 2])
+def test_gradients_of_a_transposed_convolution(output_padding, rng):
+    """As its docstring has them: it is linear in the input and in the weight."""
+    x, w = integers(rng, (2, 4, 5, 6)), integers(rng, (4, 3, 3, 3))
+    geometry = 1, 1, 3, 1
+    y = fastconv.conv_transpose2d(x, w, None, *geometry[:2], output_padding, *geometry[:1:-1])
+    g = integers(rng, y.shape)
+    of_input = fastconv.conv2d(g, w, None, *geometry, precision="highest")[:, :, :5, :6]
+    longer = np.pad(x, ((0, 0), (0, 0), (0, output_padding), (0, output_padding)))
+    of_weight = conv_grad.conv2d_weight(g, w.shape, longer, *geometry)
+    assert (of_input * x).sum() == (of_weight * w).sum() == (g * y).sum()
 
 
 def test_inputs_that_no_tap_meets():

@@ -170,6 +170,13 @@ class TestImport:
         assert all(getattr(fastconv, name) is not None for name in names)
         assert issubclass(fastconv.ConvError, ValueError)
 
+    def test_help_of_the_gradients(self):
+        """Lists them all: they are defined elsewhere, and help goes by __all__."""
+        names = {name for name in dir(fastconv.grad) if not name.startswith("_")}
+        assert set(fastconv.grad.__all__) == names
+        assert all(getattr(fastconv.grad, name).__doc__ for name in names)
+        assert {"conv2d_input", "conv3d_bias", "batch_norm", "unfold_input"} <= names
+
     def test_unknown_name(self):
         with pytest.raises(AttributeError, match="module 'fastconv' has no attribute 'conv4d'"):
             _ = fastconv.conv4d
