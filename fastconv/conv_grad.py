@@ -228,7 +228,7 @@ def conv3d_bias(grad_output: Array, *, layout: str = "NCDHW") -> Array:
 
 def _bias_gradient(op: str, grad_output: Any, layout: str) -> Any:
     name = f"{op}_bias"
-    is_last = is_channels_last(op, layout)
+    is_last = is_channels_last(op, layout, "_bias")
     with borrow(name, {"grad_output": grad_output}) as loan:
         grad, ndim = loan["grad_output"], OPERATIONS[op]
         if grad.ndim not in (ndim + 1, ndim + 2):

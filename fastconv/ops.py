@@ -16,6 +16,7 @@ from fastconv import arrays, lazy
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE, Algorithm
 from fastconv.problem import (
+    DIRECTIONS,
     OPERATIONS,
     ORDERS,
     TRANSPOSED,
@@ -443,7 +444,7 @@ def find_frame(
 ) -> Frame:
     """Return the frame of a call; the strides of `leader` say in which order memory is computed."""
     *numbers, layout, flip = options
-    is_last = is_channels_last(op, layout)
+    is_last = is_channels_last(op, layout, "" if op in TRANSPOSED else DIRECTIONS[direction])
     _check_flip(op, flip)
     order = ORDERS[is_last]
     if not leader.flags.c_contiguous:
@@ -454,13 +455,13 @@ def find_frame(
     return make(op, direction, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
 
 
-def is_channels_last(op: str, layout: str) -> bool:
-    """Say whether a layout has the channels last, or raise."""
+def is_channels_last(op: str, layout: str, gradient: str = "") -> bool:
+    """Say whether a layout has the channels last, or raise; `gradient`: the end of its name, as "_input"."""
     names = LAYOUTS[op]
     if isinstance(layout, str) and layout in names:
         return layout == names[1]
     error = ConvError if isinstance(layout, str) else TypeError
-    raise error(f"{op}: layout must be one of {', '.join(names)}, got {layout!r}")
+    raise error(f"{op}{gradient}: layout must be one of {', '.join(names)}, got {layout!r}")
 
 
 def _check_flip(op: str, flip: bool) -> None:

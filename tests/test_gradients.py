@@ -92,6 +92,13 @@ class TestGradients:
         with pytest.raises(ConvError, match=f"^{op}_bias: "):
             bias(grad[0, 0])
 
+    def test_layout_of_another_rank(self, op, rng):
+        x, w, grad = arrays_of(rng, op)
+        operands = {"input": (x.shape, w, grad), "weight": (x, w.shape, grad), "bias": (grad,)}
+        for which, given in operands.items():
+            with pytest.raises(ConvError, match=f"^{op}_{which}: layout must be one of .*, got 'NWC'$"):
+                of(conv_grad, op, which)(*given, layout="NWC")
+
     def test_without_batch(self, op, rng):
         x, w, grad = arrays_of(rng, op)
         found = of(conv_grad, op, "input")(x.shape[1:], w, grad[0], **OPTIONS)

@@ -426,6 +426,11 @@ class TestExplain:
         whole = str(fastconv.explain(np.broadcast_to(1.0, x.shape), w, padding=1, stride=2))
         assert text.replace(f"  {line}\n", "") == whole
 
+    def test_no_block_is_larger_than_the_input(self):
+        x = da.ones((1, 1, 100), chunks=(1, 1, (90, 10)), dtype=np.float32)
+        text = str(fastconv.explain(x, np.ones((1, 1, 21), np.float32), padding=10))
+        assert "in 2 chunks, (1, 1, 90) at most, computed from (1, 1, 100) of the input at most" in text
+
 
 class TestErrors:
     X = da.ones((2, 4, 9, 9), chunks=4, dtype=np.float32)

@@ -584,7 +584,7 @@ BAD = {
     "input_size": (lambda: grad.avg_pool2d_input(8, Y, 2), TypeError, "input_size must be a tuple of ints"),
     "an array for its size": (
         lambda: grad.avg_pool2d_input(X, Y, 2), TypeError,
-        f"avg_pool2d_input: input_size must be a tuple of ints, got an array of shape {X.shape} (say its shape)",
+        f"input_size must be a tuple of ints, got an array of shape {X.shape} (say its shape)",
     ),
     "rank of input_size": (lambda: grad.avg_pool2d_input((8, 8), Y, 2), ConvError, "must have 4 axes"),
     "indices of another type": (
