@@ -1,5 +1,6 @@
 """Networks that run: every layer of every network against torch, weights from files, fusion, the command."""
 
+import io
 import json
 import re
 import sys
@@ -8,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import fastconv
-from bench import machine
+from bench import machine, show
 from bench.__main__ import main
 from bench.forward import inputs, maps, profile
 from bench.networks import NETWORKS, Model, draw_weights, fuse, get_network, load_weights
@@ -623,6 +625,47 @@ def test_a_run_tells_of_every_layer(quick, tmp_path, capsys):
     (index, share), second = found["classes"]
     assert share >= second[1]
     assert f"classes: {index} ({share:.1%}), {second[0]} ({second[1]:.1%})\n" in shown
+
+
+def narrow_terminal(width=80):
+    """A console that writes to a terminal of that many columns; its text is in `file`."""
+    return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+
+
+def test_a_narrow_terminal_loses_columns_and_breaks_no_cell(quick, tmp_path, monkeypatch):
+    console = narrow_terminal()
+    monkeypatch.setattr(show, "make_console", lambda: console)
+    found = run(tmp_path, "googlenet")
+    lines = console.file.getvalue().splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "algorithm" in line) : lines.index("")]
+    assert all(len(line) <= 80 for line in table)
+    assert table[0].split()[:3] == ["layer", "algorithm", "time"]
+    assert "workspace" not in table[0]
+    rows = [line for line in table if " ms" in line or " us" in line]
+    for layer, line in zip(found["layers"], rows):  # each whole, in one line
+        assert line.split()[0] == (layer["fused"] or [layer["name"]])[0]
+        assert f" {layer['algorithm']} {layer['tile']}".rstrip() in line
+        assert f" {show.seconds_text(layer['seconds'])} " in line
+    assert "no room for: workspace, live, " in console.file.getvalue()
+
+
+def test_a_table_too_wide_without_its_spare_columns_is_cut_not_folded():
+    console = narrow_terminal(20)
+    table = show.make_table("", ("name",), ("time", "live"))
+    table.add_row("a name that is long", "12.5 ms", "4 kB")
+    show.print_table(console, table, ("live", "no such column"))
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert [line for line in lines if "name" in line] == ["name          time", "a name that…  12.…"]
+    assert "no room for: live" in " ".join(lines)
+
+
+def test_a_pipe_loses_nothing():
+    console = Console(file=io.StringIO(), width=20)
+    table = show.make_table("", ("name",), ("time", "live"))
+    table.add_row("a name that is long", "12.5 ms", "4 kB")
+    show.print_table(console, table, ("live",))
+    assert "no room" not in console.file.getvalue()
+    assert "live" in console.file.getvalue()
 
 
 def fastconv_algorithms():

@@ -1,5 +1,6 @@
 """Networks that learn: their data, every gradient, the loop, and the command from end to end."""
 
+import io
 import json
 import math
 import sys
@@ -7,7 +8,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from bench import show
 from bench.__main__ import main
 from bench.networks import get_network
 from bench.train import data, loop, nets, recipes
@@ -377,6 +380,23 @@ def test_mnist1d_is_learned(small, tmp_path, capsys):
             assert len(curve) == 2
         before, after = convolutional["curves"][part]["error"]
         assert f"{before:.1%} -> {after:.1%}" in shown
+
+
+def test_a_narrow_terminal_loses_columns_and_breaks_no_cell(small, tmp_path, monkeypatch):
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(show, "make_console", lambda: console)
+    run(tmp_path, "mnist1d")
+    lines = file.getvalue().splitlines()
+    headings = next(line for line in lines if "published test error" in line)
+    assert headings.split()[0] == "network"
+    assert " test error" in headings
+    assert "examples" not in headings
+    for name in ("convolutional ", "fully connected "):
+        row = lines[max(index for index, line in enumerate(lines) if line.startswith(f" {name}"))]
+        assert "->" in row
+        assert len(row) <= 80
+    assert "no room for: examples, " in file.getvalue()
 
 
 def test_the_plot_shows_both_curves_of_both_networks(small, tmp_path):

@@ -69,8 +69,12 @@ def run_network(request: Request, folder: Path, arguments: Sequence[str]) -> int
     }  # fmt: skip
     paths = _write(network.name, folder, result, figures)
 
-    console.print(tables.layer_table(_title(network, shown, request), found, stamp["peak_gflops"]))
-    console.print(tables.kind_table(found, stamp["peak_gflops"]))
+    peak = stamp["peak_gflops"]
+    for table in (
+        tables.layer_table(_title(network, shown, request), found, peak),
+        tables.kind_table(found, peak),
+    ):
+        show.print_table(console, table, tables.SPARE)
     for line in (*_outcome(network, request, found, scores), *map(str, paths)):
         console.print(line, markup=False, soft_wrap=True)
     return 0

@@ -10,6 +10,19 @@ from rich.table import Table
 from bench import show
 from bench.forward.profile import LayerRun, Profile
 
+# Columns that a narrow terminal goes without, the first first; layer, algorithm and time stay.
+SPARE = (
+    "workspace",
+    "live",
+    "output size",
+    "output",
+    "of peak",
+    "operation",
+    "GFLOP/s",
+    "layers",
+    "of total",
+)
+
 
 def layer_table(title: str, profile: Profile, peak_gflops: float) -> Table:
     """One line per layer, then the totals."""

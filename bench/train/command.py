@@ -30,6 +30,9 @@ LESSONS: dict[str, Callable[[Course], None]] = {
 }
 PACKAGES = ("numpy", "numba", "scikit-learn")
 
+# Columns that a narrow terminal goes without, the first first.
+SPARE = ("examples", "test accuracy", "training error", "seconds", "parameters", "epochs")
+
 
 def train_networks(lesson: str, epochs: int | None, seed: int, folder: Path, arguments: Sequence[str]) -> int:
     """Train the networks of a lesson; what it leaves appears when all is done: nothing is half."""
@@ -46,7 +49,7 @@ def train_networks(lesson: str, epochs: int | None, seed: int, folder: Path, arg
     }
     rows.replace(curves, json.dumps(found) + "\n")
     rows.replace(plot, draw_curves(course.trained))
-    console.print(_make_table(f"{lesson}, seed {seed}", course.trained))
+    show.print_table(console, _make_table(f"{lesson}, seed {seed}", course.trained), SPARE)
     console.print(f"curves: {curves}\nplot: {plot}", markup=False, soft_wrap=True)
     return 0
 
