@@ -14,7 +14,7 @@ from rich.console import Console
 import fastconv
 from bench import machine, show
 from bench.__main__ import main
-from bench.forward import inputs, maps, profile
+from bench.forward import inputs, maps, profile, tables
 from bench.networks import NETWORKS, Model, draw_weights, fuse, get_network, load_weights
 from bench.networks.model import count_bytes
 from bench.networks.network import Draft
@@ -666,6 +666,19 @@ def test_a_pipe_loses_nothing():
     show.print_table(console, table, ("live",))
     assert "no room" not in console.file.getvalue()
     assert "live" in console.file.getvalue()
+
+
+def test_shares_are_of_the_sum_that_is_printed_beside_the_whole_run():
+    """Two layers of 1 and 3 ms in runs of 5 ms: 25 % and 75 % of the sum; the run has its own line."""
+    layer = profile.LayerRun("a", (), "conv", "conv", (1,), "direct", "", 10**6, 1e-3, 4, 4, 0)
+    layers = (layer, replace(layer, name="b", seconds=3e-3))
+    found = profile.Profile(layers, 5e-3, 7, np.zeros(1), {})
+    table = tables.layer_table("", found, 1.0)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["layer"] == ["a", "b", "sum of 2 layers", "a whole run"]
+    assert cells["time"] == ["1 ms", "3 ms", "4 ms", "5 ms"]
+    assert cells["of total"] == ["25.0%", "75.0%", "100.0%", ""]
+    assert cells["GFLOP/s"] == ["1.0", "0.3", "0.5", "0.4"]
 
 
 def fastconv_algorithms():

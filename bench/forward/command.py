@@ -165,8 +165,13 @@ def _outcome(
     """The totals in words, and what the network says."""
     parameters = _count_parameters(network)
     yield (
-        f"total: {show.seconds_text(found.seconds)} (median of {found.runs} runs), {found.flops / 1e9:.3g} "
-        f"GFLOP as direct sums, {parameters:,} parameters ({tables.size_text(4 * parameters)})"
+        f"a whole run: {show.seconds_text(found.seconds)} (median of {found.runs}); the layers' medians add up "
+        f"to {show.seconds_text(found.layer_seconds)}: each leaves out the runs in which its layer was "
+        "interrupted, and what lies between layers"
+    )
+    yield (
+        f"network: {found.flops / 1e9:.3g} GFLOP as direct sums, {parameters:,} parameters "
+        f"({tables.size_text(4 * parameters)})"
     )
     if not request.unfused:
         yield "a .. b: convolution a with all that follows it up to b, whose name its output has"
