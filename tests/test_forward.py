@@ -14,7 +14,7 @@ from rich.console import Console
 import fastconv
 from bench import machine, show
 from bench.__main__ import main
-from bench.forward import inputs, maps, profile, tables
+from bench.forward import command, inputs, maps, profile, tables
 from bench.networks import NETWORKS, Model, draw_weights, fuse, get_network, load_weights
 from bench.networks.model import count_bytes
 from bench.networks.network import Draft
@@ -666,6 +666,20 @@ def test_a_pipe_loses_nothing():
     show.print_table(console, table, ("live",))
     assert "no room" not in console.file.getvalue()
     assert "live" in console.file.getvalue()
+
+
+def test_what_is_waited_for_is_told_before_it_runs(quick, tmp_path, monkeypatch, capfd):
+    """And flushed: through a pipe too the line is there when the network begins to run."""
+    seen = []
+
+    def stop(*arguments):
+        seen.append(capfd.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "profile", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(["network", "lenet5", "--output", str(tmp_path)])
+    assert "running lenet5 (the first time its kernels are compiled" in seen[0]
 
 
 def test_shares_are_of_the_sum_that_is_printed_beside_the_whole_run():

@@ -24,6 +24,7 @@ from fastconv import softmax
 from fastconv.cpu.threads import thread_count
 
 RANDOM = "random, seed 0: classes and maps mean nothing (--weights FILE loads trained ones)"
+WAIT = "running {} (the first time its kernels are compiled, once for all: up to half a minute)"
 NO_MAP = "it needs global average pooling and one linear layer at the end, which {} lacks"
 DPI = 110
 
@@ -57,6 +58,9 @@ def run_network(request: Request, folder: Path, arguments: Sequence[str]) -> int
     stamp = rows.stamp(describe(thread_count()), arguments)
     console = show.make_console()
     console.print(show.machine_text(stamp), markup=False)
+
+    console.print(WAIT.format(network.name), markup=False, soft_wrap=True)
+    console.file.flush()  # a pipe would keep it until the end
 
     keep = {*layers, head.maps} if head else set(layers)
     model = Model(network, weights) if request.unfused else Model(*fuse(network, weights, keep))
@@ -165,8 +169,8 @@ def _outcome(
     """The totals in words, and what the network says."""
     parameters = _count_parameters(network)
     yield (
-        f"a whole run: {show.seconds_text(found.seconds)} (median of {found.runs}); the layers' medians add up "
-        f"to {show.seconds_text(found.layer_seconds)}: each leaves out the runs in which its layer was "
+        f"a whole run: {show.seconds_text(found.seconds)} (median of {found.runs} runs); the layers' medians "
+        f"add up to {show.seconds_text(found.layer_seconds)}: each leaves out the runs in which it was "
         "interrupted, and what lies between layers"
     )
     yield (

@@ -55,9 +55,12 @@ def train_networks(lesson: str, epochs: int | None, seed: int, folder: Path, arg
 
 
 def _make_watch(progress: Progress) -> recipes.Watch:
-    """A bar for each network, with its latest test error."""
+    """A bar for each network, with its latest test error; where no bar can move, a line when it begins."""
 
     def watch(name: str, epochs: int) -> Callable[[Curves], None]:
+        if not progress.console.is_terminal:
+            progress.console.print(f"training for {epochs} epochs: {name}", markup=False)
+            progress.console.file.flush()  # a pipe would keep it until the end
         task = progress.add_task(name, total=epochs)
 
         def after_epoch(curves: Curves) -> None:
@@ -98,9 +101,18 @@ def _make_table(title: str, trained: Sequence[Trained]) -> Table:
             _change(each.curves.training),
             _change(each.curves.test),
             f"{1 - each.curves.test.error[-1]:.1%}",
-            "" if each.published is None else f"about {each.published:.0%}",
+            _published_text(each),
         )
     return table
+
+
+def _published_text(each: Trained) -> str:
+    """The published test error, unless the network has learned for fewer epochs."""
+    if each.published is None:
+        return ""
+    if each.is_short:
+        return f"{each.recipe.epochs} of {each.full_epochs} epochs: not comparable"
+    return f"about {each.published:.0%}"
 
 
 def _change(curve: Curve) -> str:
