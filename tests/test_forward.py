@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rich.console import Console
 
 import fastconv
 from bench import machine, show
 from bench.__main__ import main
-from bench.forward import command, inputs, maps, profile, tables
+from bench.forward import command, inputs, maps, pictures, profile, tables
 from bench.networks import NETWORKS, Model, draw_weights, fuse, get_network, load_weights
 from bench.networks.model import count_bytes
 from bench.networks.network import Draft
@@ -561,6 +562,51 @@ def test_layers_that_are_shown_unless_others_are_named(name):
     found = maps.choose_layers(network, ())
     assert 1 <= len(found) <= 5
     assert len({network.shapes[each][1:] for each in found}) == len(found)
+
+
+def paint_figure(figure):
+    """Its pixels in 0 ... 1."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def test_pictures_are_as_large_as_what_is_in_them(rng):
+    """Six maps in one row, or 16 in two, leave no page of white; 64 have the height of their width."""
+    few = {f"layer{index}": rng.random((6, 14, 14)) for index in range(2)}
+    more = {f"layer{index}": rng.random((16, 5, 5)) for index in range(2, 4)}
+    for figure in (
+        pictures.draw_features("net", {**few, **more}),
+        pictures.draw_filters("net", normals(rng, (6, 1, 5, 5))),
+    ):
+        assert (paint_figure(figure) == 1).all(axis=-1).mean() < 0.6
+        assert figure.get_figheight() < 0.5 * figure.get_figwidth()
+    whole = pictures.draw_filters("net", normals(rng, (64, 3, 7, 7)))
+    assert 1 < whole.get_figheight() / whole.get_figwidth() < 1.15
+
+
+def test_axes_of_signals_are_named(rng):
+    maps_of = pictures.draw_features("net", {"conv": rng.random((15, 19))})
+    filters = pictures.draw_filters("net", normals(rng, (15, 1, 3)))
+    (left,), (right,) = maps_of.axes, filters.axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("position", "channel")
+    assert (right.get_xlabel(), right.get_ylabel()) == ("position", "filter")
+    for axis in (left, right):
+        assert axis.axison
+        assert all(tick == round(tick) for tick in (*axis.get_xticks(), *axis.get_yticks()))
+
+
+def test_the_hottest_place_is_bright_even_over_black():
+    """Hot over the black half, cold over the white one; the scale beside it says which is which."""
+    image, activation = np.zeros((40, 40, 3)), np.zeros((40, 40))
+    image[:20] = activation[20:] = 1
+    figure = pictures.draw_class("net", image, activation)
+    pixels = paint_figure(figure)
+    box = figure.axes[1].get_window_extent()
+    column = pixels[:, round((box.x0 + box.x1) / 2)].mean(axis=-1)[::-1]  # from below
+    hot, cold = (column[round(box.y0 + share * box.height)] for share in (0.25, 0.75))
+    assert hot > 2 * cold
+    assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == ["least", "most"]
 
 
 # The command --------------------------------------------------------------------------------------
