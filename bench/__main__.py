@@ -152,7 +152,13 @@ def _add_network(commands: Commands) -> None:
     parser.add_argument("name", metavar="NAME", help="as `python -m bench networks` lists them")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # what has no default that could be shown
     parser.set_defaults(image=None, weights=None, chosen=None)
-    parser.add_argument("--image", type=Path, metavar="FILE", help="instead of a photograph", **unset)
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="a picture, instead of matplotlib's photograph of Grace Hopper",
+        **unset,
+    )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help=".safetensors or .npz, not random ones", **unset
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -14,7 +16,7 @@ from bench.forward.maps import MOST, paint_filters, paint_maps
 PANEL = 4.4  # inches
 TITLE = 0.35
 PER_ROW = 3
-OVERLAY = 0.75  # opacity of a class-activation map over the picture
+OVERLAY = 0.5, 0.9  # opacity of a class-activation map over the picture: where it is coldest, hottest
 ROW = 0.07  # inches of a row of a signal's maps, of which a panel has at least MIN_ROWS
 MIN_ROWS, LABELS = 24, 0.5
 
@@ -53,8 +55,10 @@ def draw_class(title: str, image: np.ndarray, activation: np.ndarray) -> Figure:
     left, right = figure.subplots(1, 2)
     left.imshow(image, cmap="gray", vmin=0, vmax=1)
     right.imshow(image if image.ndim == 2 else image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
-    heat = right.imshow(activation, cmap="inferno", alpha=OVERLAY, vmin=0, vmax=1)
-    scale = figure.colorbar(heat, ax=right, ticks=[0, 1], fraction=0.05)
+    low, high = OVERLAY
+    right.imshow(activation, cmap="inferno", alpha=low + (high - low) * activation, vmin=0, vmax=1)
+    opaque = ScalarMappable(Normalize(0, 1), "inferno")
+    scale = figure.colorbar(opaque, ax=right, ticks=[0, 1], fraction=0.05)
     scale.ax.set_yticklabels(["least", "most"])
     for axis in (left, right):
         axis.set_axis_off()
