@@ -16,6 +16,7 @@ MAIN_SECONDS = 110.0
 GPU_PARTS = ("compile", "verify", "repeat", "sanitize", "bench")
 GPU_OUTPUT = Path("bench/results")
 DATA_SETS = ("mnist1d", "digits")
+EPOCHS = "600 with mnist1d, 25 with digits, with --transfer three times 25"  # bench/train/recipes.py
 
 EPILOG = """\
 Without a command, `main` runs; its options may then stand alone (python -m bench --seconds 60).
@@ -151,7 +152,13 @@ def _add_network(commands: Commands) -> None:
     parser.add_argument("name", metavar="NAME", help="as `python -m bench networks` lists them")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # what has no default that could be shown
     parser.set_defaults(image=None, weights=None, chosen=None)
-    parser.add_argument("--image", type=Path, metavar="FILE", help="instead of a photograph", **unset)
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="a picture, instead of matplotlib's photograph of Grace Hopper",
+        **unset,
+    )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help=".safetensors or .npz, not random ones", **unset
     )
@@ -241,7 +248,10 @@ def _add_train(commands: Commands) -> None:
         help="with digits: learn 0-4, freeze the convolutions, learn 5-9, fine-tune the last convolution",
     )
     parser.add_argument(
-        "--epochs", type=_positive, default=argparse.SUPPRESS, help="of each network, not those of its recipe"
+        "--epochs",
+        type=_positive,
+        default=argparse.SUPPRESS,
+        help=f"of each network, not those of its recipe: {EPOCHS}",
     )
     parser.add_argument("--seed", type=_index, default=0, help="of the data, the weights and their order")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="where curves and plot go")

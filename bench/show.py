@@ -8,6 +8,7 @@ from itertools import groupby
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -139,8 +140,17 @@ def _means_table(rows: Sequence[Row], baseline: str) -> Table:
 
 
 def make_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """A table that folds the cells of its widest column where the terminal is narrow, and cuts none."""
-    table = Table(
+    """A table that folds the cells of its widest column where a line is too short, and cuts none."""
+    table = _make_empty(title)
+    for header in texts:
+        table.add_column(header, overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right", overflow="fold")
+    return table
+
+
+def _make_empty(title: str) -> Table:
+    return Table(
         title=title,
         title_justify="left",
         title_style="bold",
@@ -148,11 +158,43 @@ def make_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Tabl
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for header in texts:
-        table.add_column(header, overflow="fold")
-    for header in numbers:
-        table.add_column(header, justify="right", overflow="fold")
-    return table
+
+
+def print_table(console: Console, table: Table, spare: Sequence[str]) -> None:
+    """Print a table whole; on a terminal too narrow for it without columns, which the line below names.
+
+    spare  headers of those that may go, the first to go first
+    """
+    fitting, dropped = _fit(console, table, spare) if console.is_terminal else (table, [])
+    console.print(fitting)
+    if dropped:
+        console.print(f"no room for: {', '.join(dropped)} (a wider terminal or a pipe shows them)\n")
+
+
+def _fit(console: Console, table: Table, spare: Sequence[str]) -> tuple[Table, list[str]]:
+    """The table without as many of the spare columns as it needs to fit, and the headers of those."""
+    unbounded = console.options.update(max_width=10_000)
+    dropped: list[str] = []
+    for header in spare:
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+        if any(column.header == header for column in table.columns):
+            table = _drop(table, header)
+            dropped.append(header)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"  # what is too wide even so is cut, not folded
+    return table, dropped
+
+
+def _drop(table: Table, header: str) -> Table:
+    """The same table without a column."""
+    kept = [column for column in table.columns if column.header != header]
+    smaller = _make_empty(str(table.title))
+    for column in kept:
+        smaller.add_column(column.header, justify=column.justify, overflow=column.overflow)
+    for row, cells in zip(table.rows, zip(*(column.cells for column in kept))):
+        smaller.add_row(*cells, style=row.style, end_section=row.end_section)
+    return smaller
 
 
 def print_outcome(console: Console, rows: Sequence[Row]) -> None:

@@ -1,5 +1,6 @@
 """Networks that run: every layer of every network against torch, weights from files, fusion, the command."""
 
+import io
 import json
 import re
 import sys
@@ -7,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from rich.console import Console
 
 import fastconv
-from bench import machine
+from bench import machine, show
 from bench.__main__ import main
-from bench.forward import inputs, maps, profile
+from bench.forward import command, inputs, maps, pictures, profile, tables
 from bench.networks import NETWORKS, Model, draw_weights, fuse, get_network, load_weights
 from bench.networks.model import count_bytes
 from bench.networks.network import Draft
@@ -393,7 +396,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, kind, suffix, save):
         ("net.npz", b"no archive", "net.npz cannot be read as .npz"),
         ("net.npz", b"", "net.npz cannot be read as .npz"),
         ("net.safetensors", b"no header at all", "net.safetensors cannot be read as .safetensors"),
-        ("net.pth", b"", "the file must be of type .safetensors or .npz, got net.pth"),
+        (
+            "net.pth",
+            b"",
+            "the file must be of type .safetensors or .npz, got net.pth: convert it once with "
+            'safetensors.torch.save_file(torch.load("net.pth", weights_only=True), "net.safetensors")',
+        ),
+        ("net.txt", b"", "the file must be of type .safetensors or .npz, got net.txt"),
         ("net", None, "the file must exist, got "),
     ],
 )
@@ -404,6 +413,25 @@ def test_files_without_weights_are_refused(tmp_path, name, content, rule):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConvError, match=f"^weights: {re.escape(rule)}"):
         load_weights(branches(), tmp_path / name)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.net.", "_orig_mod."])
+def test_a_prefix_that_all_names_have_is_named(tmp_path, prefix):
+    """Those of branches, and of a network whose own names begin alike."""
+    for network in (branches(), get_network("vgg16")):
+        small = replace(network, input_shape=(3, 32, 32), layers=network.layers[:5])
+        weights = draw_weights(small)
+        save_npz(tmp_path / "net.npz", {f"{prefix}{name}": array for name, array in weights.items()})
+        rule = f"all names in the file begin with {prefix!r}: save it without"
+        with pytest.raises(ConvError, match=f"^weights: net.npz must hold .*{re.escape(rule)}"):
+            load_weights(small, tmp_path / "net.npz")
+
+
+def test_no_prefix_is_named_where_none_helps(tmp_path):
+    save_npz(tmp_path / "net.npz", {"model.other.weight": np.zeros(3), "model.other.bias": np.zeros(3)})
+    with pytest.raises(ConvError) as raised:
+        load_weights(branches(), tmp_path / "net.npz")
+    assert "begin with" not in str(raised.value)
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
@@ -561,6 +589,51 @@ def test_layers_that_are_shown_unless_others_are_named(name):
     assert len({network.shapes[each][1:] for each in found}) == len(found)
 
 
+def paint_figure(figure):
+    """Its pixels in 0 ... 1."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def test_pictures_are_as_large_as_what_is_in_them(rng):
+    """Six maps in one row, or 16 in two, leave no page of white; 64 have the height of their width."""
+    few = {f"layer{index}": rng.random((6, 14, 14)) for index in range(2)}
+    more = {f"layer{index}": rng.random((16, 5, 5)) for index in range(2, 4)}
+    for figure in (
+        pictures.draw_features("net", {**few, **more}),
+        pictures.draw_filters("net", normals(rng, (6, 1, 5, 5))),
+    ):
+        assert (paint_figure(figure) == 1).all(axis=-1).mean() < 0.6
+        assert figure.get_figheight() < 0.5 * figure.get_figwidth()
+    whole = pictures.draw_filters("net", normals(rng, (64, 3, 7, 7)))
+    assert 1 < whole.get_figheight() / whole.get_figwidth() < 1.15
+
+
+def test_axes_of_signals_are_named(rng):
+    maps_of = pictures.draw_features("net", {"conv": rng.random((15, 19))})
+    filters = pictures.draw_filters("net", normals(rng, (15, 1, 3)))
+    (left,), (right,) = maps_of.axes, filters.axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("position", "channel")
+    assert (right.get_xlabel(), right.get_ylabel()) == ("position", "filter")
+    for axis in (left, right):
+        assert axis.axison
+        assert all(tick == round(tick) for tick in (*axis.get_xticks(), *axis.get_yticks()))
+
+
+def test_the_hottest_place_is_bright_even_over_black():
+    """Hot over the black half, cold over the white one; the scale beside it says which is which."""
+    image, activation = np.zeros((40, 40, 3)), np.zeros((40, 40))
+    image[:20] = activation[20:] = 1
+    figure = pictures.draw_class("net", image, activation)
+    pixels = paint_figure(figure)
+    box = figure.axes[1].get_window_extent()
+    column = pixels[:, round((box.x0 + box.x1) / 2)].mean(axis=-1)[::-1]  # from below
+    hot, cold = (column[round(box.y0 + share * box.height)] for share in (0.25, 0.75))
+    assert hot > 0.75 > 0.55 > cold
+    assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == ["least", "most"]
+
+
 # The command --------------------------------------------------------------------------------------
 
 
@@ -625,6 +698,74 @@ def test_a_run_tells_of_every_layer(quick, tmp_path, capsys):
     assert f"classes: {index} ({share:.1%}), {second[0]} ({second[1]:.1%})\n" in shown
 
 
+def narrow_terminal(width=80):
+    """A console that writes to a terminal of that many columns; its text is in `file`."""
+    return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+
+
+def test_a_narrow_terminal_loses_columns_and_breaks_no_cell(quick, tmp_path, monkeypatch):
+    console = narrow_terminal()
+    monkeypatch.setattr(show, "make_console", lambda: console)
+    found = run(tmp_path, "googlenet")
+    lines = console.file.getvalue().splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "algorithm" in line) : lines.index("")]
+    assert all(len(line) <= 80 for line in table)
+    assert table[0].split()[:3] == ["layer", "algorithm", "time"]
+    assert "workspace" not in table[0]
+    rows = [line for line in table if " ms" in line or " us" in line]
+    for layer, line in zip(found["layers"], rows):  # each whole, in one line
+        assert line.split()[0] == (layer["fused"] or [layer["name"]])[0]
+        assert f" {layer['algorithm']} {layer['tile']}".rstrip() in line
+        assert f" {show.seconds_text(layer['seconds'])} " in line
+    assert "no room for: workspace, live, " in console.file.getvalue()
+
+
+def test_a_table_too_wide_without_its_spare_columns_is_cut_not_folded():
+    console = narrow_terminal(20)
+    table = show.make_table("", ("name",), ("time", "live"))
+    table.add_row("a name that is long", "12.5 ms", "4 kB")
+    show.print_table(console, table, ("live", "no such column"))
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert [line for line in lines if "name" in line] == ["name          time", "a name that…  12.…"]
+    assert "no room for: live" in " ".join(lines)
+
+
+def test_a_pipe_loses_nothing():
+    console = Console(file=io.StringIO(), width=20)
+    table = show.make_table("", ("name",), ("time", "live"))
+    table.add_row("a name that is long", "12.5 ms", "4 kB")
+    show.print_table(console, table, ("live",))
+    assert "no room" not in console.file.getvalue()
+    assert "live" in console.file.getvalue()
+
+
+def test_what_is_waited_for_is_told_before_it_runs(quick, tmp_path, monkeypatch, capfd):
+    """And flushed: through a pipe too the line is there when the network begins to run."""
+    seen = []
+
+    def stop(*arguments):
+        seen.append(capfd.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "profile", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(["network", "lenet5", "--output", str(tmp_path)])
+    assert "running lenet5 (the first time its kernels are compiled" in seen[0]
+
+
+def test_shares_are_of_the_sum_that_is_printed_beside_the_whole_run():
+    """Two layers of 1 and 3 ms in runs of 5 ms: 25 % and 75 % of the sum; the run has its own line."""
+    layer = profile.LayerRun("a", (), "conv", "conv", (1,), "direct", "", 10**6, 1e-3, 4, 4, 0)
+    layers = (layer, replace(layer, name="b", seconds=3e-3))
+    found = profile.Profile(layers, 5e-3, 7, np.zeros(1), {})
+    table = tables.layer_table("", found, 1.0)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["layer"] == ["a", "b", "sum of 2 layers", "a whole run"]
+    assert cells["time"] == ["1 ms", "3 ms", "4 ms", "5 ms"]
+    assert cells["of total"] == ["25.0%", "75.0%", "100.0%", ""]
+    assert cells["GFLOP/s"] == ["1.0", "0.3", "0.5", "0.4"]
+
+
 def fastconv_algorithms():
     return {row.name for row in fastconv.algorithms()}
 
@@ -671,6 +812,11 @@ def test_weights_and_a_picture_decide_the_class(quick, tmp_path, capsys):
             ["lenet5", "--layers", "C1,C9"],
             "--layers must be of the layers of lenet5 (`python -m bench networks lenet5` lists them), got C9",
         ),
+        (
+            ["ResNet18"],
+            f"networks: name must be one of {', '.join(NETWORKS)}, got 'ResNet18' (did you mean resnet18?)\n",
+        ),
+        (["x"], f"networks: name must be one of {', '.join(NETWORKS)}, got 'x'\n"),
         (["lenet5", "--layers", "F6"], "--layers must be of layers whose output is a map, got F6"),
         (["mnist1d", "--image", "a.png"], "--image needs a network of pictures, got mnist1d (input 1x40)"),
         (["lenet5", "--image", "a.png"], "--image must be a picture that can be read, got a.png: "),
@@ -687,6 +833,13 @@ def test_what_cannot_run_is_refused_before_anything_runs(tmp_path, monkeypatch, 
     assert main(["network", *words, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"python -m bench: {rule}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_photograph(capsys):
+    with pytest.raises(SystemExit):
+        main(["network", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "instead of matplotlib's photograph of Grace Hopper" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Networks that learn: their data, every gradient, the loop, and the command from end to end."""
 
+import io
 import json
 import math
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from bench import show
 from bench.__main__ import main
 from bench.networks import get_network
-from bench.train import data, loop, nets, recipes
+from bench.train import data, loop, nets, plot, recipes
 from bench.train.data import Dataset, Examples
 from bench.train.layers import Conv1d, Conv2d, Flatten, Linear, MaxPool2d, Network, Parameter, ReLU
 from bench.train.loop import Recipe, evaluate, train
@@ -364,8 +368,8 @@ def test_mnist1d_is_learned(small, tmp_path, capsys):
     found = run(tmp_path, "mnist1d")
     shown = capsys.readouterr().out
     assert "mnist1d, seed 0" in shown
-    assert "about 17%" in shown
-    assert "about 40%" in shown
+    assert "1 of 600 epochs: not comparable" in shown
+    assert "about 17%" not in shown
     assert found["command"].startswith("python -m bench train mnist1d --epochs 1")
     assert {"cpu", "threads", "versions", "commit", "dirty", "run"} <= set(found)
     convolutional, connected = found["networks"]
@@ -379,6 +383,23 @@ def test_mnist1d_is_learned(small, tmp_path, capsys):
         assert f"{before:.1%} -> {after:.1%}" in shown
 
 
+def test_a_narrow_terminal_loses_columns_and_breaks_no_cell(small, tmp_path, monkeypatch):
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(show, "make_console", lambda: console)
+    run(tmp_path, "mnist1d")
+    lines = file.getvalue().splitlines()
+    headings = next(line for line in lines if "published test error" in line)
+    assert headings.split()[0] == "network"
+    assert " test error" in headings
+    assert "examples" not in headings
+    for name in ("convolutional ", "fully connected "):
+        row = lines[max(index for index, line in enumerate(lines) if line.startswith(f" {name}"))]
+        assert "->" in row
+        assert len(row) <= 80
+    assert "no room for: examples, " in file.getvalue()
+
+
 def test_the_plot_shows_both_curves_of_both_networks(small, tmp_path):
     found = run(tmp_path, "mnist1d")
     text = " ".join(ElementTree.parse(tmp_path / "train-mnist1d.svg").getroot().itertext())
@@ -386,7 +407,61 @@ def test_the_plot_shows_both_curves_of_both_networks(small, tmp_path):
         assert f"{each['name']}: {each['parameters']:,} parameters" in text
         for part in ("training", "test"):
             assert f"{part}, {100 * each['curves'][part]['error'][-1]:.1f} % in the end" in text
-        assert f"published test error, {100 * each['published']:.0f} %" in text
+        assert "published test error" not in text  # after one epoch of 600
+
+
+def test_each_training_is_announced_through_a_pipe(small, tmp_path, monkeypatch, capfd):
+    seen = []
+
+    def stop(*arguments):
+        seen.append(capfd.readouterr().out)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(recipes, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "mnist1d")
+    assert seen[0].endswith("training for 1 epochs: convolutional\n")
+    assert seen[1].endswith("training for 1 epochs: fully connected\n")
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """A recipe of two epochs."""
+    monkeypatch.setattr(recipes, "MNIST1D", replace(recipes.MNIST1D, epochs=2, measure_every=1))
+
+
+def test_published_errors_stand_beside_those_of_all_epochs(small, brief, tmp_path, capsys):
+    assert main(["train", "mnist1d", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "about 17%" in shown
+    assert "about 40%" in shown
+    assert "not comparable" not in shown
+    text = " ".join(ElementTree.parse(tmp_path / "train-mnist1d.svg").getroot().itertext())
+    assert "published test error, 17 %" in text
+    assert "published test error, 40 %" in text
+
+
+def test_the_plot_holds_the_whole_curve(small, brief, tmp_path, monkeypatch):
+    """Also the error before the first epoch, which is that of guessing."""
+    kept = []
+    monkeypatch.setattr(plot, "to_svg", lambda figure: kept.append(figure) or "")
+    main(["train", "mnist1d", "--output", str(tmp_path)])
+    for axis in kept[0].axes:
+        low, high = axis.get_ylim()
+        for line in axis.lines:
+            assert low <= min(line.get_ydata()) <= max(line.get_ydata()) <= high
+        assert all(tick == round(tick) for tick in axis.get_xticks())
+
+
+def test_help_names_the_epochs_of_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{recipes.MNIST1D.epochs} with mnist1d, {recipes.DIGITS.epochs} with digits" in shown
+    assert f"three times {recipes.FINE_TUNING.epochs}" in shown
+    assert recipes.FINE_TUNING.epochs == recipes.DIGITS.epochs
 
 
 def test_a_seed_decides_everything(small, tmp_path):

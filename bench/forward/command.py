@@ -24,6 +24,7 @@ from fastconv import softmax
 from fastconv.cpu.threads import thread_count
 
 RANDOM = "random, seed 0: classes and maps mean nothing (--weights FILE loads trained ones)"
+WAIT = "running {} (the first time its kernels are compiled, once for all: up to half a minute)"
 NO_MAP = "it needs global average pooling and one linear layer at the end, which {} lacks"
 DPI = 110
 
@@ -58,6 +59,9 @@ def run_network(request: Request, folder: Path, arguments: Sequence[str]) -> int
     console = show.make_console()
     console.print(show.machine_text(stamp), markup=False)
 
+    console.print(WAIT.format(network.name), markup=False, soft_wrap=True)
+    console.file.flush()  # a pipe would keep it until the end
+
     keep = {*layers, head.maps} if head else set(layers)
     model = Model(network, weights) if request.unfused else Model(*fuse(network, weights, keep))
     found = profile(model, shown.x, keep)
@@ -69,8 +73,12 @@ def run_network(request: Request, folder: Path, arguments: Sequence[str]) -> int
     }  # fmt: skip
     paths = _write(network.name, folder, result, figures)
 
-    console.print(tables.layer_table(_title(network, shown, request), found, stamp["peak_gflops"]))
-    console.print(tables.kind_table(found, stamp["peak_gflops"]))
+    peak = stamp["peak_gflops"]
+    for table in (
+        tables.layer_table(_title(network, shown, request), found, peak),
+        tables.kind_table(found, peak),
+    ):
+        show.print_table(console, table, tables.SPARE)
     for line in (*_outcome(network, request, found, scores), *map(str, paths)):
         console.print(line, markup=False, soft_wrap=True)
     return 0
@@ -161,8 +169,13 @@ def _outcome(
     """The totals in words, and what the network says."""
     parameters = _count_parameters(network)
     yield (
-        f"total: {show.seconds_text(found.seconds)} (median of {found.runs} runs), {found.flops / 1e9:.3g} "
-        f"GFLOP as direct sums, {parameters:,} parameters ({tables.size_text(4 * parameters)})"
+        f"a whole run: {show.seconds_text(found.seconds)} (median of {found.runs} runs); the layers' medians "
+        f"add up to {show.seconds_text(found.layer_seconds)}: each leaves out the runs in which it was "
+        "interrupted, and what lies between layers"
+    )
+    yield (
+        f"network: {found.flops / 1e9:.3g} GFLOP as direct sums, {parameters:,} parameters "
+        f"({tables.size_text(4 * parameters)})"
     )
     if not request.unfused:
         yield "a .. b: convolution a with all that follows it up to b, whose name its output has"

@@ -44,13 +44,21 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class Profile:
-    """All layers of a run; `seconds` is the median of whole runs."""
+    """All layers of a run; `seconds` is the median of whole runs, `layer_seconds` the sum of the layers' own.
+
+    These differ: a layer's median leaves out the runs in which that layer was interrupted, and a whole run is
+    interrupted more often than one of its layers.
+    """
 
     layers: tuple[LayerRun, ...]
     seconds: float
     runs: int
     output: np.ndarray
     kept: dict[str, np.ndarray]
+
+    @property
+    def layer_seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers)
 
     @property
     def flops(self) -> int:

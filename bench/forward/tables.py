@@ -10,16 +10,29 @@ from rich.table import Table
 from bench import show
 from bench.forward.profile import LayerRun, Profile
 
+# Columns that a narrow terminal goes without, the first first; layer, algorithm and time stay.
+SPARE = (
+    "workspace",
+    "live",
+    "output size",
+    "output",
+    "of peak",
+    "operation",
+    "GFLOP/s",
+    "layers",
+    "of total",
+)
+
 
 def layer_table(title: str, profile: Profile, peak_gflops: float) -> Table:
-    """One line per layer, then the totals."""
+    """One line per layer, then their sum, and beside it what whole runs took."""
     headers = ("output", "time", "of total", "GFLOP/s", "of peak", "output size", "live", "workspace")
     table = show.make_table(title, ("layer", "operation", "algorithm"), headers)
-    total = sum(layer.seconds for layer in profile.layers)
     for layer in profile.layers:
-        table.add_row(*_layer_cells(layer, total, peak_gflops))
+        table.add_row(*_layer_cells(layer, profile.layer_seconds, peak_gflops))
     table.add_section()
-    table.add_row(*_total_cells(profile, peak_gflops), style="bold")
+    table.add_row(*_sum_cells(profile, peak_gflops), style="bold")
+    table.add_row(*_whole_cells(profile, peak_gflops), style="bold")
     return table
 
 
@@ -45,27 +58,32 @@ def _name(layer: LayerRun) -> str:
     return f"{layer.fused[0]} .. {layer.name[shared + 1 :] if is_inside else layer.name}"
 
 
-def _total_cells(profile: Profile, peak_gflops: float) -> Iterator[str]:
-    yield f"{len(profile.layers)} layers"
-    yield ""
-    yield ""
-    yield ""
-    yield show.seconds_text(profile.seconds)
-    yield ""
-    yield from _rates(profile.layers, profile.seconds, peak_gflops)
+def _sum_cells(profile: Profile, peak_gflops: float) -> Iterator[str]:
+    yield f"sum of {len(profile.layers)} layers"
+    yield from ("", "", "")
+    yield show.seconds_text(profile.layer_seconds)
+    yield f"{1:.1%}"
+    yield from _rates(profile.layers, profile.layer_seconds, peak_gflops)
     yield ""
     yield size_text(max(layer.live_bytes for layer in profile.layers))
     yield size_text(max(layer.workspace for layer in profile.layers))
+
+
+def _whole_cells(profile: Profile, peak_gflops: float) -> Iterator[str]:
+    yield "a whole run"
+    yield from ("", "", "")
+    yield show.seconds_text(profile.seconds)
+    yield ""
+    yield from _rates(profile.layers, profile.seconds, peak_gflops)
 
 
 def kind_table(profile: Profile, peak_gflops: float) -> Table:
     """One line per kind of layer, the one that takes longest first."""
     headers = ("layers", "time", "of total", "GFLOP/s", "of peak")
     table = show.make_table("time by kind of layer", ("kind",), headers)
-    total = sum(layer.seconds for layer in profile.layers)
     for kind, layers in profile.by_kind().items():
         seconds = sum(layer.seconds for layer in layers)
-        cells = (str(len(layers)), show.seconds_text(seconds), f"{seconds / total:.1%}")
+        cells = (str(len(layers)), show.seconds_text(seconds), f"{seconds / profile.layer_seconds:.1%}")
         table.add_row(kind, *cells, *_rates(layers, seconds, peak_gflops))
     return table
 

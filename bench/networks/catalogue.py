@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 
 from bench.networks.network import Draft, Network
 from bench.networks.nodes import (
@@ -48,7 +49,9 @@ def get_network(name: str) -> Network:
     (512, 7, 7)
     """
     if name not in NETWORKS:
-        raise ConvError(f"networks: name must be one of {', '.join(NETWORKS)}, got {name!r}")
+        close = get_close_matches(name.lower(), NETWORKS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConvError(f"networks: name must be one of {', '.join(NETWORKS)}, got {name!r}{hint}")
     return NETWORKS[name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastconv.problem import ConvError
 DTYPE = np.dtype("float32")
 COUNTER = "num_batches_tracked"  # torch's batch norm counts its batches; a run does not need to know
 SHOWN = 5  # names in an error
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")  # torch.save's, which could run anything when they are read
 
 
 def load_weights(network: Network, path: Path) -> dict[str, np.ndarray]:
@@ -53,7 +54,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         return _read_npz(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    raise ConvError(f"weights: the file must be of type .safetensors or .npz, got {path.name}")
+    hint = ""
+    if path.suffix in PICKLED:
+        load = f'torch.load("{path.name}", weights_only=True)'
+        hint = f': convert it once with safetensors.torch.save_file({load}, "{path.stem}.safetensors")'
+    raise ConvError(f"weights: the file must be of type .safetensors or .npz, got {path.name}{hint}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -85,7 +90,26 @@ def _check_names(
         parts = [f"{len(missing)} missing ({_list(missing, wanted)})"] * bool(missing)
         parts += [f"{len(unknown)} unknown ({_list(unknown, found)})"] * bool(unknown)
         rule = f"{path.name} must hold the {len(wanted)} arrays of {network.name}"
-        raise ConvError(f"weights: {rule}, got {' and '.join(parts)}")
+        prefix = _find_prefix(wanted, found)
+        hint = f"; all names in the file begin with {prefix!r}: save it without" if prefix else ""
+        raise ConvError(f"weights: {rule}, got {' and '.join(parts)}{hint}")
+
+
+def _find_prefix(wanted: Collection[str], found: Collection[str]) -> str:
+    """What all names that were found begin with, if without it the most of them are wanted, else nothing.
+
+    >>> _find_prefix(["stem.weight", "stem.bias"], ["model.stem.weight", "model.stem.bias"])
+    'model.'
+    """
+    first = next(iter(found), "")
+    starts = [first[: index + 1] for index, letter in enumerate(first) if letter == "."]
+    prefixes = [start for start in starts if all(name.startswith(start) for name in found)]
+
+    def count(prefix: str) -> int:
+        return sum(name.removeprefix(prefix) in wanted for name in found)
+
+    best = max(prefixes, key=count, default="")
+    return best if count(best) > count("") else ""
 
 
 def _list(names: Iterable[str], order: Iterable[str]) -> str:

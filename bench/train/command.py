@@ -30,6 +30,9 @@ LESSONS: dict[str, Callable[[Course], None]] = {
 }
 PACKAGES = ("numpy", "numba", "scikit-learn")
 
+# Columns that a narrow terminal goes without, the first first.
+SPARE = ("examples", "test accuracy", "training error", "seconds", "parameters", "epochs")
+
 
 def train_networks(lesson: str, epochs: int | None, seed: int, folder: Path, arguments: Sequence[str]) -> int:
     """Train the networks of a lesson; what it leaves appears when all is done: nothing is half."""
@@ -46,15 +49,18 @@ def train_networks(lesson: str, epochs: int | None, seed: int, folder: Path, arg
     }
     rows.replace(curves, json.dumps(found) + "\n")
     rows.replace(plot, draw_curves(course.trained))
-    console.print(_make_table(f"{lesson}, seed {seed}", course.trained))
+    show.print_table(console, _make_table(f"{lesson}, seed {seed}", course.trained), SPARE)
     console.print(f"curves: {curves}\nplot: {plot}", markup=False, soft_wrap=True)
     return 0
 
 
 def _make_watch(progress: Progress) -> recipes.Watch:
-    """A bar for each network, with its latest test error."""
+    """A bar for each network, with its latest test error; where no bar can move, a line when it begins."""
 
     def watch(name: str, epochs: int) -> Callable[[Curves], None]:
+        if not progress.console.is_terminal:
+            progress.console.print(f"training for {epochs} epochs: {name}", markup=False)
+            progress.console.file.flush()  # a pipe would keep it until the end
         task = progress.add_task(name, total=epochs)
 
         def after_epoch(curves: Curves) -> None:
@@ -95,9 +101,18 @@ def _make_table(title: str, trained: Sequence[Trained]) -> Table:
             _change(each.curves.training),
             _change(each.curves.test),
             f"{1 - each.curves.test.error[-1]:.1%}",
-            "" if each.published is None else f"about {each.published:.0%}",
+            _published_text(each),
         )
     return table
+
+
+def _published_text(each: Trained) -> str:
+    """The published test error, unless the network has learned for fewer epochs."""
+    if each.published is None:
+        return ""
+    if each.is_short:
+        return f"{each.recipe.epochs} of {each.full_epochs} epochs: not comparable"
+    return f"about {each.published:.0%}"
 
 
 def _change(curve: Curve) -> str:

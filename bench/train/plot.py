@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.plots import PALETTE, STYLE, to_svg
 from bench.train.loop import Curve
@@ -26,19 +27,14 @@ def draw_curves(trained: Sequence[Trained]) -> str:
             axis.set_xlabel("epoch")
             _draw_errors(axis, each.curves.epochs, each.curves.training, TRAINING, "training")
             _draw_errors(axis, each.curves.epochs, each.curves.test, TEST, "test")
-            if each.published is not None:
+            if each.published is not None and not each.is_short:
                 label = f"published test error, {100 * each.published:.0f} %"
                 axis.axhline(100 * each.published, color=GREY, linestyle="--", linewidth=1, label=label)
             axis.legend(frameon=False, loc="upper right")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].set_ylabel("error (%)")
-        panels[0].set_ylim(0, 110 * _largest_error(trained))
+        panels[0].set_ylim(0, 105)  # guessing, with which every curve begins, belongs to it
         return to_svg(figure)
-
-
-def _largest_error(trained: Sequence[Trained]) -> float:
-    """After the first epoch: the errors before it are those of guessing, and would flatten all others."""
-    curves = (curve for each in trained for curve in (each.curves.training, each.curves.test))
-    return max(0.01, *(error for curve in curves for error in curve.error[1:]))
 
 
 def _draw_errors(axis: Axes, epochs: Sequence[int], curve: Curve, colour: str, label: str) -> None:

@@ -36,6 +36,12 @@ class Trained:
     recipe: Recipe
     curves: Curves
     published: float | None  # test error
+    full_epochs: int  # of the recipe, as the published ones were found
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it learned for less time than its recipe says: its errors are not comparable."""
+        return self.recipe.epochs < self.full_epochs
 
 
 class Course:
@@ -61,6 +67,7 @@ class Course:
         published: float | None = None,
     ) -> None:
         """Train the network on what the frozen one makes of the data."""
+        full_epochs = recipe.epochs
         if self.epochs is not None:
             recipe = replace(recipe, epochs=self.epochs)
         if frozen is not None:
@@ -75,6 +82,7 @@ class Course:
                 recipe,
                 curves,
                 published,
+                full_epochs,
             )
         )
 
