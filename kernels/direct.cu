@@ -292,7 +292,7 @@ DEVICE void multiply_strip(ACC (&sum)[8][8], const SharedStrip& shared, const in
     const ACC(*pixel)[BLOCK_M + 4] = shared.rows;
     for (int p = 0; p < strip.rows; ++p) {
         const ACC* line = shared.patch + p * patch.rows.pixel_step * patch.pitch;
-#pragma unroll 2
+#pragma unroll(sizeof(INDEX) == 8 && BLOCK_N == 128 ? 1 : 2)  // there ptxas spills two pixels
         for (int q = 0; q < strip.columns; ++q, ++pixel, line += step) {
             ACC rows[8], terms[8];
             read_four(&rows[0], &(*pixel)[place.row_of(0)]);
