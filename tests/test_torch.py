@@ -161,13 +161,33 @@ class TestFunctions:
         y = ours(name, ndim)(x[0], w, b, **options(name))
         assert torch.equal(y, theirs(name, ndim)(x[0], w, b, **options(name)))
 
+    def test_dilation_wider_than_the_stride(self, name, ndim):
+        """Then output_padding may be whole strides and more: rows that no window of the gradient may see."""
+        wide = {"padding": 1, "groups": 2, "dilation": 3}
+        wide |= {"output_padding": 2} if name == "conv_transpose" else {}
+        found, expected = tensors(ndim, name, torch.float32), tensors(ndim, name, torch.float32)
+        y, wanted = ours(name, ndim)(*found, **wide), theirs(name, ndim)(*expected, **wide)
+        assert torch.equal(y, wanted)
+        (y * y).sum().backward()
+        (wanted * wanted).sum().backward()
+        for ours_, theirs_ in zip(found, expected, strict=True):
+            assert torch.equal(ours_.grad, theirs_.grad)
+
+
+def test_output_padding_beyond_the_padding():
+    """Without padding there is none to take away: what lies behind the last window is cut off."""
+    x, w = torch.ones(1, 1, 4, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)
+    ft.conv_transpose1d(x, w, dilation=3, output_padding=2).sum().backward()
+    assert x.grad.tolist() == [[[2, 2, 2, 2]]]
+    assert w.grad.tolist() == [[[4, 4]]]
+
 
 @pytest.mark.parametrize("name", ["convolution", "input", "weight", "transposed"])
 def test_operators(name):
     """Schema, autograd, the fake and symbolic sizes, by torch's own checks."""
     x, w, b = tensors(2)
-    grad = ft.conv2d(x, w, b, 2, 1, 1, 2).detach().requires_grad_()
-    geometry = ([2, 2], [1, 1, 1, 1], [1, 1], 2, "auto", "high")
+    grad = ft.conv2d(x, w, b, 2, ((1, 0), (0, 2)), (2, 1), 2).detach().requires_grad_()
+    geometry = ([2, 2], [1, 0, 0, 2], [2, 1], 2, "auto", "high")
     transposed = tensors(2, "conv_transpose")
     operator, arguments = {
         "convolution": (torch.ops.fastconv.convolution, (x, w, b)),
@@ -232,6 +252,7 @@ LAYERS = {
     "Conv3d": (nn.Conv3d, (4, 6, 2), {"bias": False}, (2, 4, 5, 4, 3)),
     "ConvTranspose1d": (nn.ConvTranspose1d, (4, 6, 3), {"stride": 2, "output_padding": 1}, (2, 4, 9)),
     "ConvTranspose2d": (nn.ConvTranspose2d, (4, 6, 3), {"stride": 2, "groups": 2}, (2, 4, 9, 8)),
+    "ConvTranspose2d dilated": (nn.ConvTranspose2d, (4, 6, 3), {"padding": 1, "dilation": 2}, (2, 4, 5, 6)),
     "ConvTranspose3d": (nn.ConvTranspose3d, (4, 6, 2), {"padding": 1}, (2, 4, 5, 4, 3)),
 }
 
