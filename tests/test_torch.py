@@ -205,12 +205,71 @@ def test_padding(padding):
     assert torch.equal(found, fastconv.conv2d(x, w, b, 2, padding, groups=2))
 
 
-def test_a_wrong_padding_by_name():
-    x, w, b = tensors(2)
-    with pytest.raises(ConvError, match=r"^conv2d: padding must be 'same', 'valid', .* got 'full'$"):
-        ft.conv2d(x, w, b, padding="full")
-    with pytest.raises(TypeError, match=r"^conv_transpose2d: padding must be an int, .* got 'same'$"):
-        ft.conv_transpose2d(x, w, b, padding="same")
+# What an operator of torch's would crash on, or read as something else: op, arguments.
+WRONG = [
+    *(
+        ("conv2d", {"padding": value})
+        for value in (True, (1, True), 1.5, None, "full", -1, ((1, 2, 3), (4,)))
+    ),
+    *(("conv2d", {"padding": value}) for value in (((1, 2, 3), (4, 5)), (1, 2, 3), ((1.0, 2), 1))),
+    *(("conv2d", {"stride": value}) for value in (True, 1.5, "a", None, (1, 1, 1), 0)),
+    *(("conv2d", {"stride": value, "padding": "same"}) for value in (0, (1, 1, 1), -1)),
+    *(("conv2d", {"dilation": value}) for value in (True, 2.0, (1,), (0, 1))),
+    *(("conv2d", {"groups": value}) for value in (True, 1.0, "1", None, 0)),
+    *(("conv2d", {name: value}) for name in ("algo", "precision") for value in (3, None, "no")),
+    *(("conv_transpose2d", {"output_padding": value}) for value in (1.5, True, "a", (1,), -1)),
+    *(("conv_transpose2d", {"padding": value}) for value in ("same", "valid", True, ((1, 2, 3), (4,)))),
+    *(("conv_transpose2d", {"stride": value}) for value in (True, 0, 1.5)),
+    *((op, {}) for op in ("conv1d", "conv3d", "conv_transpose1d", "conv_transpose3d")),
+]
+
+
+class TestWrong:
+    @pytest.mark.parametrize(("op", "more"), WRONG, ids=str)
+    def test_as_for_arrays(self, op, more):
+        """The same exception by the same rule, under the name of the function that was called."""
+        x, w = torch.ones(1, 2, 8, 8), torch.ones(2, 2, 3, 3)
+        with pytest.raises((TypeError, ValueError)) as expected:
+            getattr(fastconv, op)(x, w, **more)
+        with pytest.raises((TypeError, ValueError)) as found:
+            getattr(ft, op)(x, w, **more)
+        assert found.type is expected.type
+        assert str(found.value).split(" (input")[0] == str(expected.value).split(" (input")[0]
+        assert str(found.value).startswith(f"{op}: ")
+
+    @pytest.mark.parametrize("rank", [0, 3, 5])
+    def test_axes_of_the_weight(self, rank):
+        message = rf"^conv2d: weight \(K, C // groups, R, S\) must have 4 axes, got {rank} "
+        with pytest.raises(ConvError, match=message):
+            ft.conv2d(torch.ones(1, 2, 8, 8), torch.ones((2,) * rank))
+
+    @pytest.mark.parametrize("place", ["input", "weight", "bias"])
+    @pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+    def test_no_tensor(self, op, place):
+        arguments = {"input": torch.ones(1, 2, 8, 8), "weight": torch.ones(2, 2, 3, 3), "bias": torch.ones(2)}
+        arguments[place] = arguments[place].numpy()
+        message = f"^{op}: {place} must be a torch tensor, got numpy.ndarray$"
+        with pytest.raises(TypeError, match=message):
+            getattr(ft, op)(**arguments)
+
+    def test_no_model(self):
+        with pytest.raises(TypeError, match=r"^convert: model must be a torch.nn.Module, got int$"):
+            ft.convert(3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"padding": np.int64(1)}, {"padding": [np.int64(1), (0, np.int32(2))]}, {"stride": np.array([1, 2])},
+        {"padding": np.array([[1, 2], [0, 1]])}, {"groups": np.int64(2)}, {"dilation": torch.tensor(2)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_numpy(more):
+    x, w, _ = (tensor.detach() for tensor in tensors(2, dtype=torch.float32))
+    assert torch.equal(
+        ft.conv2d(x, w, **{"groups": 2, **more}), fastconv.conv2d(x, w, **{"groups": 2, **more})
+    )
 
 
 def test_errors_are_those_of_fastconv():

@@ -306,8 +306,45 @@ BAD = {
         "max_pool2d: input (N, C, H, W) must have 4 axes (3 without N), got 5",
     ),
     "kernels": (lambda: ft.max_pool2d(make((2, 3, 4)), (2, 2, 2)), ConvError, "max_pool2d: len(kernel_size)"),
-    "kernel of another type": (lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError, "'float' object"),
-    "size of another type": (lambda: ft.adaptive_avg_pool1d(make((2, 3)), 2.5), TypeError, "'float' object"),
+    "kernel of another type": (
+        lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError,
+        "max_pool2d: kernel_size must be an",
+    ),
+    "size of another type": (
+        lambda: ft.adaptive_avg_pool1d(make((2, 3)), 2.5), TypeError,
+        "adaptive_avg_pool1d: output_size must",
+    ),
+    "kernel that is a truth": (
+        lambda: ft.max_pool2d(make((2, 3, 4)), True), TypeError,
+        "got True of type bool",
+    ),
+    "stride": (
+        lambda: ft.avg_pool2d(make((2, 3, 4)), 2, 1.5), TypeError,
+        "avg_pool2d: stride must be an int",
+    ),
+    "no stride": (
+        lambda: ft.avg_pool2d(make((2, 3, 4)), 2, 0), ConvError,
+        "avg_pool2d: stride must be at least",
+    ),
+    "size that is a truth": (
+        lambda: ft.adaptive_max_pool1d(make((2, 3)), True), TypeError, "adaptive_max_pool1d: output_size must",
+    ),
+    "size of no shape": (
+        lambda: ft.max_unpool2d(make((1, 2, 2)), INDICES[0, :1, :2, :2], 2, output_size=4), TypeError,
+        "max_unpool2d: output_size must be a tuple of ints, got 4",
+    ),
+    "array": (
+        lambda: ft.max_pool2d(np.ones((1, 3, 4)), 2), TypeError,
+        "max_pool2d: input must be a torch tensor, got numpy.ndarray",
+    ),
+    "array to average": (
+        lambda: ft.adaptive_avg_pool2d(np.ones((1, 3, 4)), 2), TypeError,
+        "adaptive_avg_pool2d: input must be a torch tensor, got numpy.ndarray",
+    ),
+    "array of indices": (
+        lambda: ft.max_unpool2d(make((1, 2, 2)), np.ones((1, 2, 2)), 2), TypeError,
+        "max_unpool2d: indices must be a torch tensor, got numpy.ndarray",
+    ),
     "padding": (
         lambda: ft.avg_pool2d(make((2, 3, 4)), 2, padding=2), ConvError,
         "avg_pool2d: padding must be at most kernel_size // 2 = 2 // 2 = 1, got 2",

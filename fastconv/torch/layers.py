@@ -106,6 +106,8 @@ def convert(model: nn.Module) -> Conversion:
     1 convolutions are computed by fastconv, 1 are left alone
       2: fastconv has no torch.complex64
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     swapped, left = [], {}
     for name, layer in model.named_modules():
         if not isinstance(layer, tuple(_SWAPS)) or type(layer) in _SWAPS.values():
