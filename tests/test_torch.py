@@ -367,6 +367,16 @@ class TestLayers:
         assert torch.equal(conversion.model(x), own(x))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_without_memory(name):
+    """On the device "meta" a converted layer says what it would return."""
+    kind, arguments, more, shape = LAYERS[name]
+    layer, x = kind(*arguments, **more, device="meta"), torch.ones(shape, device="meta")
+    expected = layer(x)
+    found = ft.convert(layer).model(x)
+    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+
+
 def test_output_size_of_a_transposed_layer():
     layer = ft.ConvTranspose2d(3, 4, 3, stride=2)
     assert layer(torch.ones(1, 3, 5, 5), output_size=[12, 11]).shape == (1, 4, 12, 11)

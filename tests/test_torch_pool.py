@@ -327,7 +327,8 @@ BAD = {
         "avg_pool2d: stride must be at least",
     ),
     "size that is a truth": (
-        lambda: ft.adaptive_max_pool1d(make((2, 3)), True), TypeError, "adaptive_max_pool1d: output_size must",
+        lambda: ft.adaptive_max_pool1d(make((2, 3)), True), TypeError,
+        "adaptive_max_pool1d: output_size must",
     ),
     "size of no shape": (
         lambda: ft.max_unpool2d(make((1, 2, 2)), INDICES[0, :1, :2, :2], 2, output_size=4), TypeError,

@@ -261,9 +261,9 @@ def _is_plain_padding(padding: Any, ndim: int) -> bool:
 
 
 def _autocast(*tensors: Any) -> Any:
-    """Cast tensors as autocast wants it; it leaves float64 alone."""
+    """Cast tensors as autocast wants it; it leaves float64 alone, and devices such as "meta"."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
