@@ -62,6 +62,16 @@ class TestNames:
         assert set(OPERATIONS) <= set(dir(ft))
         assert all(callable(getattr(ft, name)) for name in OPERATIONS)
 
+    def test_public_names(self):
+        """What help() and `import *` show: all functions and layers, no module, each with a docstring."""
+        found = {name for name, value in vars(ft).items() if callable(value) and not name.startswith("_")}
+        assert set(ft.__all__) == found
+        assert set(OPERATIONS) | {"ConvTranspose2d", "Conversion", "convert"} <= found
+        assert ft.__all__ == sorted(ft.__all__)
+        assert all(inspect.getdoc(getattr(ft, name)) for name in ft.__all__)
+        own = [name for name in ft.__all__ if getattr(ft, name).__module__.startswith("fastconv")]
+        assert [name for name in own if ">>> " not in getattr(ft, name).__doc__] == []
+
     @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith(("conv", "Conv"))])
     def test_arguments_are_those_for_arrays(self, name):
         """The same names in the same order and the same defaults, or one where there was none."""
@@ -394,7 +404,10 @@ def test_convert_leaves_what_it_cannot_compute():
     assert conversion.swapped == ["a"]
     assert conversion.left.keys() == {"b", "c"}
     assert "Own may compute something of its own" in conversion.left["b"]
-    assert str(conversion).startswith("1 convolutions are computed by fastconv, 2 are left alone\n  b: ")
+    assert conversion.already == 1
+    first = "1 convolutions are computed by fastconv, 2 are left alone, 1 already were fastconv's\n  b: "
+    assert str(conversion).startswith(first)
+    assert str(ft.convert(nn.ReLU())) == "0 convolutions are computed by fastconv, 0 are left alone"
     assert ft.convert(nn.Conv2d(1, 2, 3)).swapped == ["Conv2d"]
 
 
