@@ -192,20 +192,34 @@ def test_output_padding_beyond_the_padding():
     assert w.grad.tolist() == [[[4, 4]]]
 
 
+def lay_out(tensor, is_last):
+    """A tensor without history, that needs a gradient, in one of the two memory orders."""
+    order = torch.channels_last if is_last else torch.contiguous_format
+    return tensor.detach().contiguous(memory_format=order).requires_grad_()
+
+
 @pytest.mark.parametrize("name", ["convolution", "input", "weight", "transposed"])
-def test_operators(name):
+@pytest.mark.parametrize("samples", [2, 0])
+@pytest.mark.parametrize("is_last", [False, True], ids=["NCHW", "NHWC"])
+def test_operators(name, samples, is_last):
     """Schema, autograd, the fake and symbolic sizes, by torch's own checks."""
     x, w, b = tensors(2)
-    grad = ft.conv2d(x, w, b, 2, ((1, 0), (0, 2)), (2, 1), 2).detach().requires_grad_()
+    x, (image, *rest) = x[:samples], tensors(2, "conv_transpose")
+    x, image = (lay_out(tensor, is_last) for tensor in (x, image[:samples]))
+    grad = ft.conv2d(x, w, b, 2, ((1, 0), (0, 2)), (2, 1), 2)
+    grad = lay_out(grad, is_last)
     geometry = ([2, 2], [1, 0, 0, 2], [2, 1], 2, "auto", "high")
-    transposed = tensors(2, "conv_transpose")
     operator, arguments = {
         "convolution": (torch.ops.fastconv.convolution, (x, w, b)),
         "input": (torch.ops.fastconv.convolution_input, (list(x.shape), w, grad)),
         "weight": (torch.ops.fastconv.convolution_weight, (x, list(w.shape), grad)),
-        "transposed": (torch.ops.fastconv.convolution_transposed, (*transposed, [1, 0])),
+        "transposed": (torch.ops.fastconv.convolution_transposed, (image, *rest, [1, 0])),
     }[name]
     opcheck(operator.default, (*arguments, *geometry))
+    meta = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    assert (
+        operator(*arguments, *geometry).stride() == operator(*meta, *geometry).stride()
+    )  # of no samples too
 
 
 @pytest.mark.parametrize("padding", [0, 2, "same", "valid", (1, 2), [(1, 0), (0, 3)]], ids=str)

@@ -293,11 +293,23 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("is_last", [False, True], ids=["NCHW", "NHWC"])
-def test_operators(name, is_last):
+@pytest.mark.parametrize("samples", [2, 0])
+def test_operators(name, is_last, samples):
     """Schema, autograd, the fake with its strides, and symbolic sizes, by torch's own checks."""
     shape, options = OPERATORS[name]
     operator = getattr(torch.ops.fastconv, name).default
-    opcheck(operator, (make(shape, torch.float32, is_last), *options))
+    options = [option[:samples] if isinstance(option, torch.Tensor) else option for option in options]
+    options = [
+        [samples, *option[1:]] if isinstance(option, list) and len(option) == 4 else option
+        for option in options
+    ]
+    x = make((samples, *shape[1:]), torch.float32, is_last)
+    opcheck(operator, (x, *options))
+    meta = [option.to("meta") if isinstance(option, torch.Tensor) else option for option in (x, *options)]
+    results = [operator(*arguments) for arguments in ((x, *options), meta)]
+    pairs = [result if isinstance(result, tuple) else (result,) for result in results]
+    for found, promised in zip(*pairs, strict=True):
+        assert found.stride() == promised.stride()  # of no samples too
 
 
 BAD = {

@@ -6,8 +6,8 @@ they stand here so that every function of fastconv has its name for tensors, and
 the library's own functions.
 
 Signatures are torch's, and `algo` and `precision` for convolutions; `activation`, `residual` and `layout` of
-fastconv.conv2d are not taken. torch.func.grad and torch.func.vmap are not supported: torch's custom operators
-have no rules for them.
+fastconv.conv2d are not taken. The derivatives of torch.func (such as grad) are not supported, by torch's
+custom operators in general; vmap without a derivative calls the operators one by one.
 """
 
 try:

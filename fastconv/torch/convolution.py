@@ -290,7 +290,7 @@ def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     return function(*_plain(input, weight, bias), **Geometry(*geometry).options())
 
 
-@define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}")
+@define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}", leader=2)
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
     return function(tuple(input_size), *_plain(weight, grad_output), **Geometry(*geometry).options())

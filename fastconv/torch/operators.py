@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,30 @@ Numbers = int | Sequence[int]
 Size = Sequence[Any]  # of ints, symbolic ones too
 
 
-def define(name: str, arguments: str, results: str = "Tensor") -> Any:
-    """Return the decorator that registers a function as the operator fastconv::<name>."""
+def define(name: str, arguments: str, results: str = "Tensor", leader: int = 0) -> Any:
+    """Return the decorator that registers a function as the operator fastconv::<name>.
+
+    leader  place of the argument whose memory order results have
+    """
     schema = f"({arguments}) -> {results}"
-    return torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
+    register = torch.library.custom_op(f"fastconv::{name}", mutates_args=(), schema=schema)
+
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def compute(*values: Any) -> Any:
+            result = function(*values)
+            if isinstance(result, tuple):
+                return tuple(_with_strides(part, values[leader]) for part in result)
+            return _with_strides(result, values[leader])
+
+        return register(compute)
+
+    return decorate
+
+
+def _with_strides(result: Tensor, leader: Tensor) -> Tensor:
+    """Give a result without elements, whose strides NumPy makes zeros, those that the fake promised."""
+    return result if result.numel() else empty_like(leader, result.shape, result.dtype)
 
 
 def check_tensors(op: str, **arguments: Any) -> None:
