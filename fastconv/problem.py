@@ -660,11 +660,16 @@ def _resolve_padding(
     if padding == "valid":
         return ((0, 0),) * len(sizes)
     if padding == "same":
-        return tuple(_same_padding(*axis) for axis in zip(sizes, kernels, strides, dilations, strict=True))
+        return tuple(same_padding(*axis) for axis in zip(sizes, kernels, strides, dilations, strict=True))
     raise call.error(f"{rule}, got {show(padding)}")
 
 
-def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> Pair:
+    """Return the padding before and after one axis that makes ceil(size / stride) windows.
+
+    >>> same_padding(size=7, kernel=4, stride=1, dilation=1)
+    (1, 2)
+    """
     windows = -(-size // stride)
     total = max((windows - 1) * stride + span(kernel, dilation) - size, 0)
     return total // 2, total - total // 2

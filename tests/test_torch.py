@@ -62,6 +62,16 @@ class TestNames:
         assert set(OPERATIONS) <= set(dir(ft))
         assert all(callable(getattr(ft, name)) for name in OPERATIONS)
 
+    def test_public_names(self):
+        """What help() and `import *` show: all functions and layers, no module, each with a docstring."""
+        found = {name for name, value in vars(ft).items() if callable(value) and not name.startswith("_")}
+        assert set(ft.__all__) == found
+        assert set(OPERATIONS) | {"ConvTranspose2d", "Conversion", "convert"} <= found
+        assert ft.__all__ == sorted(ft.__all__)
+        assert all(inspect.getdoc(getattr(ft, name)) for name in ft.__all__)
+        own = [name for name in ft.__all__ if getattr(ft, name).__module__.startswith("fastconv")]
+        assert [name for name in own if ">>> " not in getattr(ft, name).__doc__] == []
+
     @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith(("conv", "Conv"))])
     def test_arguments_are_those_for_arrays(self, name):
         """The same names in the same order and the same defaults, or one where there was none."""
@@ -161,21 +171,55 @@ class TestFunctions:
         y = ours(name, ndim)(x[0], w, b, **options(name))
         assert torch.equal(y, theirs(name, ndim)(x[0], w, b, **options(name)))
 
+    def test_dilation_wider_than_the_stride(self, name, ndim):
+        """Then output_padding may be whole strides and more: rows that no window of the gradient may see."""
+        wide = {"padding": 1, "groups": 2, "dilation": 3}
+        wide |= {"output_padding": 2} if name == "conv_transpose" else {}
+        found, expected = tensors(ndim, name, torch.float32), tensors(ndim, name, torch.float32)
+        y, wanted = ours(name, ndim)(*found, **wide), theirs(name, ndim)(*expected, **wide)
+        assert torch.equal(y, wanted)
+        (y * y).sum().backward()
+        (wanted * wanted).sum().backward()
+        for ours_, theirs_ in zip(found, expected, strict=True):
+            assert torch.equal(ours_.grad, theirs_.grad)
+
+
+def test_output_padding_beyond_the_padding():
+    """Without padding there is none to take away: what lies behind the last window is cut off."""
+    x, w = torch.ones(1, 1, 4, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)
+    ft.conv_transpose1d(x, w, dilation=3, output_padding=2).sum().backward()
+    assert x.grad.tolist() == [[[2, 2, 2, 2]]]
+    assert w.grad.tolist() == [[[4, 4]]]
+
+
+def lay_out(tensor, is_last):
+    """A tensor without history, that needs a gradient, in one of the two memory orders."""
+    order = torch.channels_last if is_last else torch.contiguous_format
+    return tensor.detach().contiguous(memory_format=order).requires_grad_()
+
 
 @pytest.mark.parametrize("name", ["convolution", "input", "weight", "transposed"])
-def test_operators(name):
+@pytest.mark.parametrize("samples", [2, 0])
+@pytest.mark.parametrize("is_last", [False, True], ids=["NCHW", "NHWC"])
+def test_operators(name, samples, is_last):
     """Schema, autograd, the fake and symbolic sizes, by torch's own checks."""
     x, w, b = tensors(2)
-    grad = ft.conv2d(x, w, b, 2, 1, 1, 2).detach().requires_grad_()
-    geometry = ([2, 2], [1, 1, 1, 1], [1, 1], 2, "auto", "high")
-    transposed = tensors(2, "conv_transpose")
+    x, (image, *rest) = x[:samples], tensors(2, "conv_transpose")
+    x, image = (lay_out(tensor, is_last) for tensor in (x, image[:samples]))
+    grad = ft.conv2d(x, w, b, 2, ((1, 0), (0, 2)), (2, 1), 2)
+    grad = lay_out(grad, is_last)
+    geometry = ([2, 2], [1, 0, 0, 2], [2, 1], 2, "auto", "high")
     operator, arguments = {
         "convolution": (torch.ops.fastconv.convolution, (x, w, b)),
         "input": (torch.ops.fastconv.convolution_input, (list(x.shape), w, grad)),
         "weight": (torch.ops.fastconv.convolution_weight, (x, list(w.shape), grad)),
-        "transposed": (torch.ops.fastconv.convolution_transposed, (*transposed, [1, 0])),
+        "transposed": (torch.ops.fastconv.convolution_transposed, (image, *rest, [1, 0])),
     }[name]
     opcheck(operator.default, (*arguments, *geometry))
+    meta = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    assert (
+        operator(*arguments, *geometry).stride() == operator(*meta, *geometry).stride()
+    )  # of no samples too
 
 
 @pytest.mark.parametrize("padding", [0, 2, "same", "valid", (1, 2), [(1, 0), (0, 3)]], ids=str)
@@ -185,12 +229,71 @@ def test_padding(padding):
     assert torch.equal(found, fastconv.conv2d(x, w, b, 2, padding, groups=2))
 
 
-def test_a_wrong_padding_by_name():
-    x, w, b = tensors(2)
-    with pytest.raises(ConvError, match=r"^conv2d: padding must be 'same', 'valid', .* got 'full'$"):
-        ft.conv2d(x, w, b, padding="full")
-    with pytest.raises(TypeError, match=r"^conv_transpose2d: padding must be an int, .* got 'same'$"):
-        ft.conv_transpose2d(x, w, b, padding="same")
+# What an operator of torch's would crash on, or read as something else: op, arguments.
+WRONG = [
+    *(
+        ("conv2d", {"padding": value})
+        for value in (True, (1, True), 1.5, None, "full", -1, ((1, 2, 3), (4,)))
+    ),
+    *(("conv2d", {"padding": value}) for value in (((1, 2, 3), (4, 5)), (1, 2, 3), ((1.0, 2), 1))),
+    *(("conv2d", {"stride": value}) for value in (True, 1.5, "a", None, (1, 1, 1), 0)),
+    *(("conv2d", {"stride": value, "padding": "same"}) for value in (0, (1, 1, 1), -1)),
+    *(("conv2d", {"dilation": value}) for value in (True, 2.0, (1,), (0, 1))),
+    *(("conv2d", {"groups": value}) for value in (True, 1.0, "1", None, 0)),
+    *(("conv2d", {name: value}) for name in ("algo", "precision") for value in (3, None, "no")),
+    *(("conv_transpose2d", {"output_padding": value}) for value in (1.5, True, "a", (1,), -1)),
+    *(("conv_transpose2d", {"padding": value}) for value in ("same", "valid", True, ((1, 2, 3), (4,)))),
+    *(("conv_transpose2d", {"stride": value}) for value in (True, 0, 1.5)),
+    *((op, {}) for op in ("conv1d", "conv3d", "conv_transpose1d", "conv_transpose3d")),
+]
+
+
+class TestWrong:
+    @pytest.mark.parametrize(("op", "more"), WRONG, ids=str)
+    def test_as_for_arrays(self, op, more):
+        """The same exception by the same rule, under the name of the function that was called."""
+        x, w = torch.ones(1, 2, 8, 8), torch.ones(2, 2, 3, 3)
+        with pytest.raises((TypeError, ValueError)) as expected:
+            getattr(fastconv, op)(x, w, **more)
+        with pytest.raises((TypeError, ValueError)) as found:
+            getattr(ft, op)(x, w, **more)
+        assert found.type is expected.type
+        assert str(found.value).split(" (input")[0] == str(expected.value).split(" (input")[0]
+        assert str(found.value).startswith(f"{op}: ")
+
+    @pytest.mark.parametrize("rank", [0, 3, 5])
+    def test_axes_of_the_weight(self, rank):
+        message = rf"^conv2d: weight \(K, C // groups, R, S\) must have 4 axes, got {rank} "
+        with pytest.raises(ConvError, match=message):
+            ft.conv2d(torch.ones(1, 2, 8, 8), torch.ones((2,) * rank))
+
+    @pytest.mark.parametrize("place", ["input", "weight", "bias"])
+    @pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+    def test_no_tensor(self, op, place):
+        arguments = {"input": torch.ones(1, 2, 8, 8), "weight": torch.ones(2, 2, 3, 3), "bias": torch.ones(2)}
+        arguments[place] = arguments[place].numpy()
+        message = f"^{op}: {place} must be a torch tensor, got numpy.ndarray$"
+        with pytest.raises(TypeError, match=message):
+            getattr(ft, op)(**arguments)
+
+    def test_no_model(self):
+        with pytest.raises(TypeError, match=r"^convert: model must be a torch.nn.Module, got int$"):
+            ft.convert(3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"padding": np.int64(1)}, {"padding": [np.int64(1), (0, np.int32(2))]}, {"stride": np.array([1, 2])},
+        {"padding": np.array([[1, 2], [0, 1]])}, {"groups": np.int64(2)}, {"dilation": torch.tensor(2)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_numpy(more):
+    x, w, _ = (tensor.detach() for tensor in tensors(2, dtype=torch.float32))
+    assert torch.equal(
+        ft.conv2d(x, w, **{"groups": 2, **more}), fastconv.conv2d(x, w, **{"groups": 2, **more})
+    )
 
 
 def test_errors_are_those_of_fastconv():
@@ -232,6 +335,7 @@ LAYERS = {
     "Conv3d": (nn.Conv3d, (4, 6, 2), {"bias": False}, (2, 4, 5, 4, 3)),
     "ConvTranspose1d": (nn.ConvTranspose1d, (4, 6, 3), {"stride": 2, "output_padding": 1}, (2, 4, 9)),
     "ConvTranspose2d": (nn.ConvTranspose2d, (4, 6, 3), {"stride": 2, "groups": 2}, (2, 4, 9, 8)),
+    "ConvTranspose2d dilated": (nn.ConvTranspose2d, (4, 6, 3), {"padding": 1, "dilation": 2}, (2, 4, 5, 6)),
     "ConvTranspose3d": (nn.ConvTranspose3d, (4, 6, 2), {"padding": 1}, (2, 4, 5, 4, 3)),
 }
 
@@ -287,6 +391,16 @@ class TestLayers:
         assert torch.equal(conversion.model(x), own(x))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_without_memory(name):
+    """On the device "meta" a converted layer says what it would return."""
+    kind, arguments, more, shape = LAYERS[name]
+    layer, x = kind(*arguments, **more, device="meta"), torch.ones(shape, device="meta")
+    expected = layer(x)
+    found = ft.convert(layer).model(x)
+    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+
+
 def test_output_size_of_a_transposed_layer():
     layer = ft.ConvTranspose2d(3, 4, 3, stride=2)
     assert layer(torch.ones(1, 3, 5, 5), output_size=[12, 11]).shape == (1, 4, 12, 11)
@@ -304,7 +418,10 @@ def test_convert_leaves_what_it_cannot_compute():
     assert conversion.swapped == ["a"]
     assert conversion.left.keys() == {"b", "c"}
     assert "Own may compute something of its own" in conversion.left["b"]
-    assert str(conversion).startswith("1 convolutions are computed by fastconv, 2 are left alone\n  b: ")
+    assert conversion.already == 1
+    first = "1 convolutions are computed by fastconv, 2 are left alone, 1 already were fastconv's\n  b: "
+    assert str(conversion).startswith(first)
+    assert str(ft.convert(nn.ReLU())) == "0 convolutions are computed by fastconv, 0 are left alone"
     assert ft.convert(nn.Conv2d(1, 2, 3)).swapped == ["Conv2d"]
 
 

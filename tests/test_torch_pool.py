@@ -293,11 +293,23 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("is_last", [False, True], ids=["NCHW", "NHWC"])
-def test_operators(name, is_last):
+@pytest.mark.parametrize("samples", [2, 0])
+def test_operators(name, is_last, samples):
     """Schema, autograd, the fake with its strides, and symbolic sizes, by torch's own checks."""
     shape, options = OPERATORS[name]
     operator = getattr(torch.ops.fastconv, name).default
-    opcheck(operator, (make(shape, torch.float32, is_last), *options))
+    options = [option[:samples] if isinstance(option, torch.Tensor) else option for option in options]
+    options = [
+        [samples, *option[1:]] if isinstance(option, list) and len(option) == 4 else option
+        for option in options
+    ]
+    x = make((samples, *shape[1:]), torch.float32, is_last)
+    opcheck(operator, (x, *options))
+    meta = [option.to("meta") if isinstance(option, torch.Tensor) else option for option in (x, *options)]
+    results = [operator(*arguments) for arguments in ((x, *options), meta)]
+    pairs = [result if isinstance(result, tuple) else (result,) for result in results]
+    for found, promised in zip(*pairs, strict=True):
+        assert found.stride() == promised.stride()  # of no samples too
 
 
 BAD = {
@@ -306,8 +318,46 @@ BAD = {
         "max_pool2d: input (N, C, H, W) must have 4 axes (3 without N), got 5",
     ),
     "kernels": (lambda: ft.max_pool2d(make((2, 3, 4)), (2, 2, 2)), ConvError, "max_pool2d: len(kernel_size)"),
-    "kernel of another type": (lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError, "'float' object"),
-    "size of another type": (lambda: ft.adaptive_avg_pool1d(make((2, 3)), 2.5), TypeError, "'float' object"),
+    "kernel of another type": (
+        lambda: ft.max_pool2d(make((2, 3, 4)), 2.0), TypeError,
+        "max_pool2d: kernel_size must be an",
+    ),
+    "size of another type": (
+        lambda: ft.adaptive_avg_pool1d(make((2, 3)), 2.5), TypeError,
+        "adaptive_avg_pool1d: output_size must",
+    ),
+    "kernel that is a truth": (
+        lambda: ft.max_pool2d(make((2, 3, 4)), True), TypeError,
+        "got True of type bool",
+    ),
+    "stride": (
+        lambda: ft.avg_pool2d(make((2, 3, 4)), 2, 1.5), TypeError,
+        "avg_pool2d: stride must be an int",
+    ),
+    "no stride": (
+        lambda: ft.avg_pool2d(make((2, 3, 4)), 2, 0), ConvError,
+        "avg_pool2d: stride must be at least",
+    ),
+    "size that is a truth": (
+        lambda: ft.adaptive_max_pool1d(make((2, 3)), True), TypeError,
+        "adaptive_max_pool1d: output_size must",
+    ),
+    "size of no shape": (
+        lambda: ft.max_unpool2d(make((1, 2, 2)), INDICES[0, :1, :2, :2], 2, output_size=4), TypeError,
+        "max_unpool2d: output_size must be a tuple of ints, got 4",
+    ),
+    "array": (
+        lambda: ft.max_pool2d(np.ones((1, 3, 4)), 2), TypeError,
+        "max_pool2d: input must be a torch tensor, got numpy.ndarray",
+    ),
+    "array to average": (
+        lambda: ft.adaptive_avg_pool2d(np.ones((1, 3, 4)), 2), TypeError,
+        "adaptive_avg_pool2d: input must be a torch tensor, got numpy.ndarray",
+    ),
+    "array of indices": (
+        lambda: ft.max_unpool2d(make((1, 2, 2)), np.ones((1, 2, 2)), 2), TypeError,
+        "max_unpool2d: indices must be a torch tensor, got numpy.ndarray",
+    ),
     "padding": (
         lambda: ft.avg_pool2d(make((2, 3, 4)), 2, padding=2), ConvError,
         "avg_pool2d: padding must be at most kernel_size // 2 = 2 // 2 = 1, got 2",

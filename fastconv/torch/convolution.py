@@ -10,6 +10,7 @@ Four operators are registered with torch, which are each other's derivatives:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from torch import Tensor
 
 import fastconv
 from fastconv import conv_grad
-from fastconv.problem import ConvError, output_size
-from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis
+from fastconv.problem import OPERATIONS, make_problem, make_transposed, output_size, same_padding
+from fastconv.torch.operators import Numbers, Size, check_tensors, define, empty_like, is_plain, per_axis
 
 Padding = str | int | Sequence[int | Sequence[int]]
 
@@ -135,8 +136,8 @@ def conv_transpose1d(
     >>> conv_transpose1d(torch.tensor([[1.0, 2.0]]), torch.tensor([[[1.0, 10.0]]]), stride=2)
     tensor([[ 1., 10.,  2., 20.]])
     """
-    geometry = _transposed_geometry(1, stride, padding, dilation, groups, algo, precision)
-    return _transpose(1, input, weight, bias, per_axis(output_padding, 1), geometry)
+    options = (stride, padding, dilation, groups, algo, precision)
+    return _transpose(1, input, weight, bias, output_padding, *options)
 
 
 def conv_transpose2d(
@@ -157,8 +158,8 @@ def conv_transpose2d(
     >>> conv_transpose2d(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), stride=2).tolist()
     [[[[1.0, 1.0, 1.0, 1.0]]]]
     """
-    geometry = _transposed_geometry(2, stride, padding, dilation, groups, algo, precision)
-    return _transpose(2, input, weight, bias, per_axis(output_padding, 2), geometry)
+    options = (stride, padding, dilation, groups, algo, precision)
+    return _transpose(2, input, weight, bias, output_padding, *options)
 
 
 def conv_transpose3d(
@@ -179,67 +180,103 @@ def conv_transpose3d(
     >>> conv_transpose3d(torch.ones(1, 2, 1, 1, 1), torch.ones(2, 1, 1, 1, 2)).flatten()
     tensor([2., 2.])
     """
-    geometry = _transposed_geometry(3, stride, padding, dilation, groups, algo, precision)
-    return _transpose(3, input, weight, bias, per_axis(output_padding, 3), geometry)
+    options = (stride, padding, dilation, groups, algo, precision)
+    return _transpose(3, input, weight, bias, output_padding, *options)
 
 
 def _convolve(
     ndim: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Numbers, padding: Padding,
     dilation: Numbers, groups: int, algo: str, precision: str,
 ) -> Tensor:  # fmt: skip
+    options = _options(stride, padding, dilation, groups, precision)
+    _check(f"conv{ndim}d", ndim, input, weight, bias, algo, options)
     steps, spread = per_axis(stride, ndim), per_axis(dilation, ndim)
     pads = _pads(padding, input.shape[-ndim:], weight.shape[2:], steps, spread)
     x, weight, bias = _autocast(input, weight, bias)
     is_single = input.dim() == ndim + 1
-    geometry = Geometry(steps, pads, spread, groups, algo, precision)
+    geometry = Geometry(steps, pads, spread, operator.index(groups), algo, precision)
     y = _convolution(x.unsqueeze(0) if is_single else x, weight, bias, *geometry)
     return y.squeeze(0) if is_single else y
 
 
 def _transpose(
-    ndim: int, input: Tensor, weight: Tensor, bias: Tensor | None, beyond: list[int], geometry: Geometry
-) -> Tensor:
+    ndim: int, input: Tensor, weight: Tensor, bias: Tensor | None, output_padding: Numbers, stride: Numbers,
+    padding: Padding, dilation: Numbers, groups: int, algo: str, precision: str,
+) -> Tensor:  # fmt: skip
+    options = _options(stride, padding, dilation, groups, precision, output_padding=output_padding)
+    _check(f"conv_transpose{ndim}d", ndim, input, weight, bias, algo, options)
+    steps, spread = per_axis(stride, ndim), per_axis(dilation, ndim)
+    pads = _pads(padding, (), (), steps, spread)
     x, weight, bias = _autocast(input, weight, bias)
     is_single = input.dim() == ndim + 1
+    geometry = Geometry(steps, pads, spread, operator.index(groups), algo, precision)
+    beyond = per_axis(output_padding, ndim)
     y = _convolution_transposed(x.unsqueeze(0) if is_single else x, weight, bias, beyond, *geometry)
     return y.squeeze(0) if is_single else y
 
 
-def _transposed_geometry(
-    ndim: int, stride: Numbers, padding: Padding, dilation: Numbers, groups: int, algo: str, precision: str
-) -> Geometry:
+def _options(
+    stride: Any, padding: Any, dilation: Any, groups: Any, precision: Any, **more: Any
+) -> dict[str, Any]:
+    found = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return {**found, "precision": precision, **more}
+
+
+def _check(
+    op: str, ndim: int, input: Any, weight: Any, bias: Any, algo: Any, options: dict[str, Any]
+) -> None:
+    """Raise what fastconv's function of this name raises for what an operator cannot be given.
+
+    Whole numbers pass, symbolic ones too; whether they are right is checked where the operator is computed.
+    """
+    check_tensors(op, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    if not isinstance(algo, str):
+        raise TypeError(f"{op}: algo must be a string, got {algo!r}")
+    ranks = input.dim() - ndim, weight.dim() - ndim
+    if ranks in ((1, 2), (2, 2)) and _are_plain(ndim, **options):
+        return
+    shape = tuple(input.shape) if ranks[0] != 1 else (1, *input.shape)
+    make: Any = make_problem if op in OPERATIONS else make_transposed
+    dtype = str(input.dtype).removeprefix("torch.")
+    bias_shape = None if bias is None else tuple(bias.shape)
+    make(op, shape, tuple(weight.shape), dtype=dtype, bias_shape=bias_shape, **options)
+
+
+def _are_plain(
+    ndim: int, *, stride: Any, padding: Any, dilation: Any, groups: Any, precision: Any, **more: Any
+) -> bool:
+    """True where nothing has to be converted or refused before the operator."""
+    if more and (isinstance(padding, str) or not is_plain(more["output_padding"], ndim, 0)):
+        return False
+    numbers = is_plain(stride, ndim, 1) and is_plain(dilation, ndim, 1) and is_plain([groups], 1, 1)
+    return numbers and isinstance(precision, str) and _is_plain_padding(padding, ndim)
+
+
+def _is_plain_padding(padding: Any, ndim: int) -> bool:
     if isinstance(padding, str):
-        rule = "padding must be an int, or an int or (before, after) pair per spatial axis"
-        raise TypeError(f"conv_transpose{ndim}d: {rule}, got {padding!r}")
-    steps, spread = per_axis(stride, ndim), per_axis(dilation, ndim)
-    pads = _pads(padding, (), (), steps, spread)
-    return Geometry(steps, pads, spread, groups, algo, precision)
+        return padding in ("same", "valid")
+    if not isinstance(padding, (tuple, list)):
+        return is_plain(padding, ndim, 0)
+    return len(padding) == ndim and all(is_plain(e, 2, 0) for e in padding)
 
 
 def _autocast(*tensors: Any) -> Any:
-    """Cast tensors as autocast wants it; it leaves float64 alone."""
+    """Cast tensors as autocast wants it; it leaves float64 alone, and devices such as "meta"."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _pads(padding: Padding, sizes: Size, kernels: Size, stride: list[int], dilation: list[int]) -> list[Any]:
-    """Return before, after, before, after ... of every axis."""
-    if isinstance(padding, int):
-        return [padding] * (2 * len(stride))
-    if padding == "valid":
-        return [0] * (2 * len(stride))
-    if padding == "same":
-        axes = zip(sizes, kernels, stride, dilation, strict=True)
-        totals = [max((-(-H // s) - 1) * s + d * (R - 1) + 1 - H, 0) for H, R, s, d in axes]
-        return [part for total in totals for part in (total // 2, total - total // 2)]
-    if isinstance(padding, str):
-        rule = "padding must be 'same', 'valid', an int, or an int or (before, after) pair per spatial axis"
-        raise ConvError(f"conv{len(stride)}d: {rule}, got {padding!r}")
-    pairs = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in padding]
-    return [number for pair in pairs for number in pair]
+def _pads(padding: Any, sizes: Size, kernels: Size, stride: list[int], dilation: list[int]) -> list[Any]:
+    """Return before, after, before, after ... of every axis; what was checked enters."""
+    if isinstance(padding, str) and padding == "same":
+        pairs = [same_padding(*axis) for axis in zip(sizes, kernels, stride, dilation, strict=True)]
+        return [number for pair in pairs for number in pair]
+    entries = 0 if isinstance(padding, str) else padding.tolist() if hasattr(padding, "tolist") else padding
+    listed = entries if isinstance(entries, (tuple, list)) else [entries] * len(stride)
+    return [number for entry in listed for number in per_axis(entry, 2)]
 
 
 def _plain(*tensors: Tensor | None) -> Iterable[Any]:
@@ -253,7 +290,7 @@ def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
     return function(*_plain(input, weight, bias), **Geometry(*geometry).options())
 
 
-@define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}")
+@define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}", leader=2)
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
     return function(tuple(input_size), *_plain(weight, grad_output), **Geometry(*geometry).options())

@@ -18,7 +18,11 @@ from fastconv.torch.convolution import (
 
 
 class Conv1d(nn.Conv1d):
-    """torch.nn.Conv1d, its arguments and its state dict, computed by fastconv; see Conv2d."""
+    """torch.nn.Conv1d, its arguments and its state dict, computed by fastconv; see Conv2d.
+
+    >>> Conv1d(3, 8, 3, padding="same")(torch.ones(1, 3, 9)).shape
+    torch.Size([1, 8, 9])
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _forward(self, conv1d, input, weight, bias)
@@ -36,14 +40,22 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """torch.nn.Conv3d, its arguments and its state dict, computed by fastconv; see Conv2d."""
+    """torch.nn.Conv3d, its arguments and its state dict, computed by fastconv; see Conv2d.
+
+    >>> Conv3d(3, 8, 3, padding="same")(torch.ones(1, 3, 5, 5, 5)).shape
+    torch.Size([1, 8, 5, 5, 5])
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _forward(self, conv3d, input, weight, bias)
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    """torch.nn.ConvTranspose1d, its arguments and its state dict, computed by fastconv."""
+    """torch.nn.ConvTranspose1d, its arguments and its state dict, computed by fastconv.
+
+    >>> ConvTranspose1d(3, 8, 4, stride=2, padding=1)(torch.ones(1, 3, 5)).shape
+    torch.Size([1, 8, 10])
+    """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve; output_size chooses among the possible extents."""
@@ -63,7 +75,11 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """torch.nn.ConvTranspose3d, its arguments and its state dict, computed by fastconv."""
+    """torch.nn.ConvTranspose3d, its arguments and its state dict, computed by fastconv.
+
+    >>> ConvTranspose3d(3, 8, 4, stride=2, padding=1)(torch.ones(1, 3, 5, 5, 5)).shape
+    torch.Size([1, 8, 10, 10, 10])
+    """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve; output_size chooses among the possible extents."""
@@ -80,35 +96,48 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Conversion(NamedTuple):
     """What `convert` did.
 
-    model    the converted one
+    model    the model that was given, changed
     swapped  names of the layers that fastconv computes now
     left     name -> why a convolution was left alone
+    already  how many convolutions were layers of fastconv before
+
+    >>> conversion = convert(nn.Sequential(nn.Conv1d(1, 2, 3), Conv1d(2, 2, 3)))
+    >>> conversion.swapped, conversion.left, conversion.already
+    (['0'], {}, 1)
     """
 
     model: nn.Module
     swapped: list[str]
     left: dict[str, str]
+    already: int = 0
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.swapped)} convolutions are computed by fastconv, {len(self.left)} are left alone"
-        ]
-        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.left.items())])
+        counts = f"{len(self.swapped)} convolutions are computed by fastconv, {len(self.left)} are left alone"
+        line = counts + (f", {self.already} already were fastconv's" if self.already else "")
+        return "\n".join([line, *(f"  {name}: {reason}" for name, reason in self.left.items())])
 
 
 def convert(model: nn.Module) -> Conversion:
-    """Let fastconv compute the convolutions of a model: its layers change their class, in place.
+    """Change the model itself, so that fastconv computes its convolutions, and return a report of it.
 
-    Parameters, buffers, hooks and names stay, so that optimisers and state dicts go on working.
+    The report is a Conversion: print it, or take the model out of it (`.model`, the same object). Layers
+    change their class in place; parameters, buffers, hooks and names stay, so that optimisers and state dicts
+    go on working. Only torch's convolutional layers are changed: poolings stay torch's, and so does what a
+    model computes by calling functions, such as torch.nn.functional.conv2d.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, dtype=torch.complex64))
     >>> print(convert(model))
     1 convolutions are computed by fastconv, 1 are left alone
       2: fastconv has no torch.complex64
     """
-    swapped, left = [], {}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    swapped, left, already = [], {}, 0
     for name, layer in model.named_modules():
-        if not isinstance(layer, tuple(_SWAPS)) or type(layer) in _SWAPS.values():
+        if type(layer) in _SWAPS.values():
+            already += 1
+            continue
+        if not isinstance(layer, tuple(_SWAPS)):
             continue
         reason = _why_left(layer)
         if reason is None:
@@ -116,7 +145,7 @@ def convert(model: nn.Module) -> Conversion:
             swapped.append(name or type(layer).__name__)
         else:
             left[name or type(layer).__name__] = reason
-    return Conversion(model, swapped, left)
+    return Conversion(model, swapped, left, already)
 
 
 def _why_left(layer: nn.Module) -> str | None:

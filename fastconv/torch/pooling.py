@@ -12,7 +12,6 @@ The operators take a batch, and one number per spatial axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 import fastconv
 from fastconv import pool_grad
 from fastconv.problem import output_size as count_windows
-from fastconv.torch.operators import Numbers, Size, define, empty_like, per_axis
+from fastconv.problem import to_sizes
+from fastconv.torch.operators import Numbers, Size, check_tensors, define, empty_like, is_plain, numbers
 
 _WINDOWS = "int ndim, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding"
 _MAX = f"{_WINDOWS}, SymInt[] dilation, bool ceil_mode"
@@ -204,10 +204,13 @@ def max_unpool2d(
     >>> max_unpool2d(pooled, indices, 2)[0, 1]
     tensor([0., 5., 0., 7.])
     """
-    kernels = per_axis(kernel_size, 2)
-    strides = kernels if stride is None else per_axis(stride, 2)
-    options = kernels, strides, per_axis(padding, 2)
-    size = None if output_size is None else list(output_size)
+    op = "max_unpool2d"
+    check_tensors(op, input=input, indices=indices)
+    options = _windows(op, 2, input, kernel_size, stride, padding)
+    size = output_size
+    if size is not None:
+        is_plain_shape = isinstance(size, (tuple, list)) and is_plain(size, len(size), 0)
+        size = list(size if is_plain_shape else to_sizes(op, "output_size", size))
     if input.dim() != 3:
         return _max_unpool(input, indices, *options, size)
     size = [1, *size] if size is not None and len(size) == 3 else size
@@ -219,26 +222,40 @@ def _maxima(
     dilation: Numbers, ceil_mode: bool, return_indices: bool,
 ) -> Any:  # fmt: skip
     """Return maxima, with their indices if asked for; computed they are always, for the gradient."""
-    kernels = per_axis(kernel_size, ndim)
-    strides = kernels if stride is None else per_axis(stride, ndim)
-    rest = (per_axis(padding, ndim), per_axis(dilation, ndim), ceil_mode)
-    both = _with_batch(ndim, _max_pool, input, kernels, strides, *rest)
+    op = f"max_pool{ndim}d"
+    windows = _windows(op, ndim, input, kernel_size, stride, padding)
+    spread = numbers(op, input, "dilation", dilation, ndim)
+    both = _with_batch(ndim, _max_pool, input, *windows, spread, ceil_mode)
     return both if return_indices else both[0]
 
 
 def _averages(
     ndim: int, input: Tensor, kernel_size: Numbers, stride: Numbers | None, padding: Numbers, *options: Any
 ) -> Tensor:
-    kernels = per_axis(kernel_size, ndim)
-    strides = kernels if stride is None else per_axis(stride, ndim)
-    return _with_batch(ndim, _avg_pool, input, kernels, strides, per_axis(padding, ndim), *options)
+    windows = _windows(f"avg_pool{ndim}d", ndim, input, kernel_size, stride, padding)
+    return _with_batch(ndim, _avg_pool, input, *windows, *options)
+
+
+def _windows(
+    op: str, ndim: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return kernel_size, stride and padding, one whole number per axis."""
+    check_tensors(op, input=input)
+    kernels = numbers(op, input, "kernel_size", kernel_size, ndim)
+    strides = kernels if stride is None else numbers(op, input, "stride", stride, ndim)
+    return kernels, strides, numbers(op, input, "padding", padding, ndim, least=0)
 
 
 def _adaptive(ndim: int, operator: Any, input: Tensor, output_size: Any) -> Any:
     """Call an adaptive operator; None for an axis keeps its size."""
-    wanted = list(output_size) if isinstance(output_size, Sequence) else [output_size] * ndim
+    name = "avg" if operator is _adaptive_avg_pool else "max"
+    op = f"adaptive_{name}_pool{ndim}d"
+    check_tensors(op, input=input)
+    listed = output_size.tolist() if hasattr(output_size, "tolist") else output_size
+    wanted = listed if isinstance(listed, (tuple, list)) else [listed] * ndim
     sizes = [size if wish is None else wish for size, wish in zip(input.shape[-ndim:], wanted)]
-    return _with_batch(ndim, operator, input, per_axis(sizes + wanted[ndim:], ndim))
+    sizes += wanted[ndim:]
+    return _with_batch(ndim, operator, input, numbers(op, input, "output_size", sizes, ndim))
 
 
 def _with_batch(ndim: int, operator: Any, input: Tensor, *options: Any) -> Any:
