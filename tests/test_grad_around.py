@@ -10,7 +10,7 @@ import fastconv
 from fastconv import ConvError, grad
 from tests import cuda_stand_in
 from tests.backends import EMULATOR
-from tests.compare import assert_bounded, assert_exact, normals
+from tests.compare import assert_bounded, assert_exact, finfo, normals
 from tests.places import everywhere
 
 STEP = 1e-6
@@ -146,6 +146,14 @@ class TestBatchNorm:
         x, mean, var = normals(rng, (4, 3)), np.zeros(3, np.float32), np.ones(3, np.float32)
         grad.batch_norm(x, mean, var, None, x, training=True)
         assert (mean.tolist(), var.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+    def test_many_samples_in_float32(self, rng):
+        """Sums are taken in float64: with channels last NumPy adds element by element, and float32 drifts."""
+        x = np.moveaxis(normals(rng, (64, 40, 40, 2)), -1, 1)
+        gradient = np.moveaxis((1000 + normals(rng, (64, 40, 40, 2))).astype(np.float32), -1, 1)
+        of_bias = grad.batch_norm(x, None, None, None, gradient, training=True)[2]
+        exact = gradient.sum((0, 2, 3), dtype=np.float64)
+        assert_bounded(of_bias, exact, finfo("float32").eps * exact, "float32")
 
     def test_no_samples(self):
         none = np.zeros((0, 3), np.float32)

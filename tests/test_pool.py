@@ -12,6 +12,7 @@ import pytest
 
 import fastconv
 from fastconv import ConvError, grad
+from fastconv.gpu import pool as gpu_pool
 from fastconv.gpu import product
 from fastconv.pool_problem import make_adaptive_pool, make_pool
 from tests import cuda_stand_in
@@ -485,6 +486,12 @@ class TestArrays:
             TestForward().test_averages(place, op, shape, options, "NCHW", rng)
             TestGradients().test_of_averages(place, op, shape, options, "NCHW", rng)
 
+    def test_the_bound_counts_what_adaptive_windows_multiply(self):
+        """Window i begins at i * size // outputs: a product that is larger than every size."""
+        problem = make_adaptive_pool("adaptive_avg_pool1d", (1, 1, 60000), 40000)
+        given = np.zeros(problem.input_shape5, np.int8), np.zeros(problem.output_shape5, np.int8), None
+        assert gpu_pool._describe(problem, given)[1] >= 2**31
+
     @pytest.mark.parametrize("kind", cuda_stand_in.KINDS)
     @pytest.mark.emulator
     @pytest.mark.parametrize("place", [EMULATOR], indirect=True)
@@ -622,6 +629,15 @@ BAD = {
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("bad", [True, 1.0])
+def test_what_equals_one_is_not_one(bad):
+    """Problems are remembered by their options, and these are equal."""
+    x = np.ones((1, 1, 3, 5), np.float32)
+    fastconv.max_pool2d(x, 1)
+    with pytest.raises(TypeError, match="kernel_size must be an int"):
+        fastconv.max_pool2d(x, bad)
 
 
 # ---- torch ----
