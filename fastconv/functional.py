@@ -292,8 +292,7 @@ def check_batch_norm(op: str, loan: Loan, training: bool, options: dict[str, Any
     """Raise unless the arrays of a batch norm fit together."""
     shapes = {name: view.shape for name, view in loan.given.items()}
     call = Call(op, shapes, options, {"training": False, "momentum": 0.1, "eps": 1e-5})
-    if training is not True and training is not False:
-        raise call.type_error("training must be True or False", training)
+    check_flag(call, "training")
     shape = loan.shape("input")
     if len(shape) < 2:
         raise call.error(f"input (N, C, ...) must have at least 2 axes, got {len(shape)}")
@@ -409,17 +408,28 @@ def dropout(
         shape = loan.shape("input")
         options = {"p": p, "training": training}
         call = Call(op, {"input": shape}, options, {"p": 0.5, "training": True})
-        if training is not True and training is not False:
-            raise call.type_error("training must be True or False", training)
+        check_flag(call, "training")
         chance = check_chance(call)
         if rng is not None and not isinstance(rng, (int, np.integer, np.random.Generator)):
             raise call.type_error("rng must be a NumPy Generator, a seed or None", rng)
         host = np.ones(shape, bool)
         if training and chance:
             host = np.random.default_rng(rng).random(shape, dtype=np.float32) >= chance
-        mask = loan.put(host)
+        mask = _lay_like(loan, host, loan.given["input"])
         result = loan.give(keep(loan["input"], mask, chance)) if training else input
         return (result, loan.give(mask)) if return_mask else result
+
+
+def _lay_like(loan: Loan, host: np.ndarray, view: np.ndarray) -> Any:
+    """Return a table of the host as one of the library, with its axes in memory as those of a view lie."""
+    axes = sorted(range(view.ndim), key=lambda axis: -abs(view.strides[axis]))
+    return loan.put(host.transpose(axes).copy()).transpose(np.argsort(axes).tolist())
+
+
+def check_flag(call: Call, name: str) -> None:
+    """Raise unless an option is True or False."""
+    if call.options[name] is not True and call.options[name] is not False:
+        raise call.type_error(f"{name} must be True or False", call.options[name])
 
 
 def check_chance(call: Call) -> float:
@@ -431,8 +441,11 @@ def check_chance(call: Call) -> float:
 
 
 def keep(x: Any, mask: Any, p: float) -> Any:
-    """Return what dropout makes of elements, and of their gradients."""
-    return x * (mask.astype(x.dtype) * (1 / (1 - p) if p < 1 else 0.0))
+    """Return what dropout makes of elements, and of their gradients; in memory it lies as they do."""
+    factors = x.copy(order="K")
+    factors[...] = mask
+    factors *= 1 / (1 - p) if p < 1 else 0.0
+    return x * factors
 
 
 def flatten(input: ArrayT, start_dim: int = 0, end_dim: int = -1) -> ArrayT:

@@ -19,6 +19,7 @@ from fastconv.functional import (
     check_axis,
     check_batch_norm,
     check_chance,
+    check_flag,
     check_linear,
     check_response_norm,
     check_slope,
@@ -375,8 +376,8 @@ def local_response_norm_input(
         return loan.give(share - x * others * (2 * norm.alpha * norm.beta / norm.size))
 
 
-def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5) -> ArrayT:
-    """Return the gradient of dropout, whose mask says what it kept.
+def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5, training: bool = True) -> ArrayT:
+    """Return the gradient of dropout, whose mask says what it kept; without training grad_output itself.
 
     >>> import numpy as np
     >>> dropout_input(np.array([True, False]), np.array([1.0, 1.0]))
@@ -384,11 +385,17 @@ def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5) -> ArrayT:
     """
     op = "dropout_input"
     with borrow(op, {"grad_output": grad_output, "mask": mask}) as loan:
-        call = Call(op, {name: view.shape for name, view in loan.given.items()}, {"p": p}, {"p": 0.5})
+        shapes, options = (
+            {name: view.shape for name, view in loan.given.items()},
+            {"p": p, "training": training},
+        )
+        call = Call(op, shapes, options, {"p": 0.5, "training": True})
+        check_flag(call, "training")
         if loan.given["mask"].dtype.kind != "b":
             raise call.type_error("mask must hold True and False", loan.given["mask"].dtype.name)
         _check_like(op, loan, "mask")
-        return loan.give(keep(loan["grad_output"], loan["mask"], check_chance(call)))
+        chance = check_chance(call)
+        return loan.give(keep(loan["grad_output"], loan["mask"], chance)) if training else grad_output
 
 
 def flatten_input(input_size: Any, grad_output: ArrayT) -> ArrayT:

@@ -118,6 +118,12 @@ def _sizes(call: Call, before: Sequence[int]) -> tuple[list[int], list[float | N
 def _make_resize(before: int, after: int, scale: float | None, mode: str, align_corners: bool) -> Resize:
     step = before / after if scale is None else 1 / scale  # elements of the input from one result to the next
     at = np.arange(after)
+    # An axis that keeps its size is copied and one that doubles is repeated, whatever the scale: as in torch,
+    # of whose kernels for "nearest" some do so (those of all gradients, of small images) and some do not.
+    if before == after and mode != "nearest-exact":
+        return Resize(before, _copy(at, mode))
+    if after == 2 * before and mode == "nearest":
+        step = 0.5
     if mode in _NEAREST:
         return Resize(before, (Read(_nearest(at, before, step, mode), None),))
     if align_corners:
@@ -130,8 +136,17 @@ def _make_resize(before: int, after: int, scale: float | None, mode: str, align_
     return Resize(before, (Read(low, 1 - share), Read(high, share)))
 
 
+def _copy(at: np.ndarray, mode: str) -> tuple[Read, ...]:
+    """Return the reads of an axis that keeps its size; between neighbours 0 times infinity is NaN."""
+    ones = np.ones(len(at))
+    return (Read(at, None),) if mode in _NEAREST else (Read(at, ones), Read(at, 0 * ones))
+
+
 def _nearest(at: np.ndarray, before: int, step: float, mode: str) -> np.ndarray:
-    """Return the element that is nearest to every result; in float32, as torch finds it."""
+    """Return the element that is nearest to every result, found in float32.
+
+    As torch finds it; but those of its kernels that copy nothing find that of float64 in float64.
+    """
     shift = np.float32(0.5 if mode == "nearest-exact" else 0)
     places = np.floor((at.astype(np.float32) + shift) * np.float32(step)).astype(np.int64)
     return np.minimum(places, before - 1)

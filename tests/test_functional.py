@@ -279,6 +279,16 @@ class TestDropout:
         for _, array in layouts(x):
             assert np.array_equal(fastconv.dropout(array, rng=1), expected)
 
+    @everywhere
+    def test_memory_order_is_kept(self, place, rng):
+        x = np.moveaxis(normals(rng, (2, 5, 4, 3)), -1, 1)
+        y, mask = fastconv.dropout(place.make(x), 0.5, rng=1, return_mask=True)
+        assert np.moveaxis(place.host(y), 1, -1).flags.c_contiguous
+        assert np.moveaxis(place.host(mask), 1, -1).flags.c_contiguous
+        assert_exact(
+            place.host(y), fastconv.dropout(np.ascontiguousarray(x), 0.5, rng=1).astype("float64"), "float32"
+        )
+
     def test_without_a_seed_chance_differs(self):
         x = np.ones(1000)
         assert not np.array_equal(fastconv.dropout(x), fastconv.dropout(x))
@@ -780,6 +790,28 @@ class TestAgainstTorch:
             assert_bounded(found, wanted.numpy(), 1e-13)
             wanted = functional.interpolate(self.torch.from_numpy(x), scale_factor=scale)
             assert_exact(fastconv.interpolate(x, scale_factor=scale), wanted.numpy())
+
+    @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
+    @pytest.mark.parametrize("align_corners", [None, True])
+    def test_sizes_that_stay_and_double(self, functional, mode, align_corners, rng):
+        """Whatever the scale they are copied and repeated."""
+        if "nearest" in mode:
+            align_corners = None
+        for size, scale in itertools.product(range(1, 10), (1.1, 1.3, 2.1)):
+            x, options = normals(rng, (1, 2, size, 5), "float64"), (None, (scale, 2.0), mode, align_corners)
+            tensor = self.torch.tensor(x, requires_grad=True)
+            wanted = functional.interpolate(tensor, *options)
+            assert_bounded(fastconv.interpolate(x, *options), wanted.detach().numpy(), 1e-13)
+            gradient = normals(rng, wanted.shape, "float64")
+            wanted.backward(self.torch.from_numpy(gradient))
+            found = fastconv.grad.interpolate_input(x.shape, gradient, *options)
+            assert_bounded(found, tensor.grad.numpy(), 1e-13)
+
+    @pytest.mark.parametrize("numbers", [[1.0, np.inf], [np.inf, 1.0], [np.nan, 1.0]])
+    def test_a_size_that_stays_mixes_no_neighbours(self, functional, numbers):
+        x = np.array([[numbers]])
+        wanted = functional.interpolate(self.torch.from_numpy(x), 2, mode="linear").numpy()
+        assert np.array_equal(fastconv.interpolate(x, 2, mode="linear"), wanted, equal_nan=True)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_batch_norm(self, functional, training, rng):

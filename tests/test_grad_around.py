@@ -184,6 +184,21 @@ def test_dropout(place, rng):
 
 
 @everywhere
+def test_dropout_keeps_the_memory_order_of_the_gradient(place, rng):
+    gradient, mask = np.moveaxis(normals(rng, (2, 5, 4, 3)), -1, 1), rng.random((2, 3, 5, 4)) < 0.5
+    found = place.host(grad.dropout_input(place.make(mask), place.make(gradient)))
+    assert np.moveaxis(found, 1, -1).flags.c_contiguous
+    assert_exact(found, np.where(mask, 2.0 * gradient, 0.0), "float32")
+
+
+def test_dropout_without_training(rng):
+    x, gradient = normals(rng, (5, 6)), normals(rng, (5, 6))
+    y, mask = fastconv.dropout(x, 0.5, False, return_mask=True)
+    assert_exact(y, x.astype("float64"), "float32")
+    assert_exact(grad.dropout_input(mask, gradient, 0.5, False), gradient.astype("float64"), "float32")
+
+
+@everywhere
 def test_flatten(place, rng):
     gradient = normals(rng, (2, 60))
     found = grad.flatten_input((2, 3, 4, 5), place.make(gradient))
@@ -318,6 +333,7 @@ BAD = {
     "mask": (lambda: grad.dropout_input(X, X), TypeError, "mask must hold True and False"),
     "shape of a mask": (lambda: grad.dropout_input(X[:1] > 0, X), ConvError, "must be mask.shape = (1, 3)"),
     "chance": (lambda: grad.dropout_input(X > 0, X, 2.0), ConvError, "p must be from 0 to 1, got 2.0"),
+    "training": (lambda: grad.dropout_input(X > 0, X, training=1), TypeError, "training must be True or"),
     "elements": (lambda: grad.flatten_input((2, 4), X), ConvError, "as grad_output (2, 3) = 6"),
     "size": (lambda: grad.flatten_input(6, X), TypeError, "input_size must be a tuple of ints, got 6"),
     "size of a result": (

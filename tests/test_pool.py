@@ -441,7 +441,22 @@ class TestUnpool:
         assert fastconv.max_unpool2d(y, indices, 2, output_size=output).shape == (3, *output[-2:])
         assert fastconv.max_unpool2d(y, indices, 3, 2, 1).shape == (3, 5, 7)
 
+    @everywhere
+    def test_memory_order_of_the_gradient(self, place, rng):
+        gradient = np.moveaxis(integers(rng, (2, 5, 6, 3)), -1, 1)
+        indices = rng.integers(0, 30, (2, 3, 2, 4))
+        found = place.host(grad.max_unpool2d_input(place.make(indices), place.make(gradient)))
+        assert np.moveaxis(found, 1, -1).flags.c_contiguous
+        expected = np.take_along_axis(gradient.reshape(2, 3, 30), indices.reshape(2, 3, 8), 2)
+        assert_exact(found, expected.reshape(2, 3, 2, 4).astype(np.float64), "float32")
+
     def test_half_types_and_no_samples(self):
+        assert grad.max_unpool2d_input(np.ones((0, 2, 3, 3), int), np.ones((0, 2, 6, 6))).shape == (
+            0,
+            2,
+            3,
+            3,
+        )
         y, indices = np.ones((0, 2, 3, 3), np.float16), np.ones((0, 2, 3, 3), np.int64)
         found = fastconv.max_unpool2d(y, indices, 2)
         assert (found.shape, found.dtype) == ((0, 2, 6, 6), np.float16)
