@@ -259,7 +259,8 @@ def batch_norm(
 
     training
         Take mean and variance of this batch, and move the running ones towards them, in place: by `momentum`
-        of the way, towards the unbiased variance.
+        of the way, towards the unbiased variance. They have the input's dtype: a variance beyond 65504 is
+        infinity in float16.
     eps
         Is added to the variance.
 
@@ -275,17 +276,18 @@ def batch_norm(
         call = check_batch_norm(op, loan, training, {"training": training, "momentum": momentum, "eps": eps})
         share, least = number(call, "momentum"), number(call, "eps")
         mean, variance = moments(loan, training)
-        if training and loan["input"].size:
-            count = loan["input"].size // mean.size
-            for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
-                if name in loan:
-                    loan.write(name, (1 - share) * loan[name] + share * value.reshape(-1))
         x = loan["input"]
         scale = (1 / loan.xp.sqrt(variance + least)).astype(x.dtype)
         if "weight" in loan:
             scale = scale * channels(loan, "weight")
         result = (x - mean.astype(x.dtype)) * scale
-        return loan.give(result + channels(loan, "bias") if "bias" in loan else result)
+        result = loan.give(result + channels(loan, "bias") if "bias" in loan else result)
+        if training and x.size:  # last: a call that fails leaves the statistics as they were
+            count = x.size // mean.size
+            for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
+                if name in loan:
+                    loan.write(name, (1 - share) * loan[name] + share * value.reshape(-1))
+        return result
 
 
 def check_batch_norm(op: str, loan: Loan, training: bool, options: dict[str, Any]) -> Call:

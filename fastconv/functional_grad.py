@@ -181,6 +181,8 @@ def linear_weight(input: Array, grad_output: ArrayT) -> ArrayT:
     returns      (K, C)
     ===========  ========
 
+    Of a weight (C,) the grad_output is (...,), and so is the gradient (C,).
+
     >>> import numpy as np
     >>> linear_weight(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))
     array([[3., 6.],
@@ -189,12 +191,17 @@ def linear_weight(input: Array, grad_output: ArrayT) -> ArrayT:
     op = "linear_weight"
     with borrow(op, {"grad_output": grad_output, "input": input}) as loan:
         x, grad = loan["input"], loan["grad_output"]
-        if not x.ndim or x.shape[:-1] != grad.shape[:-1]:
-            rule = f"grad_output.shape[:-1] must be input.shape[:-1] = {x.shape[:-1]}"
+        outer = x.shape[:-1]
+        is_one_row = grad.shape == outer
+        if not x.ndim or not (is_one_row or (grad.ndim and grad.shape[:-1] == outer)):
+            rule = f"grad_output.shape[:-1] must be input.shape[:-1] = {outer}"
             raise ConvError(
                 f"{op}: {rule}, got {grad.shape[:-1]} (input {x.shape}, grad_output {grad.shape})"
             )
-        return loan.give(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(math.prod(outer), x.shape[-1])
+        if is_one_row:
+            return loan.give(grad.reshape(math.prod(outer)) @ rows)
+        return loan.give(grad.reshape(math.prod(outer), grad.shape[-1]).T @ rows)
 
 
 def linear_bias(grad_output: ArrayT) -> ArrayT:
@@ -209,7 +216,7 @@ def linear_bias(grad_output: ArrayT) -> ArrayT:
         grad = loan["grad_output"]
         if not grad.ndim:
             raise ConvError(f"{op}: grad_output (..., K) must have at least 1 axis, got 0")
-        return loan.give(grad.reshape(-1, grad.shape[-1]).sum(0))
+        return loan.give(grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0))
 
 
 def _check_last(op: str, loan: Loan, outputs: int) -> None:
@@ -336,6 +343,8 @@ def batch_norm(
     array([1.])
     """
     op = "batch_norm"
+    if training is True:
+        running_mean = running_var = None
     with borrow(
         op, {"input": input, "grad_output": grad_output},
         running_mean=running_mean, running_var=running_var, weight=weight,

@@ -79,6 +79,9 @@ class TestActivations:
     def test_no_axes(self):
         y = fastconv.relu(np.array(-1.0))
         assert (type(y), y) == (np.float64, 0.0)
+        assert fastconv.relu(y) == 0.0
+        half = fastconv.sigmoid(np.float16(0))
+        assert (type(half), half) == (np.float16, 0.5)
 
 
 def softmax_of(x):
@@ -108,6 +111,11 @@ class TestSoftmax:
         assert fastconv.softmax(np.zeros((0, 3)), 0).shape == (0, 3)
         assert fastconv.softmax(np.array(3.0), 0) == 1
         assert fastconv.log_softmax(np.array(3.0), -1) == 0
+
+    @pytest.mark.parametrize("x", [np.nan, np.inf, -np.inf])
+    def test_no_number_without_axes(self, x):
+        assert np.isnan(fastconv.softmax(np.array(x), 0))
+        assert np.isnan(fastconv.log_softmax(np.array(x), 0))
 
 
 class TestLinear:
@@ -740,6 +748,17 @@ BAD = {
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_statistics_are_written_last(monkeypatch):
+    def fail(loan, result):
+        raise MemoryError
+
+    monkeypatch.setattr(borrowing.Loan, "give", fail)
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    with pytest.raises(MemoryError):
+        fastconv.batch_norm(X, mean, var, training=True)
+    assert (mean.tolist(), var.tolist()) == ([0, 0, 0], [1, 1, 1])
 
 
 def test_statistics_are_not_touched_by_a_bad_call():

@@ -90,9 +90,21 @@ class TestLinear:
         found = grad.linear_bias(place.make(gradient))
         assert_gradient(place.host(found), lambda b: fastconv.linear(x, w, b), b, gradient)
 
-    def test_one_row_of_weights(self, rng):
-        w, gradient = normals(rng, (4,), "float64"), normals(rng, (3,), "float64")
-        assert_exact(grad.linear_input(w, gradient), np.outer(gradient, w))
+    @pytest.mark.parametrize("outer", [(), (3,), (2, 3)])
+    @everywhere
+    def test_one_row_of_weights(self, place, outer, rng):
+        w, x = normals(rng, (4,), "float64"), normals(rng, (*outer, 4), "float64")
+        gradient = np.asarray(normals(rng, outer, "float64"))
+        found = place.host(grad.linear_input(place.make(w), place.make(gradient)))
+        assert_gradient(found, lambda x: fastconv.linear(x, w), x, gradient)
+        found = place.host(grad.linear_weight(place.make(x), place.make(gradient)))
+        assert_gradient(found, lambda w: fastconv.linear(x, w), w, gradient)
+
+    @pytest.mark.parametrize(("outputs", "channels"), [(0, 4), (5, 0), (0, 0)])
+    def test_no_outputs_and_no_channels(self, outputs, channels):
+        x, gradient = np.ones((2, 3, channels)), np.ones((2, 3, outputs))
+        assert grad.linear_weight(x, gradient).shape == (outputs, channels)
+        assert grad.linear_bias(gradient).tolist() == [6.0] * outputs
 
 
 class TestCrossEntropy:
@@ -114,6 +126,13 @@ class TestCrossEntropy:
         found = grad.cross_entropy_input(x, target)
         assert_gradient(found, lambda x: fastconv.cross_entropy(x, target), x, 1.0)
         assert fastconv.cross_entropy(x - 0.1 * found, target) < fastconv.cross_entropy(x, target)
+
+    def test_a_loss_may_be_its_own_gradient(self, rng):
+        """A result without axes is a number of NumPy's, and as good as an array without axes."""
+        x, target = normals(rng, (5, 3), "float64"), np.array([0, 2, 1, 0, 2])
+        loss = fastconv.cross_entropy(x, target)
+        found = grad.cross_entropy_input(x, target, None, loss)
+        assert_bounded(found, loss * grad.cross_entropy_input(x, target), 1e-14)
 
     def test_of_what_is_ignored(self):
         found = grad.cross_entropy_input(np.zeros((2, 3)), np.array([-100, -100]))
@@ -146,6 +165,14 @@ class TestBatchNorm:
         x, mean, var = normals(rng, (4, 3)), np.zeros(3, np.float32), np.ones(3, np.float32)
         grad.batch_norm(x, mean, var, None, x, training=True)
         assert (mean.tolist(), var.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+    def test_statistics_are_not_looked_at_in_training(self, rng):
+        x = normals(rng, (4, 3))
+        frozen, other = np.zeros(3, np.float32), np.zeros(2)
+        frozen.setflags(write=False)
+        expected = grad.batch_norm(x, None, None, None, x, training=True)
+        for array, wanted in zip(grad.batch_norm(x, frozen, other, None, x, training=True), expected):
+            assert np.array_equal(array, wanted)
 
     def test_many_samples_in_float32(self, rng):
         """Sums are taken in float64: with channels last NumPy adds element by element, and float32 drifts."""
@@ -320,6 +347,10 @@ BAD = {
     ),
     "outer axes": (
         lambda: grad.linear_weight(X, X[:1]), ConvError, "must be input.shape[:-1] = (2,), got (1,)",
+    ),
+    "no axes": (
+        lambda: grad.linear_weight(X, X[0, :1].reshape(())), ConvError,
+        "linear_weight: grad_output.shape[:-1] must be input.shape[:-1] = (2,), got () (input (2, 3), grad",
     ),
     "axes of a bias": (lambda: grad.linear_bias(X[0, :1].reshape(())), ConvError, "at least 1 axis, got 0"),
     "shape of a loss": (
