@@ -16,7 +16,7 @@ import numpy as np
 from fastconv import arrays
 from fastconv.borrowing import Loan, borrow
 from fastconv.losses import Loss, log_softmax_of, softmax_of
-from fastconv.problem import Call, ConvError, integer, make_epilogue, number
+from fastconv.problem import Call, ConvError, flag, integer, make_epilogue, number
 from fastconv.resizing import make_resizes
 
 ArrayT = TypeVar("ArrayT")
@@ -153,9 +153,11 @@ def check_linear(op: str, loan: Loan, input_shape: tuple[int, ...]) -> None:
     """Raise unless weight and bias fit an input."""
     weight = loan.shape("weight")
     if len(weight) not in (1, 2):
-        raise ConvError(f"{op}: weight (K, C) must have 2 axes (1 without K), got {len(weight)}")
+        rule = f"weight (K, C) must have 2 axes (1 without K), got {len(weight)}"
+        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
     if not input_shape:
-        raise ConvError(f"{op}: input (..., C) must have at least 1 axis, got 0")
+        rule = "input (..., C) must have at least 1 axis, got 0"
+        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
     if weight[-1] != input_shape[-1]:
         found = f"got {weight[-1]} (input {input_shape}, weight {weight})"
         raise ConvError(f"{op}: weight.shape[-1] must be C = input.shape[-1] = {input_shape[-1]}, {found}")
@@ -294,7 +296,7 @@ def check_batch_norm(op: str, loan: Loan, training: bool, options: dict[str, Any
     """Raise unless the arrays of a batch norm fit together."""
     shapes = {name: view.shape for name, view in loan.given.items()}
     call = Call(op, shapes, options, {"training": False, "momentum": 0.1, "eps": 1e-5})
-    check_flag(call, "training")
+    flag(call, "training")
     shape = loan.shape("input")
     if len(shape) < 2:
         raise call.error(f"input (N, C, ...) must have at least 2 axes, got {len(shape)}")
@@ -410,10 +412,9 @@ def dropout(
         shape = loan.shape("input")
         options = {"p": p, "training": training}
         call = Call(op, {"input": shape}, options, {"p": 0.5, "training": True})
-        check_flag(call, "training")
+        flag(call, "training")
         chance = check_chance(call)
-        if rng is not None and not isinstance(rng, (int, np.integer, np.random.Generator)):
-            raise call.type_error("rng must be a NumPy Generator, a seed or None", rng)
+        _check_rng(call, rng)
         host = np.ones(shape, bool)
         if training and chance:
             host = np.random.default_rng(rng).random(shape, dtype=np.float32) >= chance
@@ -428,10 +429,13 @@ def _lay_like(loan: Loan, host: np.ndarray, view: np.ndarray) -> Any:
     return loan.put(host.transpose(axes).copy()).transpose(np.argsort(axes).tolist())
 
 
-def check_flag(call: Call, name: str) -> None:
-    """Raise unless an option is True or False."""
-    if call.options[name] is not True and call.options[name] is not False:
-        raise call.type_error(f"{name} must be True or False", call.options[name])
+def _check_rng(call: Call, rng: Any) -> None:
+    if rng is None or isinstance(rng, np.random.Generator):
+        return
+    if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
+        raise call.type_error("rng must be a NumPy Generator, a seed or None", rng)
+    if rng < 0:
+        raise call.error(f"rng must be at least 0 where it is a seed, got {rng}")
 
 
 def check_chance(call: Call) -> float:

@@ -1,7 +1,8 @@
 """The gradients of what stands in functional: that of the output enters, that of an argument leaves.
 
 As in torch.nn.grad, a function <op>_<argument> takes the arrays of <op> that it needs (where only the size of
-the input matters, input_size), then grad_output, then the options of <op>.
+the input matters, input_size), then grad_output, then the options of <op>. Two differ: batch_norm has its own
+name and returns three gradients at once; cross_entropy_input may be called without grad_output.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fastconv import arrays
 from fastconv.borrowing import Loan, borrow
 from fastconv.functional import (
     channels,
@@ -19,7 +21,6 @@ from fastconv.functional import (
     check_axis,
     check_batch_norm,
     check_chance,
-    check_flag,
     check_linear,
     check_response_norm,
     check_slope,
@@ -31,7 +32,7 @@ from fastconv.functional import (
     sum_channels,
 )
 from fastconv.losses import Loss, softmax_of
-from fastconv.problem import Call, ConvError, number, shape_of
+from fastconv.problem import Call, ConvError, flag, number, shape_of
 from fastconv.resizing import make_resizes
 
 ArrayT = TypeVar("ArrayT")
@@ -120,7 +121,8 @@ def _activation(name: str, input: Any, grad_output: Any, slope: float = 0.0) -> 
 def _check_like(op: str, loan: Loan, name: str) -> None:
     wanted, found = loan.shape(name), loan.shape("grad_output")
     if found != wanted:
-        raise ConvError(f"{op}: grad_output.shape must be {name}.shape = {wanted}, got {found}")
+        rule = f"grad_output.shape must be {name}.shape = {wanted}, got {found}"
+        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
 
 
 def _silu(loan: Loan, x: Any, grad: Any, slope: float) -> Any:
@@ -297,7 +299,8 @@ def _loss_factor(op: str, loan: Loan, loss: Loss, reduction: str) -> Any:
     if "grad_output" in loan:
         if loan.shape("grad_output") != shape:
             found = loan.shape("grad_output")
-            raise ConvError(f"{op}: grad_output.shape must be that of the loss = {shape}, got {found}")
+            rule = f"grad_output.shape must be that of the loss = {shape}, got {found}"
+            raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
         factor = loan["grad_output"]
     if reduction == "none":
         return loan.xp.expand_dims(factor, loss.axis) if "grad_output" in loan else factor
@@ -399,7 +402,7 @@ def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5, training: bo
             {"p": p, "training": training},
         )
         call = Call(op, shapes, options, {"p": 0.5, "training": True})
-        check_flag(call, "training")
+        flag(call, "training")
         if loan.given["mask"].dtype.kind != "b":
             raise call.type_error("mask must hold True and False", loan.given["mask"].dtype.name)
         _check_like(op, loan, "mask")
@@ -418,6 +421,9 @@ def flatten_input(input_size: Any, grad_output: ArrayT) -> ArrayT:
     with borrow(op, {"grad_output": grad_output}) as loan:
         found = loan.shape("grad_output")
         size = shape_of(Call(op, {"grad_output": found}, {}, {}), "input_size", input_size)
+        if min(size, default=0) < 0:
+            rule = f"input_size must be at least 0 along every axis, got {min(size)}"
+            raise ConvError(f"{op}: {rule} (input_size {size}, grad_output {found})")
         if math.prod(size) != math.prod(found):
             rule = f"input_size must have as many elements as grad_output {found} = {math.prod(found)}"
             raise ConvError(f"{op}: {rule}, got {size}")
@@ -445,7 +451,8 @@ def interpolate_input(
         resizes = make_resizes(op, shape, size, scale_factor, mode, align_corners)
         wanted = (*shape[:2], *(len(resize.reads[0].places) for resize in resizes))
         if found != wanted:
-            raise ConvError(f"{op}: grad_output.shape must be that of the result = {wanted}, got {found}")
+            rule = f"grad_output.shape must be that of the result = {wanted}, got {found}"
+            raise ConvError(f"{op}: {rule} (input_size {shape}, {arrays.describe(loan.given)})")
         grad, is_last = channels_in_order(loan, "grad_output")
         for axis, resize in enumerate(resizes, start=2 - is_last):
             grad = resize.scatter(loan.xp, grad, axis)

@@ -382,6 +382,7 @@ class TestInterpolate:
         x = normals(rng, (1, 2, 5, 6))
         assert fastconv.interpolate(x, scale_factor=1.5).shape == (1, 2, 7, 9)
         assert fastconv.interpolate(x, scale_factor=(2, 0.5)).shape == (1, 2, 10, 3)
+        assert fastconv.interpolate(x, scale_factor=np.array([2, 0.5])).shape == (1, 2, 10, 3)
         twice = fastconv.interpolate(x, scale_factor=2)
         assert np.array_equal(twice, x.repeat(2, 2).repeat(2, 3))
 
@@ -628,10 +629,11 @@ BAD = {
     ),
     "axes of linear": (
         lambda: fastconv.linear(X[0, 0, :1].reshape(()), X[0]), ConvError,
-        "input (..., C) must have at least 1 axis",
+        "input (..., C) must have at least 1 axis, got 0 (input () float32, weight (3, 4) float32)",
     ),
     "rank of weight": (
-        lambda: fastconv.linear(X, X), ConvError, "weight (K, C) must have 2 axes (1 without K), got 3",
+        lambda: fastconv.linear(X, X), ConvError,
+        "weight (K, C) must have 2 axes (1 without K), got 3 (input (2, 3, 4) float32, weight (2, 3, 4) floa",
     ),
     "size of weight": (
         lambda: fastconv.linear(X, X[0].T), ConvError,
@@ -684,6 +686,11 @@ BAD = {
     "rng": (
         lambda: fastconv.dropout(X, rng="seed"), TypeError, "rng must be a NumPy Generator, a seed or None",
     ),
+    "negative seed": (
+        lambda: fastconv.dropout(X, rng=-1), ConvError,
+        "dropout: rng must be at least 0 where it is a seed, got -1 (input (2, 3, 4))",
+    ),
+    "truth as a seed": (lambda: fastconv.dropout(X, rng=True), TypeError, "rng must be a NumPy Generator"),
     "dropout in training": (lambda: fastconv.dropout(X, training=None), TypeError, "training must be True"),
     "dims": (
         lambda: fastconv.flatten(X, 2, 1), ConvError, "start_dim must not lie behind end_dim = 1, got 2",
@@ -700,7 +707,23 @@ BAD = {
         lambda: fastconv.interpolate(X, 2, mode="bilinear"), ConvError,
         "interpolate: mode must be one of nearest, nearest-exact, linear for 1 spatial axes, got 'bilinear'",
     ),
-    "mode of another type": (lambda: fastconv.interpolate(X, 2, mode=1), TypeError, "mode must be one of"),
+    "size and scale 0": (lambda: fastconv.interpolate(X, 2, 0), ConvError, "must be given, got both"),
+    "mode of another type": (
+        lambda: fastconv.interpolate(X, 2, mode=3), TypeError,
+        "interpolate: mode must be one of nearest, nearest-exact, linear for 1 spatial axes, got 3 of type i",
+    ),
+    "large size": (
+        lambda: fastconv.interpolate(X, 2**70), ConvError, "result must have fewer than 2**60 elements, got ",
+    ),
+    "large scale": (
+        lambda: fastconv.interpolate(X, scale_factor=1e300), ConvError, "fewer than 2**60 elements, got shap",
+    ),
+    "scale beyond all numbers": (
+        lambda: fastconv.interpolate(X, scale_factor=1e308), ConvError, "at least 1 and finite, got (inf,) (",
+    ),
+    "negative scale": (
+        lambda: fastconv.interpolate(X, scale_factor=-1e308), ConvError, "at least 1 and finite, got (-inf,)",
+    ),
     "corners": (
         lambda: fastconv.interpolate(X, 2, align_corners=True), ConvError, "must be None for mode 'nearest'",
     ),

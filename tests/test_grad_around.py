@@ -336,7 +336,7 @@ SIZE = (2, 3, 4)
 BAD = {
     "shape": (
         lambda: grad.relu_input(X, X[:1]), ConvError,
-        "relu_input: grad_output.shape must be input.shape = (2, 3), got (1, 3)",
+        "relu_input: grad_output.shape must be input.shape = (2, 3), got (1, 3) (input (2, 3) float32, grad_",
     ),
     "dtype": (lambda: grad.relu_input(X, X.astype("f8")), TypeError, "grad_output.dtype must be input.dtype"),
     "slope": (lambda: grad.leaky_relu_input(X, X, None), TypeError, "leaky_relu_input: slope of"),
@@ -355,7 +355,7 @@ BAD = {
     "axes of a bias": (lambda: grad.linear_bias(X[0, :1].reshape(())), ConvError, "at least 1 axis, got 0"),
     "shape of a loss": (
         lambda: grad.cross_entropy_input(X, np.array([0, 1]), None, X), ConvError,
-        "cross_entropy_input: grad_output.shape must be that of the loss = (), got (2, 3)",
+        "cross_entropy_input: grad_output.shape must be that of the loss = (), got (2, 3) (input (2, 3) floa",
     ),
     "shape of a norm": (
         lambda: grad.batch_norm(X, None, None, None, X[:1], training=True), ConvError, "must be input.shape",
@@ -366,10 +366,14 @@ BAD = {
     "chance": (lambda: grad.dropout_input(X > 0, X, 2.0), ConvError, "p must be from 0 to 1, got 2.0"),
     "training": (lambda: grad.dropout_input(X > 0, X, training=1), TypeError, "training must be True or"),
     "elements": (lambda: grad.flatten_input((2, 4), X), ConvError, "as grad_output (2, 3) = 6"),
+    "negative sizes": (
+        lambda: grad.flatten_input((-2, -3), X), ConvError,
+        "flatten_input: input_size must be at least 0 along every axis, got -3 (input_size (-2, -3), grad_ou",
+    ),
     "size": (lambda: grad.flatten_input(6, X), TypeError, "input_size must be a tuple of ints, got 6"),
     "size of a result": (
         lambda: grad.interpolate_input(SIZE, np.ones((2, 3, 7)), 8), ConvError,
-        "interpolate_input: grad_output.shape must be that of the result = (2, 3, 8), got (2, 3, 7)",
+        "grad_output.shape must be that of the result = (2, 3, 8), got (2, 3, 7) (input_size (2, 3, 4), grad",
     ),
     "size of unfold": (
         lambda: grad.unfold_input((2, 2, 2), X, 1), ConvError,

@@ -450,6 +450,16 @@ class TestUnpool:
         expected = np.take_along_axis(gradient.reshape(2, 3, 30), indices.reshape(2, 3, 8), 2)
         assert_exact(found, expected.reshape(2, 3, 2, 4).astype(np.float64), "float32")
 
+    def test_byte_order_of_the_indices(self, rng):
+        y, indices = integers(rng, (2, 3, 2, 4)), rng.permuted(np.tile(np.arange(32), (2, 3, 1)), axis=2)
+        indices = indices[..., :8].reshape(y.shape)
+        foreign = indices.astype(indices.dtype.newbyteorder())
+        up = fastconv.max_unpool2d(y, foreign, 2)
+        assert np.array_equal(up, fastconv.max_unpool2d(y, indices, 2))
+        assert np.array_equal(grad.max_unpool2d_input(foreign, up), y)
+        found = grad.max_pool2d_input(up.shape, foreign, y, 2)
+        assert np.array_equal(found, grad.max_pool2d_input(up.shape, indices, y, 2))
+
     def test_half_types_and_no_samples(self):
         assert grad.max_unpool2d_input(np.ones((0, 2, 3, 3), int), np.ones((0, 2, 6, 6))).shape == (
             0,
@@ -588,6 +598,39 @@ BAD = {
     ),
     "divisor 0": (
         lambda: fastconv.avg_pool2d(X, 3, divisor_override=0), ConvError, "divisor_override must not be 0",
+    ),
+    "return_indices": (
+        lambda: fastconv.max_pool2d(X, 3, return_indices="no"), TypeError,
+        "max_pool2d: return_indices must be True or False, got 'no' (input (2, 3, 8, 8), return_indices 'no'",
+    ),
+    "return_indices of adaptive windows": (
+        lambda: fastconv.adaptive_max_pool2d(X, 3, return_indices=1), TypeError, "return_indices must be Tru",
+    ),
+    "large divisor": (
+        lambda: fastconv.avg_pool2d(X, 3, divisor_override=-(2**70)), ConvError,
+        "divisor_override must be below 2**63, got 1180591620717411303424 (input",
+    ),
+    "large stride": (
+        lambda: fastconv.max_pool2d(X, 3, 2**70), ConvError, "stride must be below 2**63, got 11805",
+    ),
+    "large dilation": (
+        lambda: fastconv.max_pool2d(X, 1, 1, 0, 2**63), ConvError, "dilation must be below 2**63, got 92",
+    ),
+    "large output": (
+        lambda: fastconv.adaptive_max_pool2d(X, 2**30), ConvError,
+        "adaptive_max_pool2d: the result must have fewer than 2**60 elements, got shape (2, 3, 1073741824,",
+    ),
+    "large unpooled output": (
+        lambda: fastconv.max_unpool2d(Y, PLACES, 2, 2**70), ConvError, "fewer than 2**60 elements, got shape",
+    ),
+    "negative unpooled output": (
+        lambda: fastconv.max_unpool2d(Y[..., :1, :1], PLACES[..., :1, :1], 2, 5, output_size=(-2, -1)),
+        ConvError,
+        "max_unpool2d: output_size must be at least 1, got -2 (input (2, 3, 1, 1)",
+    ),
+    "no unpooled output": (
+        lambda: fastconv.max_unpool2d(Y[..., :1, :1], PLACES[..., :1, :1], 2, padding=1), ConvError,
+        "output_size must be at least 1, got 0",
     ),
     "real divisor": (
         lambda: fastconv.avg_pool2d(X, 3, divisor_override=2.0), TypeError,
