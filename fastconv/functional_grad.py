@@ -32,7 +32,7 @@ from fastconv.functional import (
     sum_channels,
 )
 from fastconv.losses import Loss, softmax_of
-from fastconv.problem import Call, ConvError, flag, number, shape_of
+from fastconv.problem import Call, ConvError, check_count, flag, number, shape_of
 from fastconv.resizing import make_resizes
 
 ArrayT = TypeVar("ArrayT")
@@ -424,6 +424,7 @@ def flatten_input(input_size: Any, grad_output: ArrayT) -> ArrayT:
         if min(size, default=0) < 0:
             rule = f"input_size must be at least 0 along every axis, got {min(size)}"
             raise ConvError(f"{op}: {rule} (input_size {size}, grad_output {found})")
+        check_count(op, size, size)
         if math.prod(size) != math.prod(found):
             rule = f"input_size must have as many elements as grad_output {found} = {math.prod(found)}"
             raise ConvError(f"{op}: {rule}, got {size}")

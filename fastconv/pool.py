@@ -441,7 +441,8 @@ class _ByText:
 def _find_problem(op: str, shape: tuple[int, ...], options: _ByText, dtype: str, order: str) -> PoolProblem:
     make = make_adaptive_pool if op.startswith("adaptive") else make_pool
     problem = make(op, shape, options.options, dtype, order)
-    check_count(op, problem.output_shape, shape)
+    for result in (problem.output_shape, problem.input_shape):  # the latter is that of a gradient
+        check_count(op, result, shape)
     return problem
 
 

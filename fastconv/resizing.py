@@ -81,7 +81,8 @@ def make_resizes(
     check_shape(call, "input", tuple(input_shape), ("N", "C", *"DHW"[-ndim:]), "")
     _check_mode(call, ndim)
     sizes, scales = _sizes(call, input_shape[2:])
-    check_count(op, (*input_shape[:2], *sizes), input_shape)
+    for result in ((*input_shape[:2], *sizes), input_shape):  # the latter is that of a gradient
+        check_count(op, result, input_shape)
     axes = zip(input_shape[2:], sizes, scales)
     return [_make_resize(before, after, scale, mode, bool(align_corners)) for before, after, scale in axes]
 

@@ -748,6 +748,12 @@ BAD = {
     "padding -1": (lambda: fastconv.unfold(X, 1, 1, -1), ConvError, "padding must be at least 0, got -1"),
     "kernels": (lambda: fastconv.unfold(X, (1, 1, 1)), ConvError, "len(kernel_size) must be the number of"),
     "kernel of another type": (lambda: fastconv.unfold(X, 2.0), TypeError, "unfold: kernel_size must be an"),
+    "large padding": (
+        lambda: fastconv.unfold(X, 1, padding=2**70), ConvError, "its padding must have fewer than 2**60",
+    ),
+    "large fold": (
+        lambda: fastconv.fold(X, 2**70, 1, stride=2**70), ConvError, "fewer than 2**60 elements, got (11805",
+    ),
     "axes of fold": (
         lambda: fastconv.fold(X[0, 0], 2, 1), ConvError,
         "fold: input (N, C * R * S, L) must have 3 axes (2 without N), got 1",

@@ -366,6 +366,10 @@ BAD = {
     "chance": (lambda: grad.dropout_input(X > 0, X, 2.0), ConvError, "p must be from 0 to 1, got 2.0"),
     "training": (lambda: grad.dropout_input(X > 0, X, training=1), TypeError, "training must be True or"),
     "elements": (lambda: grad.flatten_input((2, 4), X), ConvError, "as grad_output (2, 3) = 6"),
+    "large sizes": (lambda: grad.flatten_input((2**70, 0), X[:0]), ConvError, "fewer than 2**60 elements"),
+    "large size of a resize": (
+        lambda: grad.interpolate_input((2, 3, 2**70), np.ones(SIZE), 4), ConvError, "fewer than 2**60",
+    ),
     "negative sizes": (
         lambda: grad.flatten_input((-2, -3), X), ConvError,
         "flatten_input: input_size must be at least 0 along every axis, got -3 (input_size (-2, -3), grad_ou",

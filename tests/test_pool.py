@@ -620,6 +620,9 @@ BAD = {
         lambda: fastconv.adaptive_max_pool2d(X, 2**30), ConvError,
         "adaptive_max_pool2d: the result must have fewer than 2**60 elements, got shape (2, 3, 1073741824,",
     ),
+    "large input of a gradient": (
+        lambda: grad.adaptive_avg_pool2d_input((2, 3, 2**70, 8), Y), ConvError, "fewer than 2**60 elements",
+    ),
     "large unpooled output": (
         lambda: fastconv.max_unpool2d(Y, PLACES, 2, 2**70), ConvError, "fewer than 2**60 elements, got shape",
     ),
