@@ -49,6 +49,10 @@ class Loan:
         """Return the shape of an array."""
         return self.given[argument].shape
 
+    def describe(self) -> str:
+        """Shapes and dtypes of all arrays, for the end of an error message."""
+        return arrays.describe(self.given)
+
     def put(self, host: np.ndarray) -> Any:
         """Return a NumPy array, such as a table that was computed on the host, as one of the library."""
         return self.xp.asarray(host)

@@ -154,10 +154,10 @@ def check_linear(op: str, loan: Loan, input_shape: tuple[int, ...]) -> None:
     weight = loan.shape("weight")
     if len(weight) not in (1, 2):
         rule = f"weight (K, C) must have 2 axes (1 without K), got {len(weight)}"
-        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
     if not input_shape:
         rule = "input (..., C) must have at least 1 axis, got 0"
-        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
     if weight[-1] != input_shape[-1]:
         found = f"got {weight[-1]} (input {input_shape}, weight {weight})"
         raise ConvError(f"{op}: weight.shape[-1] must be C = input.shape[-1] = {input_shape[-1]}, {found}")

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastconv import arrays
 from fastconv.borrowing import Loan, borrow
 from fastconv.functional import (
     channels,
@@ -122,7 +121,7 @@ def _check_like(op: str, loan: Loan, name: str) -> None:
     wanted, found = loan.shape(name), loan.shape("grad_output")
     if found != wanted:
         rule = f"grad_output.shape must be {name}.shape = {wanted}, got {found}"
-        raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
 
 
 def _silu(loan: Loan, x: Any, grad: Any, slope: float) -> Any:
@@ -300,7 +299,7 @@ def _loss_factor(op: str, loan: Loan, loss: Loss, reduction: str) -> Any:
         if loan.shape("grad_output") != shape:
             found = loan.shape("grad_output")
             rule = f"grad_output.shape must be that of the loss = {shape}, got {found}"
-            raise ConvError(f"{op}: {rule} ({arrays.describe(loan.given)})")
+            raise ConvError(f"{op}: {rule} ({loan.describe()})")
         factor = loan["grad_output"]
     if reduction == "none":
         return loan.xp.expand_dims(factor, loss.axis) if "grad_output" in loan else factor
@@ -453,7 +452,7 @@ def interpolate_input(
         wanted = (*shape[:2], *(len(resize.reads[0].places) for resize in resizes))
         if found != wanted:
             rule = f"grad_output.shape must be that of the result = {wanted}, got {found}"
-            raise ConvError(f"{op}: {rule} (input_size {shape}, {arrays.describe(loan.given)})")
+            raise ConvError(f"{op}: {rule} (input_size {shape}, {loan.describe()})")
         grad, is_last = channels_in_order(loan, "grad_output")
         for axis, resize in enumerate(resizes, start=2 - is_last):
             grad = resize.scatter(loan.xp, grad, axis)
