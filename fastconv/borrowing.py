@@ -49,6 +49,10 @@ class Loan:
         """Return the shape of an array."""
         return self.given[argument].shape
 
+    def describe(self) -> str:
+        """Shapes and dtypes of all arrays, for the end of an error message."""
+        return arrays.describe(self.given)
+
     def put(self, host: np.ndarray) -> Any:
         """Return a NumPy array, such as a table that was computed on the host, as one of the library."""
         return self.xp.asarray(host)
@@ -97,9 +101,13 @@ class Loan:
 def borrow(op: str, given: arrays.Given, **optional: Any) -> Iterator[Loan]:
     """Lend the arrays of a call, those that are not None of the optional ones too.
 
-    All but arguments of whole numbers share one dtype. No warning is given of inf and NaN: they are results.
+    A number of NumPy's, which is what a result without axes becomes, counts as an array. All but arguments of
+    whole numbers share one dtype. No warning is given of inf and NaN: they are results.
     """
     given = {**given, **{name: array for name, array in optional.items() if array is not None}}
+    given = {
+        name: np.asarray(array) if isinstance(array, np.generic) else array for name, array in given.items()
+    }
     like = next(iter(given.values()))
     kind = arrays.adapt(op, given)
     numbers = {name: view for name, view in given.items() if name not in arrays.WHOLE or is_real(view)}

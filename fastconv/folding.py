@@ -175,6 +175,9 @@ def _make_windows(call: Call, sizes: tuple[int, ...]) -> tuple[Windows, Windows]
         outputs = output_size(size, kernel, stride, padding, padding, dilation)
         windows.append(Windows(size, outputs, kernel, stride, padding, dilation, padding))
     check_outputs(call, windows)
+    padded = tuple(axis.size + 2 * axis.padding for axis in windows)
+    if padded[0] * padded[1] >= 2**60:
+        raise call.error(f"an image and its padding must have fewer than 2**60 elements, got {padded}")
     rows, columns = windows
     return rows, columns
 

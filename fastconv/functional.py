@@ -16,7 +16,7 @@ import numpy as np
 from fastconv import arrays
 from fastconv.borrowing import Loan, borrow
 from fastconv.losses import Loss, log_softmax_of, softmax_of
-from fastconv.problem import Call, ConvError, integer, make_epilogue, number
+from fastconv.problem import Call, ConvError, flag, integer, make_epilogue, number
 from fastconv.resizing import make_resizes
 
 ArrayT = TypeVar("ArrayT")
@@ -153,9 +153,11 @@ def check_linear(op: str, loan: Loan, input_shape: tuple[int, ...]) -> None:
     """Raise unless weight and bias fit an input."""
     weight = loan.shape("weight")
     if len(weight) not in (1, 2):
-        raise ConvError(f"{op}: weight (K, C) must have 2 axes (1 without K), got {len(weight)}")
+        rule = f"weight (K, C) must have 2 axes (1 without K), got {len(weight)}"
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
     if not input_shape:
-        raise ConvError(f"{op}: input (..., C) must have at least 1 axis, got 0")
+        rule = "input (..., C) must have at least 1 axis, got 0"
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
     if weight[-1] != input_shape[-1]:
         found = f"got {weight[-1]} (input {input_shape}, weight {weight})"
         raise ConvError(f"{op}: weight.shape[-1] must be C = input.shape[-1] = {input_shape[-1]}, {found}")
@@ -259,7 +261,8 @@ def batch_norm(
 
     training
         Take mean and variance of this batch, and move the running ones towards them, in place: by `momentum`
-        of the way, towards the unbiased variance.
+        of the way, towards the unbiased variance. They have the input's dtype: a variance beyond 65504 is
+        infinity in float16.
     eps
         Is added to the variance.
 
@@ -275,25 +278,25 @@ def batch_norm(
         call = check_batch_norm(op, loan, training, {"training": training, "momentum": momentum, "eps": eps})
         share, least = number(call, "momentum"), number(call, "eps")
         mean, variance = moments(loan, training)
-        if training and loan["input"].size:
-            count = loan["input"].size // mean.size
-            for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
-                if name in loan:
-                    loan.write(name, (1 - share) * loan[name] + share * value.reshape(-1))
         x = loan["input"]
         scale = (1 / loan.xp.sqrt(variance + least)).astype(x.dtype)
         if "weight" in loan:
             scale = scale * channels(loan, "weight")
         result = (x - mean.astype(x.dtype)) * scale
-        return loan.give(result + channels(loan, "bias") if "bias" in loan else result)
+        result = loan.give(result + channels(loan, "bias") if "bias" in loan else result)
+        if training and x.size:  # last: a call that fails leaves the statistics as they were
+            count = x.size // mean.size
+            for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
+                if name in loan:
+                    loan.write(name, (1 - share) * loan[name] + share * value.reshape(-1))
+        return result
 
 
 def check_batch_norm(op: str, loan: Loan, training: bool, options: dict[str, Any]) -> Call:
     """Raise unless the arrays of a batch norm fit together."""
     shapes = {name: view.shape for name, view in loan.given.items()}
     call = Call(op, shapes, options, {"training": False, "momentum": 0.1, "eps": 1e-5})
-    if training is not True and training is not False:
-        raise call.type_error("training must be True or False", training)
+    flag(call, "training")
     shape = loan.shape("input")
     if len(shape) < 2:
         raise call.error(f"input (N, C, ...) must have at least 2 axes, got {len(shape)}")
@@ -409,17 +412,30 @@ def dropout(
         shape = loan.shape("input")
         options = {"p": p, "training": training}
         call = Call(op, {"input": shape}, options, {"p": 0.5, "training": True})
-        if training is not True and training is not False:
-            raise call.type_error("training must be True or False", training)
+        flag(call, "training")
         chance = check_chance(call)
-        if rng is not None and not isinstance(rng, (int, np.integer, np.random.Generator)):
-            raise call.type_error("rng must be a NumPy Generator, a seed or None", rng)
+        _check_rng(call, rng)
         host = np.ones(shape, bool)
         if training and chance:
             host = np.random.default_rng(rng).random(shape, dtype=np.float32) >= chance
-        mask = loan.put(host)
+        mask = _lay_like(loan, host, loan.given["input"])
         result = loan.give(keep(loan["input"], mask, chance)) if training else input
         return (result, loan.give(mask)) if return_mask else result
+
+
+def _lay_like(loan: Loan, host: np.ndarray, view: np.ndarray) -> Any:
+    """Return a table of the host as one of the library, with its axes in memory as those of a view lie."""
+    axes = sorted(range(view.ndim), key=lambda axis: -abs(view.strides[axis]))
+    return loan.put(host.transpose(axes).copy()).transpose(np.argsort(axes).tolist())
+
+
+def _check_rng(call: Call, rng: Any) -> None:
+    if rng is None or isinstance(rng, np.random.Generator):
+        return
+    if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
+        raise call.type_error("rng must be a NumPy Generator, a seed or None", rng)
+    if rng < 0:
+        raise call.error(f"rng must be at least 0 where it is a seed, got {rng}")
 
 
 def check_chance(call: Call) -> float:
@@ -431,8 +447,11 @@ def check_chance(call: Call) -> float:
 
 
 def keep(x: Any, mask: Any, p: float) -> Any:
-    """Return what dropout makes of elements, and of their gradients."""
-    return x * (mask.astype(x.dtype) * (1 / (1 - p) if p < 1 else 0.0))
+    """Return what dropout makes of elements, and of their gradients; in memory it lies as they do."""
+    factors = x.copy(order="K")
+    factors[...] = mask
+    factors *= 1 / (1 - p) if p < 1 else 0.0
+    return x * factors
 
 
 def flatten(input: ArrayT, start_dim: int = 0, end_dim: int = -1) -> ArrayT:

@@ -1,7 +1,8 @@
 """The gradients of what stands in functional: that of the output enters, that of an argument leaves.
 
 As in torch.nn.grad, a function <op>_<argument> takes the arrays of <op> that it needs (where only the size of
-the input matters, input_size), then grad_output, then the options of <op>.
+the input matters, input_size), then grad_output, then the options of <op>. Two differ: batch_norm has its own
+name and returns three gradients at once; cross_entropy_input may be called without grad_output.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastconv.functional import (
     sum_channels,
 )
 from fastconv.losses import Loss, softmax_of
-from fastconv.problem import Call, ConvError, number, shape_of
+from fastconv.problem import Call, ConvError, check_count, flag, number, shape_of
 from fastconv.resizing import make_resizes
 
 ArrayT = TypeVar("ArrayT")
@@ -119,7 +120,8 @@ def _activation(name: str, input: Any, grad_output: Any, slope: float = 0.0) -> 
 def _check_like(op: str, loan: Loan, name: str) -> None:
     wanted, found = loan.shape(name), loan.shape("grad_output")
     if found != wanted:
-        raise ConvError(f"{op}: grad_output.shape must be {name}.shape = {wanted}, got {found}")
+        rule = f"grad_output.shape must be {name}.shape = {wanted}, got {found}"
+        raise ConvError(f"{op}: {rule} ({loan.describe()})")
 
 
 def _silu(loan: Loan, x: Any, grad: Any, slope: float) -> Any:
@@ -180,6 +182,8 @@ def linear_weight(input: Array, grad_output: ArrayT) -> ArrayT:
     returns      (K, C)
     ===========  ========
 
+    Of a weight (C,) the grad_output is (...,), and so is the gradient (C,).
+
     >>> import numpy as np
     >>> linear_weight(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))
     array([[3., 6.],
@@ -188,12 +192,17 @@ def linear_weight(input: Array, grad_output: ArrayT) -> ArrayT:
     op = "linear_weight"
     with borrow(op, {"grad_output": grad_output, "input": input}) as loan:
         x, grad = loan["input"], loan["grad_output"]
-        if not x.ndim or x.shape[:-1] != grad.shape[:-1]:
-            rule = f"grad_output.shape[:-1] must be input.shape[:-1] = {x.shape[:-1]}"
+        outer = x.shape[:-1]
+        is_one_row = grad.shape == outer
+        if not x.ndim or not (is_one_row or (grad.ndim and grad.shape[:-1] == outer)):
+            rule = f"grad_output.shape[:-1] must be input.shape[:-1] = {outer}"
             raise ConvError(
                 f"{op}: {rule}, got {grad.shape[:-1]} (input {x.shape}, grad_output {grad.shape})"
             )
-        return loan.give(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(math.prod(outer), x.shape[-1])
+        if is_one_row:
+            return loan.give(grad.reshape(math.prod(outer)) @ rows)
+        return loan.give(grad.reshape(math.prod(outer), grad.shape[-1]).T @ rows)
 
 
 def linear_bias(grad_output: ArrayT) -> ArrayT:
@@ -208,7 +217,7 @@ def linear_bias(grad_output: ArrayT) -> ArrayT:
         grad = loan["grad_output"]
         if not grad.ndim:
             raise ConvError(f"{op}: grad_output (..., K) must have at least 1 axis, got 0")
-        return loan.give(grad.reshape(-1, grad.shape[-1]).sum(0))
+        return loan.give(grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0))
 
 
 def _check_last(op: str, loan: Loan, outputs: int) -> None:
@@ -289,7 +298,8 @@ def _loss_factor(op: str, loan: Loan, loss: Loss, reduction: str) -> Any:
     if "grad_output" in loan:
         if loan.shape("grad_output") != shape:
             found = loan.shape("grad_output")
-            raise ConvError(f"{op}: grad_output.shape must be that of the loss = {shape}, got {found}")
+            rule = f"grad_output.shape must be that of the loss = {shape}, got {found}"
+            raise ConvError(f"{op}: {rule} ({loan.describe()})")
         factor = loan["grad_output"]
     if reduction == "none":
         return loan.xp.expand_dims(factor, loss.axis) if "grad_output" in loan else factor
@@ -335,6 +345,8 @@ def batch_norm(
     array([1.])
     """
     op = "batch_norm"
+    if training is True:
+        running_mean = running_var = None
     with borrow(
         op, {"input": input, "grad_output": grad_output},
         running_mean=running_mean, running_var=running_var, weight=weight,
@@ -375,8 +387,8 @@ def local_response_norm_input(
         return loan.give(share - x * others * (2 * norm.alpha * norm.beta / norm.size))
 
 
-def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5) -> ArrayT:
-    """Return the gradient of dropout, whose mask says what it kept.
+def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5, training: bool = True) -> ArrayT:
+    """Return the gradient of dropout, whose mask says what it kept; without training grad_output itself.
 
     >>> import numpy as np
     >>> dropout_input(np.array([True, False]), np.array([1.0, 1.0]))
@@ -384,11 +396,17 @@ def dropout_input(mask: Array, grad_output: ArrayT, p: float = 0.5) -> ArrayT:
     """
     op = "dropout_input"
     with borrow(op, {"grad_output": grad_output, "mask": mask}) as loan:
-        call = Call(op, {name: view.shape for name, view in loan.given.items()}, {"p": p}, {"p": 0.5})
+        shapes, options = (
+            {name: view.shape for name, view in loan.given.items()},
+            {"p": p, "training": training},
+        )
+        call = Call(op, shapes, options, {"p": 0.5, "training": True})
+        flag(call, "training")
         if loan.given["mask"].dtype.kind != "b":
             raise call.type_error("mask must hold True and False", loan.given["mask"].dtype.name)
         _check_like(op, loan, "mask")
-        return loan.give(keep(loan["grad_output"], loan["mask"], check_chance(call)))
+        chance = check_chance(call)
+        return loan.give(keep(loan["grad_output"], loan["mask"], chance)) if training else grad_output
 
 
 def flatten_input(input_size: Any, grad_output: ArrayT) -> ArrayT:
@@ -402,6 +420,10 @@ def flatten_input(input_size: Any, grad_output: ArrayT) -> ArrayT:
     with borrow(op, {"grad_output": grad_output}) as loan:
         found = loan.shape("grad_output")
         size = shape_of(Call(op, {"grad_output": found}, {}, {}), "input_size", input_size)
+        if min(size, default=0) < 0:
+            rule = f"input_size must be at least 0 along every axis, got {min(size)}"
+            raise ConvError(f"{op}: {rule} (input_size {size}, grad_output {found})")
+        check_count(op, size, size)
         if math.prod(size) != math.prod(found):
             rule = f"input_size must have as many elements as grad_output {found} = {math.prod(found)}"
             raise ConvError(f"{op}: {rule}, got {size}")
@@ -429,7 +451,8 @@ def interpolate_input(
         resizes = make_resizes(op, shape, size, scale_factor, mode, align_corners)
         wanted = (*shape[:2], *(len(resize.reads[0].places) for resize in resizes))
         if found != wanted:
-            raise ConvError(f"{op}: grad_output.shape must be that of the result = {wanted}, got {found}")
+            rule = f"grad_output.shape must be that of the result = {wanted}, got {found}"
+            raise ConvError(f"{op}: {rule} (input_size {shape}, {loan.describe()})")
         grad, is_last = channels_in_order(loan, "grad_output")
         for axis, resize in enumerate(resizes, start=2 - is_last):
             grad = resize.scatter(loan.xp, grad, axis)

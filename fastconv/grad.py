@@ -1,7 +1,8 @@
 """The gradients of the operations: for a training loop that is written by hand.
 
 As in torch.nn.grad, <op>_input, <op>_weight and <op>_bias take the arrays of <op> that they need (where only
-the size of the input matters, input_size), then grad_output, then the options of <op>.
+the size of the input matters, input_size), then grad_output, then the options of <op>. Two differ: batch_norm
+has its own name and returns three gradients at once; cross_entropy_input may be called without grad_output.
 """
 
 from fastconv.conv_grad import conv1d_bias as conv1d_bias

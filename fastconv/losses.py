@@ -12,8 +12,10 @@ from fastconv.problem import Call, integer, number
 
 def softmax_of(xp: Any, x: Any, axis: int) -> Any:
     """Return the softmax along an axis."""
-    if x.size == 0 or x.ndim == 0:
-        return xp.ones_like(x)
+    if x.size == 0:
+        return x
+    if x.ndim == 0:
+        return xp.exp(x - x)  # 1; NaN of NaN and infinities, as along an axis
     powers = xp.exp(x - x.max(axis, keepdims=True))
     return powers / powers.sum(axis, keepdims=True)
 
@@ -21,7 +23,7 @@ def softmax_of(xp: Any, x: Any, axis: int) -> Any:
 def log_softmax_of(xp: Any, x: Any, axis: int) -> Any:
     """Return the logarithm of the softmax along an axis."""
     if x.size == 0 or x.ndim == 0:
-        return xp.zeros_like(x)
+        return x - x
     lower = x - x.max(axis, keepdims=True)
     return lower - xp.log(xp.exp(lower).sum(axis, keepdims=True))
 

@@ -17,7 +17,7 @@ import numpy as np
 from fastconv import arrays, lazy
 from fastconv.borrowing import borrow
 from fastconv.pool_problem import PoolProblem, make_adaptive_pool, make_pool, read_name, unpooled_size
-from fastconv.problem import ConvError, PerAxis
+from fastconv.problem import Call, ConvError, PerAxis, check_count, flag
 
 ArrayT = TypeVar("ArrayT")
 Array = Any
@@ -252,7 +252,8 @@ def max_unpool2d(
     ===========  ===================================================================================
 
     An index that comes twice in a plane takes the later element on the CPU, either of them on a GPU. An index
-    outside of [0, H * W) is a ConvError on the CPU; on a GPU nobody looks, and its element goes anywhere.
+    outside of [0, H * W), as the -1 of a window of nothing but padding, is a ConvError on the CPU; on a GPU
+    nobody looks, and its element goes anywhere.
 
     >>> import numpy as np
     >>> pooled, indices = max_pool2d(np.arange(16.0).reshape(1, 4, 4), 2, return_indices=True)
@@ -285,6 +286,10 @@ def _options(kernel_size: Any, stride: Any, padding: Any, **others: Any) -> dict
 
 def _pool(op: str, input: Any, options: Any, return_indices: bool = False) -> Any:
     """The one implementation of all poolings; `options` of an adaptive one are its output size."""
+    flag(
+        Call(op, {"input": getattr(input, "shape", None)}, {"return_indices": return_indices}, {}),
+        "return_indices",
+    )
     if arrays.is_dask(input):
         return _pool_lazily(op, input, options, return_indices)
     given = {"input": input}
@@ -435,7 +440,10 @@ class _ByText:
 @lru_cache(maxsize=1024)
 def _find_problem(op: str, shape: tuple[int, ...], options: _ByText, dtype: str, order: str) -> PoolProblem:
     make = make_adaptive_pool if op.startswith("adaptive") else make_pool
-    return make(op, shape, options.options, dtype, order)
+    problem = make(op, shape, options.options, dtype, order)
+    for result in (problem.output_shape, problem.input_shape):  # the latter is that of a gradient
+        check_count(op, result, shape)
+    return problem
 
 
 def find_order(array: np.ndarray, ndim: int) -> str:
@@ -449,7 +457,7 @@ def find_order(array: np.ndarray, ndim: int) -> str:
 def check_indices(op: str, given: arrays.Given, shape: tuple[int, ...], like: str) -> None:
     """Raise unless given["indices"] holds int64 and has the shape of what `like` names."""
     indices = given["indices"]
-    if indices.dtype != INDEX:
+    if arrays.to_native(indices.dtype) != INDEX:
         found = f"got {indices.dtype.name} ({arrays.describe(given)})"
         raise TypeError(
             f"{op}: indices.dtype must be int64, as {op.split('_')[0]}_pool returns them, {found}"

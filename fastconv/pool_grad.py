@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastconv import arrays
 from fastconv.borrowing import borrow
-from fastconv.pool import INDEX, Array, backend, check_indices, check_places, make_frame
+from fastconv.pool import INDEX, Array, backend, check_indices, check_places, find_order, make_frame
 from fastconv.pool_problem import read_name
 from fastconv.problem import Call, ConvError, PerAxis, shape_of
 
@@ -231,9 +231,18 @@ def max_unpool2d_input(indices: Array, grad_output: ArrayT) -> ArrayT:
             raise ConvError(f"{op}: {rule}, got {found} and {shape}")
         check_indices(op, loan.given, found, "indices")
         check_places(op, loan.kind, loan.given, shape[-2] * shape[-1])
-        flat = loan["grad_output"].reshape(*shape[:-2], -1)
-        places = loan["indices"].reshape(*found[:-2], -1)
-        return loan.give(loan.xp.take_along_axis(flat, places, axis=-1).reshape(found))
+        planes, places, xp = loan["grad_output"], loan["indices"], loan.xp
+        *batch, C, P, Q = found
+        H, W = shape[-2:]
+        if find_order(loan.given["grad_output"], 2) == "NHWC":
+            planes = xp.moveaxis(planes, -3, -1).reshape(*batch, H * W, C)
+            # What is taken lies in memory as the places do.
+            places = xp.ascontiguousarray(xp.moveaxis(places, -3, -1)).reshape(*batch, P * Q, C)
+            taken = xp.take_along_axis(planes, places, axis=-2).reshape(*batch, P, Q, C)
+            return loan.give(xp.moveaxis(taken, -1, -3))
+        planes = planes.reshape(*batch, C, H * W)
+        places = xp.ascontiguousarray(places).reshape(*batch, C, P * Q)
+        return loan.give(xp.take_along_axis(planes, places, axis=-1).reshape(found))
 
 
 def _max_options(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any) -> Any:

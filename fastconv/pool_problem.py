@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fastconv.problem import Call, check_shape, entries, integer, output_size, per_axis, shape_of, span
+from fastconv.problem import (
+    Call,
+    check_count,
+    check_shape,
+    entries,
+    flag,
+    integer,
+    output_size,
+    per_axis,
+    shape_of,
+    span,
+)
 
 POOLS = {"max_pool": "max", "avg_pool": "average", "adaptive_max_pool": "max", "adaptive_avg_pool": "average"}
 """First part of an operation's name -> what becomes of the elements of a window."""
@@ -151,6 +162,7 @@ def make_pool(
     kernels = per_axis(call, "kernel_size", ndim)
     strides = kernels if options.get("stride") is None else per_axis(call, "stride", ndim)
     dilations = per_axis(call, "dilation", ndim) if "dilation" in options else (1,) * ndim
+    _check_below_2_63(call, {"stride": strides, "dilation": dilations})
     paddings = _paddings(call, kernels)
     ceil_mode = _flag(call, "ceil_mode")
     windows = []
@@ -207,9 +219,10 @@ def unpooled_size(op: str, input_shape: Sequence[int], options: dict[str, Any]) 
         (size - 1) * stride - 2 * padding + kernel
         for size, stride, padding, kernel in zip(shape[-2:], strides, paddings, kernels)
     ]
-    if options.get("output_size") is None:
-        return tuple(least)
-    wanted = _unpool_output(call, shape)
+    wanted = tuple(least) if options.get("output_size") is None else _unpool_output(call, shape)
+    if min(wanted) < 1:
+        raise call.error(f"output_size must be at least 1, got {min(wanted)}")
+    check_count(op, (*shape[:-2], *wanted), shape)
     for size, default, stride in zip(wanted, least, strides):
         if not default - stride < size < default + stride:
             limits = f"between {default - stride} and {default + stride}"
@@ -270,10 +283,7 @@ def check_outputs(call: Call, windows: list[Windows]) -> None:
 
 
 def _flag(call: Call, name: str) -> bool:
-    value = call.options.get(name, _DEFAULTS[name])
-    if value is not True and value is not False:
-        raise call.type_error(f"{name} must be True or False", value)
-    return value
+    return flag(call, name) if name in call.options else bool(_DEFAULTS[name])
 
 
 def _divisor(call: Call) -> int | None:
@@ -283,7 +293,15 @@ def _divisor(call: Call) -> int | None:
     divisor = integer(call, "divisor_override must be None or an int", value)
     if divisor == 0:
         raise call.error("divisor_override must not be 0, got 0")
+    _check_below_2_63(call, {"divisor_override": (abs(divisor),)})
     return divisor
+
+
+def _check_below_2_63(call: Call, values: dict[str, tuple[int, ...]]) -> None:
+    """Raise for what the 64 bits of a kernel's argument do not hold; a kernel_size is bound by the input."""
+    for name, found in values.items():
+        if max(found) >= 2**63:
+            raise call.error(f"{name} must be below 2**63, got {max(found)}")
 
 
 def _with_absent(windows: list[Windows]) -> tuple[Windows, Windows, Windows]:

@@ -1,6 +1,7 @@
 """Shapes and options of a convolution enter, a checked and frozen ConvProblem (or a ConvError) leaves.
 
-Only this module validates a shape or computes an output size. Sizes are Python ints, so nothing overflows.
+Only this module validates the shapes of a convolution or computes its output size; pool_problem, folding and
+resizing do so for theirs, with its parts. Sizes are Python ints, so nothing overflows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ORDERS = ("NCHW", "NHWC")
 PRECISIONS = ("highest", "high", "medium")
 ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "leaky_relu")
 
+_MOST_ELEMENTS = 2**60  # of 8 bytes are more than an address reaches
 _INPUT_AXES = "DHW"
 _WEIGHT_AXES = "TRS"
 _DEFAULTS: dict[str, object] = {
@@ -40,7 +42,7 @@ _DEFAULTS: dict[str, object] = {
 
 
 class ConvError(ValueError):
-    """A convolution that cannot be computed as asked.
+    """A convolution, or an operation around one, that cannot be computed as asked.
 
     The message reads `<op>: <rule> = <numbers>, got <value> (<shapes and options>)`.
     """
@@ -58,7 +60,7 @@ def output_size(
     """Count the windows that fit along one axis, in elements; zero or less means that none fits.
 
     With ceil_mode (pooling) a last window counts that reaches over the end, if it begins in the input or in
-    the padding before it. Every output size of the package comes from here.
+    the padding before it. The windows of convolutions, poolings and unfold are all counted here.
 
     >>> output_size(224, kernel=7, stride=2, padding_before=3, padding_after=3, dilation=1)
     112
@@ -68,7 +70,7 @@ def output_size(
         return room // stride + 1
     windows = -(-room // stride) + 1
     begins_behind = (windows - 1) * stride >= padding_before + size
-    return windows - 1 if begins_behind else windows  # torch's symbolic sizes subtract no truth
+    return windows - 1 if begins_behind else windows  # a SymBool of torch cannot be subtracted
 
 
 def span(kernel: int, dilation: int) -> int:
@@ -760,6 +762,21 @@ def number(call: Call, name: str) -> float:
     if not math.isfinite(found := _to_float(value)):
         raise call.error(f"{rule}, got {show(value)}")
     return found
+
+
+def flag(call: Call, name: str) -> bool:
+    """Return an option that must be True or False."""
+    value = call.options[name]
+    if value is not True and value is not False:
+        raise call.type_error(f"{name} must be True or False", value)
+    return value
+
+
+def check_count(op: str, shape: Sequence[int], input_shape: Sequence[int]) -> None:
+    """Raise where a result has more elements than any memory; axes of 0 count as 1."""
+    if math.prod(max(size, 1) for size in shape) >= _MOST_ELEMENTS:
+        rule = f"the result must have fewer than 2**60 elements, got shape {tuple(shape)}"
+        raise ConvError(f"{op}: {rule} (input {tuple(input_shape)})")
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastconv.problem import Call, check_shape, number, per_axis
+from fastconv.problem import Call, check_count, check_shape, number, per_axis
 
 _BETWEEN = ("linear", "bilinear", "trilinear")  # by spatial axes
 _NEAREST = ("nearest", "nearest-exact")
@@ -81,6 +81,8 @@ def make_resizes(
     check_shape(call, "input", tuple(input_shape), ("N", "C", *"DHW"[-ndim:]), "")
     _check_mode(call, ndim)
     sizes, scales = _sizes(call, input_shape[2:])
+    for result in ((*input_shape[:2], *sizes), input_shape):  # the latter is that of a gradient
+        check_count(op, result, input_shape)
     axes = zip(input_shape[2:], sizes, scales)
     return [_make_resize(before, after, scale, mode, bool(align_corners)) for before, after, scale in axes]
 
@@ -88,9 +90,11 @@ def make_resizes(
 def _check_mode(call: Call, ndim: int) -> None:
     mode, align_corners = call.options["mode"], call.options["align_corners"]
     known = (*_NEAREST, _BETWEEN[ndim - 1])
+    rule = f"mode must be one of {', '.join(known)} for {ndim} spatial axes"
+    if not isinstance(mode, str):
+        raise call.type_error(rule, mode)
     if mode not in known:
-        rule = f"mode must be one of {', '.join(known)} for {ndim} spatial axes"
-        raise (call.error if isinstance(mode, str) else TypeError)(f"{rule}, got {mode!r}")
+        raise call.error(f"{rule}, got {mode!r}")
     if align_corners is not None and not isinstance(align_corners, bool):
         raise call.type_error("align_corners must be None, True or False", align_corners)
     if align_corners is not None and mode in _NEAREST:
@@ -101,23 +105,31 @@ def _sizes(call: Call, before: Sequence[int]) -> tuple[list[int], list[float | N
     """Return the sizes of the result, and how many times as long an axis becomes where that was given."""
     size, factor = call.options["size"], call.options["scale_factor"]
     if (size is None) == (factor is None):
-        raise call.error(f"one of size and scale_factor must be given, got {'both' if factor else 'neither'}")
+        found = "neither" if factor is None else "both"
+        raise call.error(f"one of size and scale_factor must be given, got {found}")
     if factor is None:
         return list(per_axis(call, "size", len(before))), [None] * len(before)
+    factor = factor.tolist() if isinstance(factor, np.ndarray) else factor
     factors = list(factor) if isinstance(factor, (tuple, list)) else [factor] * len(before)
     if len(factors) != len(before):
         rule = f"len(scale_factor) must be the number of spatial axes = {len(before)}"
         raise call.error(f"{rule}, got {len(factors)}")
     scales = [number(call._replace(options={"scale_factor": one}), "scale_factor") for one in factors]
-    sizes = [math.floor(length * scale) for length, scale in zip(before, scales)]
-    if min(sizes) < 1:
-        raise call.error(f"the size of the result must be at least 1, got {tuple(sizes)}")
-    return sizes, list(scales)
+    lengths = tuple(length * scale for length, scale in zip(before, scales))
+    if min(lengths) < 1 or math.inf in lengths:
+        raise call.error(f"the size of the result must be at least 1 and finite, got {lengths}")
+    return list(map(math.floor, lengths)), list(scales)
 
 
 def _make_resize(before: int, after: int, scale: float | None, mode: str, align_corners: bool) -> Resize:
     step = before / after if scale is None else 1 / scale  # elements of the input from one result to the next
     at = np.arange(after)
+    # An axis that keeps its size is copied and one that doubles is repeated, whatever the scale: as in torch,
+    # of whose kernels for "nearest" some do so (those of all gradients, of small images) and some do not.
+    if before == after and mode != "nearest-exact":
+        return Resize(before, _copy(at, mode))
+    if after == 2 * before and mode == "nearest":
+        step = 0.5
     if mode in _NEAREST:
         return Resize(before, (Read(_nearest(at, before, step, mode), None),))
     if align_corners:
@@ -130,8 +142,17 @@ def _make_resize(before: int, after: int, scale: float | None, mode: str, align_
     return Resize(before, (Read(low, 1 - share), Read(high, share)))
 
 
+def _copy(at: np.ndarray, mode: str) -> tuple[Read, ...]:
+    """Return the reads of an axis that keeps its size; between neighbours 0 times infinity is NaN."""
+    ones = np.ones(len(at))
+    return (Read(at, None),) if mode in _NEAREST else (Read(at, ones), Read(at, 0 * ones))
+
+
 def _nearest(at: np.ndarray, before: int, step: float, mode: str) -> np.ndarray:
-    """Return the element that is nearest to every result; in float32, as torch finds it."""
+    """Return the element that is nearest to every result, found in float32.
+
+    As torch finds it; but those of its kernels that copy nothing find that of float64 in float64.
+    """
     shift = np.float32(0.5 if mode == "nearest-exact" else 0)
     places = np.floor((at.astype(np.float32) + shift) * np.float32(step)).astype(np.int64)
     return np.minimum(places, before - 1)

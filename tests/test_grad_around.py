@@ -10,7 +10,7 @@ import fastconv
 from fastconv import ConvError, grad
 from tests import cuda_stand_in
 from tests.backends import EMULATOR
-from tests.compare import assert_bounded, assert_exact, normals
+from tests.compare import assert_bounded, assert_exact, finfo, normals
 from tests.places import everywhere
 
 STEP = 1e-6
@@ -90,9 +90,21 @@ class TestLinear:
         found = grad.linear_bias(place.make(gradient))
         assert_gradient(place.host(found), lambda b: fastconv.linear(x, w, b), b, gradient)
 
-    def test_one_row_of_weights(self, rng):
-        w, gradient = normals(rng, (4,), "float64"), normals(rng, (3,), "float64")
-        assert_exact(grad.linear_input(w, gradient), np.outer(gradient, w))
+    @pytest.mark.parametrize("outer", [(), (3,), (2, 3)])
+    @everywhere
+    def test_one_row_of_weights(self, place, outer, rng):
+        w, x = normals(rng, (4,), "float64"), normals(rng, (*outer, 4), "float64")
+        gradient = np.asarray(normals(rng, outer, "float64"))
+        found = place.host(grad.linear_input(place.make(w), place.make(gradient)))
+        assert_gradient(found, lambda x: fastconv.linear(x, w), x, gradient)
+        found = place.host(grad.linear_weight(place.make(x), place.make(gradient)))
+        assert_gradient(found, lambda w: fastconv.linear(x, w), w, gradient)
+
+    @pytest.mark.parametrize(("outputs", "channels"), [(0, 4), (5, 0), (0, 0)])
+    def test_no_outputs_and_no_channels(self, outputs, channels):
+        x, gradient = np.ones((2, 3, channels)), np.ones((2, 3, outputs))
+        assert grad.linear_weight(x, gradient).shape == (outputs, channels)
+        assert grad.linear_bias(gradient).tolist() == [6.0] * outputs
 
 
 class TestCrossEntropy:
@@ -114,6 +126,13 @@ class TestCrossEntropy:
         found = grad.cross_entropy_input(x, target)
         assert_gradient(found, lambda x: fastconv.cross_entropy(x, target), x, 1.0)
         assert fastconv.cross_entropy(x - 0.1 * found, target) < fastconv.cross_entropy(x, target)
+
+    def test_a_loss_may_be_its_own_gradient(self, rng):
+        """A result without axes is a number of NumPy's, and as good as an array without axes."""
+        x, target = normals(rng, (5, 3), "float64"), np.array([0, 2, 1, 0, 2])
+        loss = fastconv.cross_entropy(x, target)
+        found = grad.cross_entropy_input(x, target, None, loss)
+        assert_bounded(found, loss * grad.cross_entropy_input(x, target), 1e-14)
 
     def test_of_what_is_ignored(self):
         found = grad.cross_entropy_input(np.zeros((2, 3)), np.array([-100, -100]))
@@ -147,6 +166,22 @@ class TestBatchNorm:
         grad.batch_norm(x, mean, var, None, x, training=True)
         assert (mean.tolist(), var.tolist()) == ([0, 0, 0], [1, 1, 1])
 
+    def test_statistics_are_not_looked_at_in_training(self, rng):
+        x = normals(rng, (4, 3))
+        frozen, other = np.zeros(3, np.float32), np.zeros(2)
+        frozen.setflags(write=False)
+        expected = grad.batch_norm(x, None, None, None, x, training=True)
+        for array, wanted in zip(grad.batch_norm(x, frozen, other, None, x, training=True), expected):
+            assert np.array_equal(array, wanted)
+
+    def test_many_samples_in_float32(self, rng):
+        """Sums are taken in float64: with channels last NumPy adds element by element, and float32 drifts."""
+        x = np.moveaxis(normals(rng, (64, 40, 40, 2)), -1, 1)
+        gradient = np.moveaxis((1000 + normals(rng, (64, 40, 40, 2))).astype(np.float32), -1, 1)
+        of_bias = grad.batch_norm(x, None, None, None, gradient, training=True)[2]
+        exact = gradient.sum((0, 2, 3), dtype=np.float64)
+        assert_bounded(of_bias, exact, finfo("float32").eps * exact, "float32")
+
     def test_no_samples(self):
         none = np.zeros((0, 3), np.float32)
         found = grad.batch_norm(none, None, None, None, none, training=True)
@@ -173,6 +208,21 @@ def test_dropout(place, rng):
     found = place.host(grad.dropout_input(mask, place.make(gradient), 0.3))
     assert_exact(found, fastconv.dropout(gradient, 0.3, rng=5))
     assert_gradient(found, lambda x: fastconv.dropout(x, 0.3, rng=5), x, gradient)
+
+
+@everywhere
+def test_dropout_keeps_the_memory_order_of_the_gradient(place, rng):
+    gradient, mask = np.moveaxis(normals(rng, (2, 5, 4, 3)), -1, 1), rng.random((2, 3, 5, 4)) < 0.5
+    found = place.host(grad.dropout_input(place.make(mask), place.make(gradient)))
+    assert np.moveaxis(found, 1, -1).flags.c_contiguous
+    assert_exact(found, np.where(mask, 2.0 * gradient, 0.0), "float32")
+
+
+def test_dropout_without_training(rng):
+    x, gradient = normals(rng, (5, 6)), normals(rng, (5, 6))
+    y, mask = fastconv.dropout(x, 0.5, False, return_mask=True)
+    assert_exact(y, x.astype("float64"), "float32")
+    assert_exact(grad.dropout_input(mask, gradient, 0.5, False), gradient.astype("float64"), "float32")
 
 
 @everywhere
@@ -286,7 +336,7 @@ SIZE = (2, 3, 4)
 BAD = {
     "shape": (
         lambda: grad.relu_input(X, X[:1]), ConvError,
-        "relu_input: grad_output.shape must be input.shape = (2, 3), got (1, 3)",
+        "relu_input: grad_output.shape must be input.shape = (2, 3), got (1, 3) (input (2, 3) float32, grad_",
     ),
     "dtype": (lambda: grad.relu_input(X, X.astype("f8")), TypeError, "grad_output.dtype must be input.dtype"),
     "slope": (lambda: grad.leaky_relu_input(X, X, None), TypeError, "leaky_relu_input: slope of"),
@@ -298,10 +348,14 @@ BAD = {
     "outer axes": (
         lambda: grad.linear_weight(X, X[:1]), ConvError, "must be input.shape[:-1] = (2,), got (1,)",
     ),
+    "no axes": (
+        lambda: grad.linear_weight(X, X[0, :1].reshape(())), ConvError,
+        "linear_weight: grad_output.shape[:-1] must be input.shape[:-1] = (2,), got () (input (2, 3), grad",
+    ),
     "axes of a bias": (lambda: grad.linear_bias(X[0, :1].reshape(())), ConvError, "at least 1 axis, got 0"),
     "shape of a loss": (
         lambda: grad.cross_entropy_input(X, np.array([0, 1]), None, X), ConvError,
-        "cross_entropy_input: grad_output.shape must be that of the loss = (), got (2, 3)",
+        "cross_entropy_input: grad_output.shape must be that of the loss = (), got (2, 3) (input (2, 3) floa",
     ),
     "shape of a norm": (
         lambda: grad.batch_norm(X, None, None, None, X[:1], training=True), ConvError, "must be input.shape",
@@ -310,11 +364,20 @@ BAD = {
     "mask": (lambda: grad.dropout_input(X, X), TypeError, "mask must hold True and False"),
     "shape of a mask": (lambda: grad.dropout_input(X[:1] > 0, X), ConvError, "must be mask.shape = (1, 3)"),
     "chance": (lambda: grad.dropout_input(X > 0, X, 2.0), ConvError, "p must be from 0 to 1, got 2.0"),
+    "training": (lambda: grad.dropout_input(X > 0, X, training=1), TypeError, "training must be True or"),
     "elements": (lambda: grad.flatten_input((2, 4), X), ConvError, "as grad_output (2, 3) = 6"),
+    "large sizes": (lambda: grad.flatten_input((2**70, 0), X[:0]), ConvError, "fewer than 2**60 elements"),
+    "large size of a resize": (
+        lambda: grad.interpolate_input((2, 3, 2**70), np.ones(SIZE), 4), ConvError, "fewer than 2**60",
+    ),
+    "negative sizes": (
+        lambda: grad.flatten_input((-2, -3), X), ConvError,
+        "flatten_input: input_size must be at least 0 along every axis, got -3 (input_size (-2, -3), grad_ou",
+    ),
     "size": (lambda: grad.flatten_input(6, X), TypeError, "input_size must be a tuple of ints, got 6"),
     "size of a result": (
         lambda: grad.interpolate_input(SIZE, np.ones((2, 3, 7)), 8), ConvError,
-        "interpolate_input: grad_output.shape must be that of the result = (2, 3, 8), got (2, 3, 7)",
+        "grad_output.shape must be that of the result = (2, 3, 8), got (2, 3, 7) (input_size (2, 3, 4), grad",
     ),
     "size of unfold": (
         lambda: grad.unfold_input((2, 2, 2), X, 1), ConvError,

@@ -12,6 +12,7 @@ import pytest
 
 import fastconv
 from fastconv import ConvError, grad
+from fastconv.gpu import pool as gpu_pool
 from fastconv.gpu import product
 from fastconv.pool_problem import make_adaptive_pool, make_pool
 from tests import cuda_stand_in
@@ -440,7 +441,32 @@ class TestUnpool:
         assert fastconv.max_unpool2d(y, indices, 2, output_size=output).shape == (3, *output[-2:])
         assert fastconv.max_unpool2d(y, indices, 3, 2, 1).shape == (3, 5, 7)
 
+    @everywhere
+    def test_memory_order_of_the_gradient(self, place, rng):
+        gradient = np.moveaxis(integers(rng, (2, 5, 6, 3)), -1, 1)
+        indices = rng.integers(0, 30, (2, 3, 2, 4))
+        found = place.host(grad.max_unpool2d_input(place.make(indices), place.make(gradient)))
+        assert np.moveaxis(found, 1, -1).flags.c_contiguous
+        expected = np.take_along_axis(gradient.reshape(2, 3, 30), indices.reshape(2, 3, 8), 2)
+        assert_exact(found, expected.reshape(2, 3, 2, 4).astype(np.float64), "float32")
+
+    def test_byte_order_of_the_indices(self, rng):
+        y, indices = integers(rng, (2, 3, 2, 4)), rng.permuted(np.tile(np.arange(32), (2, 3, 1)), axis=2)
+        indices = indices[..., :8].reshape(y.shape)
+        foreign = indices.astype(indices.dtype.newbyteorder())
+        up = fastconv.max_unpool2d(y, foreign, 2)
+        assert np.array_equal(up, fastconv.max_unpool2d(y, indices, 2))
+        assert np.array_equal(grad.max_unpool2d_input(foreign, up), y)
+        found = grad.max_pool2d_input(up.shape, foreign, y, 2)
+        assert np.array_equal(found, grad.max_pool2d_input(up.shape, indices, y, 2))
+
     def test_half_types_and_no_samples(self):
+        assert grad.max_unpool2d_input(np.ones((0, 2, 3, 3), int), np.ones((0, 2, 6, 6))).shape == (
+            0,
+            2,
+            3,
+            3,
+        )
         y, indices = np.ones((0, 2, 3, 3), np.float16), np.ones((0, 2, 3, 3), np.int64)
         found = fastconv.max_unpool2d(y, indices, 2)
         assert (found.shape, found.dtype) == ((0, 2, 6, 6), np.float16)
@@ -484,6 +510,12 @@ class TestArrays:
         for op, shape, options in (AVERAGES["padded"], AVERAGES["uneven"]):
             TestForward().test_averages(place, op, shape, options, "NCHW", rng)
             TestGradients().test_of_averages(place, op, shape, options, "NCHW", rng)
+
+    def test_the_bound_counts_what_adaptive_windows_multiply(self):
+        """Window i begins at i * size // outputs: a product that is larger than every size."""
+        problem = make_adaptive_pool("adaptive_avg_pool1d", (1, 1, 60000), 40000)
+        given = np.zeros(problem.input_shape5, np.int8), np.zeros(problem.output_shape5, np.int8), None
+        assert gpu_pool._describe(problem, given)[1] >= 2**31
 
     @pytest.mark.parametrize("kind", cuda_stand_in.KINDS)
     @pytest.mark.emulator
@@ -567,6 +599,42 @@ BAD = {
     "divisor 0": (
         lambda: fastconv.avg_pool2d(X, 3, divisor_override=0), ConvError, "divisor_override must not be 0",
     ),
+    "return_indices": (
+        lambda: fastconv.max_pool2d(X, 3, return_indices="no"), TypeError,
+        "max_pool2d: return_indices must be True or False, got 'no' (input (2, 3, 8, 8), return_indices 'no'",
+    ),
+    "return_indices of adaptive windows": (
+        lambda: fastconv.adaptive_max_pool2d(X, 3, return_indices=1), TypeError, "return_indices must be Tru",
+    ),
+    "large divisor": (
+        lambda: fastconv.avg_pool2d(X, 3, divisor_override=-(2**70)), ConvError,
+        "divisor_override must be below 2**63, got 1180591620717411303424 (input",
+    ),
+    "large stride": (
+        lambda: fastconv.max_pool2d(X, 3, 2**70), ConvError, "stride must be below 2**63, got 11805",
+    ),
+    "large dilation": (
+        lambda: fastconv.max_pool2d(X, 1, 1, 0, 2**63), ConvError, "dilation must be below 2**63, got 92",
+    ),
+    "large output": (
+        lambda: fastconv.adaptive_max_pool2d(X, 2**30), ConvError,
+        "adaptive_max_pool2d: the result must have fewer than 2**60 elements, got shape (2, 3, 1073741824,",
+    ),
+    "large input of a gradient": (
+        lambda: grad.adaptive_avg_pool2d_input((2, 3, 2**70, 8), Y), ConvError, "fewer than 2**60 elements",
+    ),
+    "large unpooled output": (
+        lambda: fastconv.max_unpool2d(Y, PLACES, 2, 2**70), ConvError, "fewer than 2**60 elements, got shape",
+    ),
+    "negative unpooled output": (
+        lambda: fastconv.max_unpool2d(Y[..., :1, :1], PLACES[..., :1, :1], 2, 5, output_size=(-2, -1)),
+        ConvError,
+        "max_unpool2d: output_size must be at least 1, got -2 (input (2, 3, 1, 1)",
+    ),
+    "no unpooled output": (
+        lambda: fastconv.max_unpool2d(Y[..., :1, :1], PLACES[..., :1, :1], 2, padding=1), ConvError,
+        "output_size must be at least 1, got 0",
+    ),
     "real divisor": (
         lambda: fastconv.avg_pool2d(X, 3, divisor_override=2.0), TypeError,
         "divisor_override must be None or an int",
@@ -626,6 +694,15 @@ BAD = {
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("bad", [True, 1.0])
+def test_what_equals_one_is_not_one(bad):
+    """Problems are remembered by their options, and these are equal."""
+    x = np.ones((1, 1, 3, 5), np.float32)
+    fastconv.max_pool2d(x, 1)
+    with pytest.raises(TypeError, match="kernel_size must be an int"):
+        fastconv.max_pool2d(x, bad)
 
 
 # ---- torch ----

@@ -298,6 +298,16 @@ def test_the_loop_follows_its_recipe(monkeypatch, rng):
     assert curves.training.error == curves.test.error == [0, 6, 12, 15]
 
 
+def test_both_curves_are_of_their_own_data(rng):
+    network = Network([Linear(3, 2, rng)])
+    parts = [Examples(rng.normal(size=(9, 3)).astype(np.float32), rng.integers(2, size=9)) for _ in range(2)]
+    recipe = Recipe(epochs=1, rate=0.0, halve_every=1)
+    curves = train(network, Dataset(*parts), recipe, rng, lambda curves: None)
+    for curve, part in zip((curves.training, curves.test), parts):
+        assert (curve.loss[-1], curve.error[-1]) == evaluate(network, part)
+    assert curves.training.loss != curves.test.loss
+
+
 def test_evaluation():
     scores = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [3.0, 0.0]])
     loss, error = evaluate(Network([]), Examples(scores, np.array([0, 1, 0, 0])))

@@ -39,10 +39,11 @@ def kernels(dtype: str, order: str) -> list[Kernel]:
         ("POOL", "max", True),
         ("POOL", "average", False),
         ("INPUT", "max", True),
+        ("INPUT", "average", False),
     )
     return [
         _kernel(stage, dtype, order, pool, with_places, index)
-        for stage, pool, with_places in (*forms, ("INPUT", "average", False))
+        for stage, pool, with_places in forms
         for index in ("int", "long long")
     ]
 
