@@ -213,8 +213,8 @@ class TestRegrouping:
 
 
 @Kernel
-def call_copy(block, target, source, step, count):
-    simd.copy(block, pointer(block, target), pointer(block, source), step, count)
+def call_copy(block, target, source, step, count, low, high):
+    simd.copy_padded(block, pointer(block, target), pointer(block, source), step, count, low, high)
 
 
 @Kernel
@@ -242,9 +242,23 @@ class TestCopies:
         source = np.arange(1, 200, dtype=dtype)
         for count in counts:
             target = np.full(200, np.nan, dtype)
-            call_copy(block, address(target[1:]), address(source[99:]), step, count)
+            call_copy(block, address(target[1:]), address(source[99:]), step, count, 0, count)
             assert np.array_equal(target[1 : count + 1], 100 + step * np.arange(count))
             assert np.isnan(target).sum() == 200 - count
+
+    @pytest.mark.parametrize("step", [1, 2, 3])
+    def test_copy_pads_with_zeros(self, step, dtype, counts):
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        for count, low, high in product(counts, counts, counts):
+            if not low <= high <= count:
+                continue
+            source, target = np.full((2, 400), np.nan, dtype)
+            inside = np.arange(low, high)
+            source[99 + step * inside] = inside + 1
+            call_copy(block, address(target[1:]), address(source[99:]), step, count, low, high)
+            assert np.array_equal(np.nonzero(target[1 : count + 1])[0], inside)
+            assert np.array_equal(target[1:][inside], inside + 1)
+            assert np.isnan(target).sum() == 400 - count
 
     @pytest.mark.parametrize("step", [1, 2, -1])
     def test_spread(self, step, dtype, counts):

@@ -31,7 +31,7 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
-    copy,
+    copy_padded,
     fill,
     multiply_tile,
     part,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 View = tuple[int, ...]
 Ending = tuple[View, int, float]
 
+CROSSING_TAPS = 50  # a tile that runs over the end of a row takes longer to store by so many taps of a vector
 SERIAL_FLOPS = 2_000_000  # below this a second thread costs more than it saves (about 30 us to wake)
 ACTIVATION_CODES = {
     None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
@@ -85,6 +86,7 @@ class Geometry(NamedTuple):
     Wb: int
     k_step: int  # output channels of one task, and how many tasks make a group
     k_parts: int
+    by_rows: int  # channels first: 1 where each row of outputs is a vector of its own
     in_place: int  # 1 where the input itself is read: nothing is packed
 
 
@@ -108,6 +110,7 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
+@lru_cache(maxsize=256)
 def make_block(problem: ConvProblem, tile: Tile, device: Device, form: str = "rows") -> Block:
     """Return a tile as the microkernel takes it, for a problem's dtype and a device's vectors."""
     dtype = problem.compute_dtype
@@ -115,7 +118,7 @@ def make_block(problem: ConvProblem, tile: Tile, device: Device, form: str = "ro
 
 
 @lru_cache(maxsize=256)
-def plan_bands(problem: ConvProblem, tile: Tile, cache: int, workers: int) -> tuple[Geometry, Tables]:
+def plan_bands(problem: ConvProblem, block: Block, cache: int, workers: int) -> tuple[Geometry, Tables]:
     """Divide a problem into bands whose packed input takes about `cache` bytes, and those among threads."""
     C, K = problem.C // problem.groups, problem.K // problem.groups
     (row_phases, halo_h), (column_phases, halo_w) = _phases(problem, 1), _phases(problem, 2)
@@ -124,9 +127,16 @@ def plan_bands(problem: ConvProblem, tile: Tile, cache: int, workers: int) -> tu
     cols = even_share(problem.Q, max(64, budget // (1 + halo_h) - halo_w))
     rows = even_share(problem.P, max(1, budget // (cols + halo_w) - halo_h))
     geometry = make_geometry(
-        problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, tile.rows, workers
+        problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, block.rows, workers
     )
+    geometry = geometry._replace(by_rows=int(_prefers_rows(geometry, block.lanes, problem.gemm_k)))
     return geometry, _tap_tables(problem, geometry, row_phases, column_phases)
+
+
+def _prefers_rows(g: Geometry, lanes: int, taps: int) -> bool:
+    """Say whether vectors should end with the rows: few taps pay for a few vectors more."""
+    more = g.rows * math.ceil(g.cols / lanes) - math.ceil(((g.rows - 1) * g.Wb + g.cols) / lanes)
+    return g.cols >= lanes and more * taps <= (g.rows - 1) * CROSSING_TAPS
 
 
 def cut_bands(problem: ConvProblem, C: int, rows: int, cols: int) -> tuple[Geometry, Tables]:
@@ -161,7 +171,7 @@ def make_geometry(
     return Geometry(
         groups, C, K, problem.C, problem.K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
         problem.T, *problem.stride, *problem.padding_before, problem.dilation[0],
-        rows, cols, row_bands, col_bands, Hb, Wb, k_step, math.ceil(K / k_step), in_place=0,
+        rows, cols, row_bands, col_bands, Hb, Wb, k_step, math.ceil(K / k_step), by_rows=0, in_place=0,
     )  # fmt: skip
 
 
@@ -190,17 +200,20 @@ def band_elements(g: Geometry, tables: Tables) -> int:
     return g.C * g.T * len(tables.row_phases) * len(tables.column_phases) * g.Hb * g.Wb
 
 
-def workspace(problem: ConvProblem, tile: Tile, cache: int) -> int:
+def workspace(problem: ConvProblem, block: Block, cache: int) -> int:
     """Return the bytes of packed bands that all threads hold together."""
     workers = threads.thread_count()
-    return workers * itemsize(problem) * band_elements(*plan_bands(problem, tile, cache, workers))
+    return workers * itemsize(problem) * band_elements(*plan_bands(problem, block, cache, workers))
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
     """Return the estimated seconds of a banded convolution on one core."""
-    g, tables = plan_bands(problem, tile, cache, 1)
-    sides = (g.K, (g.rows - 1) * g.Wb + g.cols) if problem.order == "NCHW" else (g.rows * g.cols, g.K)
-    multiply = device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
+    g, tables = plan_bands(problem, make_block(problem, tile, device), cache, 1)
+    strips, sides = 1, (g.rows * g.cols, g.K)
+    if problem.order == "NCHW":
+        strips, pixels = (g.rows, g.cols) if g.by_rows else (1, (g.rows - 1) * g.Wb + g.cols)
+        sides = (g.K, pixels)
+    multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
     return device.seconds(problem, task_count(problem, g) * (multiply + pack))
 
@@ -272,7 +285,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         multiply(
             block, advance(pointer(block, w), channel * taps), k_count, table(tables.a_taps),
             b, table(tables.b_taps), taps, advance(pointer(block, bias), channel),
-            (rows - 1) * g.Wb + cols, 0, g.Wb, cols, locate(block, y, origin), (y[2], y[4], y[5]), tile,
+            _find_strips(g, rows, cols), 0, g.Wb, cols, locate(block, y, origin), (y[2], y[4], y[5]), tile,
         )  # fmt: skip
         finish(block, y, origin, (k_count, rows, cols), ending)
     release(band)
@@ -328,50 +341,66 @@ def columns_inside(w, stride, count, W):
     return low, min(max(-((w - W) // stride), low), count)
 
 
-@part
-def copy_padded(block, target, source, step, count, low, high):
-    """Copy elements low ... high-1, which lie `step` apart in the source; zeros for the others of `count`."""
-    fill(block, target, low)
-    copy(block, advance(target, low), advance(source, low * step), step, high - low)
-    fill(block, advance(target, high), count - high)
+@small_part
+def _find_strips(g, rows, cols):
+    """Return in how many strips a band of rows x cols outputs is multiplied, and the pixels of each."""
+    return (rows, cols) if g.by_rows else (1, (rows - 1) * g.Wb + cols)
 
 
 @part
-def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile):
-    """Multiply weight rows by a long vector of pixels, tile by tile, and store the pixels that exist.
+def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pitch, cols, y, y_steps, tile):
+    """Multiply weight rows by strips of pixels, tile by tile, and store the pixels that exist.
 
-    B holds whole vectors, or at least one. Pixel j of the vector is column (first + j) % pitch of row
-    (first + j) // pitch; it exists if the column is < cols. y points at row 0, column 0 of the first channel;
-    y_steps are the distances of its channels, rows and columns. `tile` is memory for one tile.
+    strips   how many, `pitch` apart in B, and the pixels of each, one after the other; B holds whole vectors
+             of them, or at least one
+    first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
+    y        points at row 0, column 0 of the first channel
+    y_steps  the distances of its channels, rows and columns
+    tile     memory for one tile
     """
-    step_k, step_p, step_q = y_steps
-    lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
+    strip_count, pixels = strips
+    height = block_rows(block)
     live = min(height, k_count)
     spare = allocate(block, height * taps if live < height else 0)
     if live < height:  # rows of zeros make a whole tile
         copy_padded(block, spare, w, 1, height * taps, 0, live * taps)
         w = spare
     for row in range(0, k_count, height):
-        k = min(row, k_count - live)  # the last tile overlaps the one before, here and below
-        done = 0
-        while done < pixels:
-            vectors = (min(width, pixels - done) + lanes - 1) // lanes
-            if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
-                vectors = pixels // lanes
-            j = max(0, min(done, pixels - vectors * lanes))
-            count = min(vectors * lanes, pixels - j)
-            done = j + count
-            p, q = divmod(first + j, pitch)
-            whole = live == height and count == vectors * lanes and q + count <= cols and step_q == 1
-            c = advance(y, k * step_k + p * step_p + q) if whole else tile
-            c_row = step_k if whole else width
-            multiply_tile(
-                block, vectors, advance(w, k * taps), taps, a_taps, advance(b, j), b_taps, taps,
-                advance(bias, k), c, c_row,
+        k = min(row, k_count - live)  # the last tile overlaps the one before
+        for strip in range(strip_count):
+            _multiply_strip(
+                block, advance(w, k * taps), live, a_taps, advance(b, strip * pitch), b_taps, taps,
+                advance(bias, k), pixels, first + strip * pitch, pitch, cols,
+                advance(y, k * y_steps[0]), y_steps, tile,
             )  # fmt: skip
-            if not whole:
-                _store_rows(block, tile, advance(y, k * step_k), y_steps, live, first + j, count, pitch, cols)
     release(spare)
+
+
+@part
+def _multiply_strip(
+    block, w, live, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile
+):
+    """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
+    step_k, step_p, step_q = y_steps
+    lanes, width = block_lanes(block), block_columns(block)
+    done = 0
+    while done < pixels:
+        left = (pixels - done + lanes - 1) // lanes
+        tiles = (left * lanes + width - 1) // width
+        vectors = (left + tiles - 1) // tiles  # 7 vectors: 3, 2 and 2, not 3, 3 and a slow 1
+        if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
+            vectors = pixels // lanes
+        j = max(0, min(done, pixels - vectors * lanes))  # the last tile overlaps the one before
+        count = min(vectors * lanes, pixels - j)
+        done = j + count
+        p, q = divmod(first + j, pitch)
+        whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
+        c = advance(y, p * step_p + q) if whole else tile
+        multiply_tile(
+            block, vectors, w, taps, a_taps, advance(b, j), b_taps, taps, bias, c, step_k if whole else width
+        )
+        if not whole:
+            _store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
 
 
 @part

@@ -87,7 +87,8 @@ def workspace(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> i
     """Return the bytes of packed input that all threads hold; a plane tile packs only strided rows."""
     if _by_channels(problem):
         return band_last.workspace(problem, _channel_block(problem, tile, device), device)
-    return band.workspace(problem, _packed_tile(tile), device.l1 // 2)
+    block = band.make_block(problem, _packed_tile(tile), device)
+    return band.workspace(problem, block, device.l1 // 2)
 
 
 def prepare(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -107,9 +108,9 @@ def run(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, operands: 
     if isinstance(tile, PlaneTile) and rows_whole and _reads_planes(problem):
         _run_in_place(problem, tile, device, operands)
         return
-    tile = _packed_tile(tile)
-    geometry, tables = band.plan_bands(problem, tile, device.l1 // 2, band.task_threads(problem))
-    band.run(problem, band.make_block(problem, tile, device), geometry, tables, operands)
+    block = band.make_block(problem, _packed_tile(tile), device)
+    geometry, tables = band.plan_bands(problem, block, device.l1 // 2, band.task_threads(problem))
+    band.run(problem, block, geometry, tables, operands)
 
 
 def _reads_planes(problem: ConvProblem) -> bool:

@@ -25,7 +25,7 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of packed input that all threads hold together, and of a repacked weight."""
     if problem.order == "NHWC":
         return band_last.workspace(problem, _block(problem, tile, device), device)
-    return band.workspace(problem, tile, device.l2 // 2)
+    return band.workspace(problem, _block(problem, tile, device), device.l2 // 2)
 
 
 def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -41,7 +41,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if problem.order == "NHWC":
         band_last.run(problem, block, device, operands)
         return
-    geometry, tables = band.plan_bands(problem, tile, device.l2 // 2, band.task_threads(problem))
+    geometry, tables = band.plan_bands(problem, block, device.l2 // 2, band.task_threads(problem))
     band.run(problem, block, geometry, tables, operands)
 
 

@@ -11,7 +11,6 @@ from fastconv.cpu import threads
 from fastconv.cpu.band import (
     address,
     columns_inside,
-    copy_padded,
     finish,
     locate,
     make_block,
@@ -29,6 +28,7 @@ from fastconv.cpu.simd import (
     allocate,
     block_columns,
     block_rows,
+    copy_padded,
     fill,
     part,
     pointer,
@@ -138,10 +138,12 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
         count = min(g.columns, g.P * g.Q - pixel)
         gather(block, columns, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, o, pixel, count)
         channel = group * g.K
+        pitch = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
         multiply(
             block, advance(pointer(block, w), channel * taps), g.K, table(a_taps),
             columns, table(b_taps), taps, advance(pointer(block, bias), channel),
-            count, pixel, g.Q, g.Q, locate(block, y, (n, channel, o, 0, 0)), (y[2], y[4], y[5]), tile,
+            (1, count), pixel, pitch, pitch, locate(block, y, (n, channel, o, 0, 0)), (y[2], y[4], y[5]),
+            tile,
         )  # fmt: skip
         while count > 0:  # one row of pixels at a time
             p, q = divmod(pixel, g.Q)

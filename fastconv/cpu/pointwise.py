@@ -37,7 +37,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     in_place = problem.order == "NCHW" and _reads_in_place(problem) and all(map(_is_one_row, arrays))
     block = band.make_block(problem, tile, device)
     rows = replace(problem, H=1, W=problem.H * problem.W)
-    geometry, tables = band.plan_bands(rows, tile, device.l2 // 2, band.task_threads(problem))
+    geometry, tables = band.plan_bands(rows, block, device.l2 // 2, band.task_threads(problem))
     last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
     if not in_place or last_band < block.lanes:  # less than a vector: it would be read past its end
         direct.run(problem, tile, device, operands)

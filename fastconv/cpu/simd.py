@@ -301,9 +301,12 @@ class Vectors:
 
     def first_lanes(self, count: Any) -> Any:
         """Return the mask of the first `count` lanes."""
-        kind = ir.VectorType(INT, self.lanes)
+        number = ir.IntType(32)  # half the width of a pointer
+        kind = ir.VectorType(number, self.lanes)
+        some = self.builder.icmp_signed("<", count, INT(self.lanes))
+        limit = self.builder.trunc(self.builder.select(some, count, INT(self.lanes)), number)
         lanes = ir.Constant(kind, list(range(self.lanes)))
-        return self.builder.icmp_signed("<", lanes, self.splat(count, kind))
+        return self.builder.icmp_signed("<", lanes, self.splat(limit, kind))
 
     def _masked(self, access: str, result: Any, arguments: list[Any]) -> Any:
         """Call LLVM's masked "load" or "store"."""
@@ -544,35 +547,40 @@ def convolve_plane(
     )  # fmt: skip
 
 
-@intrinsic
-def copy_lanes(typingctx: Any, block: BlockType, target: Any, source: Any, count: Any) -> Any:
-    """Copy the first `count` elements of a vector, at most block.lanes; what lies behind is not touched."""
-    floats = types.CPointer(block.float)
+def _copy_vector(step: int) -> Any:
+    """Return an intrinsic that copies one vector of elements that lie `step` apart, 1 or 2, in the source.
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        simd = Vectors(builder, block.block)
-        value = simd.load_masked(args[2], INT(0), simd.first_lanes(args[3]))
-        simd.store_first(value, args[1], INT(0), args[3])
-        return context.get_dummy_value()
+    f(block, target, source, count, low, high): elements low ... high-1 are read, the others of `count` are set
+    to zero, what lies behind is not touched.
+    """
 
-    return types.void(block, floats, floats, types.int64), codegen
+    @intrinsic
+    def apply(
+        typingctx: Any, block: BlockType, target: Any, source: Any, count: Any, low: Any, high: Any
+    ) -> Any:
+        floats = types.CPointer(block.float)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            _, target, source, count, low, high = args
+            simd = Vectors(builder, block.block)
+            # The last element read is (high - 1) * step: what follows may be nobody's memory.
+            read = builder.sub(builder.mul(builder.sub(high, low), INT(step)), INT(step - 1))
+            read = builder.select(builder.icmp_signed("<", low, high), read, INT(0))
+            parts = [INT(part * simd.lanes) for part in range(step)]
+            before = builder.mul(low, INT(step))
+            masks = [simd.within(builder.sub(part, before), read) for part in parts]
+            loaded = [simd.load_masked(source, part, mask) for part, mask in zip(parts, masks, strict=True)]
+            simd.store_first(_emit_split(builder, loaded, simd.lanes)[0], target, INT(0), count)
+            return context.get_dummy_value()
+
+        signature = types.void(block, floats, floats, types.int64, types.int64, types.int64)
+        return signature, codegen
+
+    return apply
 
 
-@intrinsic
-def copy_even_lanes(typingctx: Any, block: BlockType, target: Any, source: Any, count: Any) -> Any:
-    """Copy every other element of two vectors, the first `count` of them, at most block.lanes."""
-    floats = types.CPointer(block.float)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        simd = Vectors(builder, block.block)
-        read = builder.sub(builder.mul(args[3], INT(2)), INT(1))
-        parts = [INT(0), INT(simd.lanes)]
-        masks = [simd.first_lanes(builder.sub(read, part)) for part in parts]
-        pair = [simd.load_masked(args[2], part, mask) for part, mask in zip(parts, masks, strict=True)]
-        simd.store_first(_emit_split(builder, pair, simd.lanes)[0], args[1], INT(0), args[3])
-        return context.get_dummy_value()
-
-    return types.void(block, floats, floats, types.int64), codegen
+copy_lanes = _copy_vector(1)
+copy_even_lanes = _copy_vector(2)
 
 
 @intrinsic
@@ -615,34 +623,37 @@ def copy_pixels(typingctx: Any, block: BlockType, target: Any, source: Any) -> A
 
 
 @part
-def copy(block, target, source, step, count):
-    """Copy `count` elements that lie `step` apart in the source to consecutive places of the target."""
+def fill(block, target, count):
+    """Set `count` elements to zero."""
+    for i in range(0, count, block_lanes(block)):
+        zero_lanes(block, advance(target, i), count - i)
+
+
+@part
+def copy_padded(block, target, source, step, count, low, high):
+    """Copy elements low ... high-1, which lie `step` apart in the source; zeros for the others of `count`."""
+    lanes = block_lanes(block)
     if step == 1:
-        for i in range(0, count, block_lanes(block)):
-            copy_lanes(block, advance(target, i), advance(source, i), count - i)
+        for i in range(0, count, lanes):
+            copy_lanes(block, advance(target, i), advance(source, i), count - i, low - i, high - i)
     elif step == 2:
-        for i in range(0, count, block_lanes(block)):
-            copy_even_lanes(block, advance(target, i), advance(source, 2 * i), count - i)
+        for i in range(0, count, lanes):
+            copy_even_lanes(block, advance(target, i), advance(source, 2 * i), count - i, low - i, high - i)
     else:
-        for i in range(count):
+        fill(block, target, low)
+        for i in range(low, high):
             target[i] = source[i * step]
+        fill(block, advance(target, high), count - high)
 
 
 @part
 def spread(block, target, step, source, count):
     """Copy `count` consecutive elements of the source to places `step` apart in the target."""
     if step == 1:
-        copy(block, target, source, 1, count)
+        copy_padded(block, target, source, 1, count, 0, count)
     else:
         for i in range(count):
             target[i * step] = source[i]
-
-
-@part
-def fill(block, target, count):
-    """Set `count` elements to zero."""
-    for i in range(0, count, block_lanes(block)):
-        zero_lanes(block, advance(target, i), count - i)
 
 
 def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -> list[Any]:

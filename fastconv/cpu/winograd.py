@@ -21,7 +21,6 @@ from fastconv.cpu import threads
 from fastconv.cpu.band import (
     address,
     columns_inside,
-    copy_padded,
     finish,
     locate,
     make_ending,
@@ -39,6 +38,7 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_m,
     block_rows,
+    copy_padded,
     copy_pixels,
     fill,
     merge_columns,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import threads
-from fastconv.cpu.band import address, copy_padded, even_share, make_block, task_threads, view
+from fastconv.cpu.band import address, even_share, make_block, task_threads, view
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -31,6 +31,7 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
+    copy_padded,
     multiply_tile,
     part,
     pointer,
