@@ -446,13 +446,18 @@ def find_frame(
     *numbers, layout, flip = options
     is_last = is_channels_last(op, layout, "" if op in TRANSPOSED else DIRECTIONS[direction])
     _check_flip(op, flip)
-    order = ORDERS[is_last]
-    if not leader.flags.c_contiguous:
-        sample = slice(-NDIM[op] - 1, None)
-        order = arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, order)
+    order = _find_order(op, leader, is_last)
     plain = _plain(numbers)
     make = _make_frame.__wrapped__ if plain is None else _make_frame
     return make(op, direction, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
+
+
+def _find_order(op: str, leader: np.ndarray, is_last: bool) -> str:
+    """Read the order of memory off the strides of an array whose shape has the channels last or not."""
+    if leader.flags.c_contiguous:
+        return ORDERS[is_last]
+    sample = slice(-NDIM[op] - 1, None)
+    return arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, ORDERS[is_last])
 
 
 def is_channels_last(op: str, layout: str, gradient: str = "") -> bool:
@@ -593,6 +598,7 @@ class _Conv:
         self._algo = algo
         numbers = (stride, padding, dilation, groups, precision)
         self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
+        self._is_last = is_channels_last(op, self._options[-2])
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
         frame = _stand_in_frame(
             op, self._weight_shape, _shape(bias), self._dtype, self._options, self._kind.backend
@@ -618,7 +624,11 @@ class _Conv:
             rule = f"input must be a {self._kind} of dtype {self._dtype} like weight"
             raise TypeError(f"{op}: {rule}, got a {kind} of dtype {dtype} ({arrays.describe(given)})")
         shapes = Shapes(given["input"].shape, self._weight_shape, residual=_shape(given.get("residual")))
-        frame = find_frame(op, "forward", given["input"], shapes, dtype, self._options, kind.backend)
+        *numbers, _, flip = self._options
+        order = _find_order(op, given["input"], self._is_last)
+        frame = _make_frame(
+            op, "forward", shapes, dtype, order, self._is_last, flip, tuple(numbers), kind.backend
+        )
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)

@@ -9,7 +9,7 @@
                                      v  computed for nothing (2 of 58 at 56 x 56 under 3 x 3)
     y[n, k, o, p0 ... p1, :]  <--finish-- activation and residual, while the band is in cache
 
-Arrays enter as views: (address, stride, stride, ...), strides in elements, any sign.
+Arrays are seen as views: (address, stride, stride, ...), strides in elements, any sign.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from fastconv.cpu.simd import (
     small_part,
     spread,
     table,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ def view(array: np.ndarray) -> View:
 def address(array: np.ndarray) -> int:
     """Return where the first element of an array lies; the caller keeps the array alive."""
     return array.__array_interface__["data"][0]
+
+
+@lru_cache(maxsize=256)
+def count_offsets(count: int, step: int) -> np.ndarray:
+    """Return the offsets of `count` elements that lie `step` apart; they are only read."""
+    return np.arange(count) * step
 
 
 @lru_cache(maxsize=256)
@@ -229,7 +236,7 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
     bias = padded_bias(problem, operands.bias, block.rows)
     slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
     elements = 0 if geometry.in_place else band_elements(geometry, tables) + slack
-    arguments = (view(operands.x), address(weight), address(bias), view(operands.out), make_ending(operands))
+    arguments = (operands.x, weight, bias, operands.out, make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_bands(block, first, last, geometry, tables, elements, *arguments)
@@ -244,6 +251,8 @@ def task_threads(problem: ConvProblem) -> int:
 
 def padded_bias(problem: ConvProblem, bias: np.ndarray | None, slack: int) -> np.ndarray:
     """Return the bias, or zeros, followed by `slack` zeros that a last, partial tile may read."""
+    if bias is not None and not slack:
+        return np.ascontiguousarray(bias)
     zeros = _zeros(problem.K + slack, problem.compute_dtype)
     if bias is None:
         return zeros
@@ -267,6 +276,7 @@ def make_ending(operands: Operands) -> Ending:
 
 @Kernel
 def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     band, tile = allocate(block, elements), allocate(block, block_rows(block) * block_columns(block))
     taps = tables.b_taps.size
     held = -1  # the band in hand; its parts of K follow one another
@@ -283,8 +293,8 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
                 held = here
         origin = (n, channel, o, p, q)
         multiply(
-            block, advance(pointer(block, w), channel * taps), k_count, table(tables.a_taps),
-            b, table(tables.b_taps), taps, advance(pointer(block, bias), channel),
+            block, advance(w, channel * taps), k_count, table(tables.a_taps),
+            b, table(tables.b_taps), taps, advance(bias, channel),
             _find_strips(g, rows, cols), 0, g.Wb, cols, locate(block, y, origin), (y[2], y[4], y[5]), tile,
         )  # fmt: skip
         finish(block, y, origin, (k_count, rows, cols), ending)

@@ -20,8 +20,8 @@ import numpy as np
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
     Geometry,
-    address,
     columns_inside,
+    count_offsets,
     even_share,
     find_task,
     finish,
@@ -31,7 +31,6 @@ from fastconv.cpu.band import (
     padded_bias,
     task_count,
     task_threads,
-    view,
 )
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
@@ -46,10 +45,10 @@ from fastconv.cpu.simd import (
     fill,
     multiply_tile,
     part,
-    pointer,
     release,
     spread,
     table,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -117,9 +116,9 @@ def run(problem: ConvProblem, block: Block, device: Device, operands: Operands) 
     packed = weight if weight.ndim == 4 else prepare(problem, block, weight)
     steps = _steps(g, x)
     a_taps = _tap_offsets(problem, g, steps, depthwise=block.form == "elementwise")
-    b_taps = np.arange(a_taps.size) * block.vectors * block.lanes
+    b_taps = count_offsets(a_taps.size, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, block.vectors * block.lanes)
-    arguments = (view(x), address(packed), address(bias), view(operands.out), make_ending(operands))
+    arguments = (x, packed, bias, operands.out, make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_bands(block, first, last, g, steps, a_taps, b_taps, *arguments)
@@ -135,6 +134,7 @@ def _steps(g: Geometry, x: np.ndarray) -> tuple[int, int, int]:
     return g.Hb * g.Wb * g.C, g.Wb * g.C, g.C
 
 
+@lru_cache(maxsize=256)
 def _tap_offsets(
     problem: ConvProblem, g: Geometry, steps: tuple[int, int, int], depthwise: bool
 ) -> np.ndarray:
@@ -148,6 +148,7 @@ def _tap_offsets(
 
 @Kernel
 def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     width = block_columns(block)
     band = allocate(block, 0 if g.in_place else g.T * g.Hb * g.Wb * g.C)
     tile = allocate(block, block_rows(block) * width)
@@ -168,8 +169,8 @@ def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, endi
         origin = (n, channel, o, p, q)
         _multiply(
             block, a, steps, g, rows, cols, table(a_taps),
-            advance(pointer(block, w), panel * a_taps.size * width), table(b_taps), a_taps.size,
-            advance(pointer(block, bias), channel), k_count, locate(block, y, origin), y, tile,
+            advance(w, panel * a_taps.size * width), table(b_taps), a_taps.size,
+            advance(bias, channel), k_count, locate(block, y, origin), y, tile,
         )  # fmt: skip
         finish(block, y, origin, (k_count, rows, cols), ending)
     release(band)

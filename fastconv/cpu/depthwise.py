@@ -24,7 +24,8 @@ from fastconv.cpu.simd import (
     block_extents,
     block_lanes,
     convolve_plane,
-    pointer,
+    table,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ def run(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, operands: 
         band_last.run(problem, _channel_block(problem, tile, device), device, operands)
         return
     rows_whole = x.strides[4] == x.itemsize == out.strides[4]  # columns lie side by side
-    if isinstance(tile, PlaneTile) and rows_whole and _reads_planes(problem):
-        _run_in_place(problem, tile, device, operands)
+    planes = _plan_planes(problem, tile, device) if rows_whole else None
+    if planes is not None:
+        _run_in_place(problem, *planes, operands)
         return
     block = band.make_block(problem, _packed_tile(tile), device)
     geometry, tables = band.plan_bands(problem, block, device.l1 // 2, band.task_threads(problem))
@@ -139,7 +141,12 @@ def _channel_block(problem: ConvProblem, tile: PlaneTile | Tile, device: Device)
 
 
 @lru_cache(maxsize=256)
-def _plan_planes(problem: ConvProblem, tile: PlaneTile, device: Device) -> tuple[Block, Geometry]:
+def _plan_planes(
+    problem: ConvProblem, tile: PlaneTile | Tile, device: Device
+) -> tuple[Block, Geometry] | None:
+    """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
+    if not isinstance(tile, PlaneTile) or not _reads_planes(problem):
+        return None
     dtype = problem.compute_dtype
     block = Block(
         dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
@@ -152,21 +159,20 @@ def _plan_planes(problem: ConvProblem, tile: PlaneTile, device: Device) -> tuple
     )  # fmt: skip
 
 
-def _run_in_place(problem: ConvProblem, tile: PlaneTile, device: Device, operands: Operands) -> None:
+def _run_in_place(problem: ConvProblem, block: Block, g: Geometry, operands: Operands) -> None:
     """Convolve plane by plane."""
-    block, g = _plan_planes(problem, tile, device)
     weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
-    views = (band.view(operands.x), band.address(weight), band.address(bias), band.view(operands.out))
-    ending = band.make_ending(operands)
+    arguments = (operands.x, weight, bias, operands.out, band.make_ending(operands))
 
     def work(first: int, last: int) -> None:
-        _run_planes(block, first, last, g, *views, ending)
+        _run_planes(block, first, last, g, *arguments)
 
     threads.run_tasks(work, problem.N * problem.K, band.task_threads(problem))
 
 
 @Kernel
 def _run_planes(block, first, last, g, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     R, S = block_extents(block)
     lanes, width = block_lanes(block), block_columns(block)
     for task in range(first, last):
@@ -177,7 +183,7 @@ def _run_planes(block, first, last, g, x, w, bias, y, ending):
             count = min(width, g.Q - q)
             convolve_plane(
                 block, (count + lanes - 1) // lanes, plane, x[4], g.H, g.W, q * g.stride_w - g.pad_w,
-                g.dilation_w, advance(pointer(block, w), k * R * S), -g.pad_h, g.stride_h, g.dilation_h,
-                advance(pointer(block, bias), k), advance(target, q), y[4], g.P, count,
+                g.dilation_w, advance(w, k * R * S), -g.pad_h, g.stride_h, g.dilation_h,
+                advance(bias, k), advance(target, q), y[4], g.P, count,
             )  # fmt: skip
         finish(block, y, (n, k, 0, 0, 0), (1, g.P, g.Q), ending)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
-    address,
     columns_inside,
+    count_offsets,
     finish,
     locate,
     make_block,
@@ -18,7 +19,6 @@ from fastconv.cpu.band import (
     multiply,
     padded_bias,
     task_threads,
-    view,
 )
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
@@ -31,9 +31,9 @@ from fastconv.cpu.simd import (
     copy_padded,
     fill,
     part,
-    pointer,
     release,
     table,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Geometry(NamedTuple):
     blocks: int
 
 
+@lru_cache(maxsize=256)
 def _geometry(problem: ConvProblem, tile: Tile, device: Device) -> Geometry:
     """Divide the pixels of an output plane into blocks whose columns take at most half of L2."""
     width = tile.vectors * device.lanes(problem.compute_dtype)
@@ -114,10 +115,9 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     block = make_block(problem, tile, device)
     g = _geometry(problem, tile, device)
     weight = np.ascontiguousarray(operands.weight)
-    a_taps = np.arange(problem.gemm_k)
-    b_taps = a_taps * g.columns
+    a_taps, b_taps = count_offsets(problem.gemm_k, 1), count_offsets(problem.gemm_k, g.columns)
     bias = padded_bias(problem, operands.bias, block.rows)
-    arguments = (view(operands.x), address(weight), address(bias), view(operands.out), make_ending(operands))
+    arguments = (operands.x, weight, bias, operands.out, make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_blocks(block, first, last, g, a_taps, b_taps, *arguments)
@@ -127,6 +127,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
 
 @Kernel
 def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     taps = a_taps.size
     columns = allocate(block, taps * g.columns)
     tile = allocate(block, block_rows(block) * block_columns(block))
@@ -140,8 +141,8 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
         channel = group * g.K
         pitch = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
         multiply(
-            block, advance(pointer(block, w), channel * taps), g.K, table(a_taps),
-            columns, table(b_taps), taps, advance(pointer(block, bias), channel),
+            block, advance(w, channel * taps), g.K, table(a_taps),
+            columns, table(b_taps), taps, advance(bias, channel),
             (1, count), pixel, pitch, pitch, locate(block, y, (n, channel, o, 0, 0)), (y[2], y[4], y[5]),
             tile,
         )  # fmt: skip

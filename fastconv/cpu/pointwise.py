@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastconv.cpu import band, direct
-from fastconv.cpu.simd import Tile
+from fastconv.cpu.simd import Block, Tile
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from fastconv.cpu.band import Geometry, Tables
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
@@ -34,19 +36,32 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     """Convolve; the weight is prepared or as given."""
     x, out, residual = operands.x, operands.out, operands.residual
     arrays = [x, out] if residual is None else [x, out, residual]
-    in_place = problem.order == "NCHW" and _reads_in_place(problem) and all(map(_is_one_row, arrays))
-    block = band.make_block(problem, tile, device)
-    rows = replace(problem, H=1, W=problem.H * problem.W)
-    geometry, tables = band.plan_bands(rows, block, device.l2 // 2, band.task_threads(problem))
-    last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
-    if not in_place or last_band < block.lanes:  # less than a vector: it would be read past its end
+    plan = None
+    if all(map(_is_one_row, arrays)):
+        plan = _plan_in_place(problem, tile, device, x.strides[1] // x.itemsize, band.task_threads(problem))
+    if plan is None:
         direct.run(problem, tile, device, operands)
         return
-    channels = np.arange(geometry.C) * (x.strides[1] // x.itemsize)
-    geometry, tables = geometry._replace(in_place=1), tables._replace(b_taps=channels)
+    rows, block, geometry, tables = plan
     residual = None if residual is None else _flatten(residual)
     flat = operands._replace(x=_flatten(x), out=_flatten(out), residual=residual)
     band.run(rows, block, geometry, tables, flat)
+
+
+@lru_cache(maxsize=256)
+def _plan_in_place(
+    problem: ConvProblem, tile: Tile, device: Device, channel_step: int, workers: int
+) -> tuple[ConvProblem, Block, Geometry, Tables] | None:
+    """Return how planes are read in place, each as one row, or None where they cannot be."""
+    if problem.order == "NHWC" or not _reads_in_place(problem):
+        return None
+    rows, block = replace(problem, H=1, W=problem.H * problem.W), band.make_block(problem, tile, device)
+    geometry, tables = band.plan_bands(rows, block, device.l2 // 2, workers)
+    last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
+    if last_band < block.lanes:  # less than a vector: it would be read past its end
+        return None
+    channels = band.count_offsets(geometry.C, channel_step)
+    return rows, block, geometry._replace(in_place=1), tables._replace(b_taps=channels)
 
 
 def _reads_in_place(problem: ConvProblem) -> bool:

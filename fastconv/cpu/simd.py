@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.compiler_lock import global_compiler_lock as compiler_lock
@@ -76,10 +77,17 @@ class Kernel:
     def __call__(self, block: Block, *arguments: Any) -> None:
         entry = self.entries.get(block)
         if entry is None:
-            types_of_all = tuple(numba.typeof(argument) for argument in (block, *arguments))
+            types_of_all = tuple(_typeof(argument) for argument in (block, *arguments))
             self.dispatcher.compile(types_of_all)
             entry = self.entries[block] = self.dispatcher.overloads[types_of_all].entry_point
         entry(block, *arguments)
+
+
+def _typeof(argument: Any) -> Any:
+    """Return Numba's type of an argument; for arrays of numbers to convolve one that allows all strides."""
+    if isinstance(argument, np.ndarray) and argument.dtype.kind == "f":
+        return types.Array(numba.from_dtype(argument.dtype), argument.ndim, "A")
+    return numba.typeof(argument)
 
 
 _PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -235,8 +243,22 @@ def advance(typingctx: Any, p: types.CPointer, offset: types.Integer) -> Any:
 
 
 @intrinsic
+def view_of(typingctx: Any, array: types.Array) -> Any:
+    """Return an array as (address, strides in elements...)."""
+    item = array.dtype.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        parts = context.make_array(sig.args[0])(context, builder, args[0])
+        strides = cgutils.unpack_tuple(builder, parts.strides, array.ndim)
+        steps = [builder.sdiv(stride, INT(item)) for stride in strides]
+        return context.make_tuple(builder, sig.return_type, [builder.ptrtoint(parts.data, INT), *steps])
+
+    return types.UniTuple(types.int64, array.ndim + 1)(array), codegen
+
+
+@intrinsic
 def table(typingctx: Any, array: types.Array) -> Any:
-    """Return the data pointer of a contiguous 1-D array."""
+    """Return the data pointer of an array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_array(sig.args[0])(context, builder, args[0]).data
@@ -550,8 +572,8 @@ def convolve_plane(
 def _copy_vector(step: int) -> Any:
     """Return an intrinsic that copies one vector of elements that lie `step` apart, 1 or 2, in the source.
 
-    f(block, target, source, count, low, high): elements low ... high-1 are read, the others of `count` are set
-    to zero, what lies behind is not touched.
+    f(block, target, source, count, low, high): elements low ... high-1 are read, the others of `count` become
+    zero, what lies behind is not touched.
     """
 
     @intrinsic

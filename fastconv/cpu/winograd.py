@@ -13,20 +13,20 @@ twice (and is larger than the caches: 36 x 512 x 512 floats are 38 MB), one grou
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import (
-    address,
     columns_inside,
+    count_offsets,
     finish,
     locate,
     make_ending,
     padded_bias,
     task_threads,
-    view,
 )
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
@@ -44,7 +44,6 @@ from fastconv.cpu.simd import (
     merge_columns,
     multiply_tile,
     part,
-    pointer,
     prefetch,
     release,
     split_columns,
@@ -53,6 +52,7 @@ from fastconv.cpu.simd import (
     transform_filter,
     transform_input,
     transform_output,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Geometry(NamedTuple):
     V_step: int  # need, because a power of two would put all a*a lines into one set of the cache
 
 
+@lru_cache(maxsize=256)
 def _geometry(
     problem: ConvProblem, tile: WinogradTile, device: Device, workers: int, prepared: bool
 ) -> Geometry:
@@ -165,12 +166,13 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
 
     def work(first: int, last: int) -> None:
-        _prepare_filters(block, g, address(filters), first, last, address(U))
+        _prepare_filters(block, g, filters, first, last, U)
 
     threads.run_tasks(work, problem.K, task_threads(problem))
     return U
 
 
+@lru_cache(maxsize=256)
 def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     """Return a tile as the microkernel and the transforms take it."""
     dtype = problem.compute_dtype
@@ -186,10 +188,9 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
         weight = prepare(problem, tile, device, weight)
     U_given = weight.ndim == 2
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
-    a_taps = np.arange(g.C)
-    b_taps = a_taps * block.vectors * block.lanes
+    a_taps, b_taps = count_offsets(g.C, 1), count_offsets(g.C, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, 0)
-    arguments = (view(operands.x), address(filters), address(bias), view(operands.out), make_ending(operands))
+    arguments = (operands.x, filters, bias, operands.out, make_ending(operands))
 
     def work(first: int, last: int) -> None:
         _run_blocks(block, first, last, g, U_given, a_taps, b_taps, *arguments)
@@ -227,11 +228,12 @@ def _transform_filters(block, g, w, first, count, U, at):
 @Kernel
 def _prepare_filters(block, g, w, first, last, U):
     """Transform the filters of output channels first ... last-1 to the same rows of U's matrices."""
-    _transform_filters(block, g, pointer(block, w), first, last - first, pointer(block, U), first)
+    _transform_filters(block, g, table(w), first, last - first, table(U), first)
 
 
 @Kernel
 def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     width, a = block_columns(block), block_m(block) + 2
     V, M = allocate(block, a * a * g.V_step), allocate(block, a * a * g.k_group * width)
     own_U = allocate(block, 0 if U_given else a * a * g.U_step)
@@ -250,12 +252,12 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, e
         for k in range(k_part * g.k_step, k_end, g.k_group):
             k_count, channel = min(g.k_group, k_end - k), group * g.K + k
             if not U_given:
-                _transform_filters(block, g, pointer(block, w), channel, k_count, own_U, 0)
-            U = advance(pointer(block, w), channel * g.C_padded) if U_given else own_U
+                _transform_filters(block, g, w, channel, k_count, own_U, 0)
+            U = advance(w, channel * g.C_padded) if U_given else own_U
             coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * 9
-            ahead = advance(pointer(block, w), (channel + k_count) * g.C * 9)
+            ahead = advance(w, (channel + k_count) * g.C * 9)
             _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M, ahead, coming)
-            added = advance(pointer(block, bias), channel)
+            added = advance(bias, channel)
             _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
             _finish_tiles(block, y, g, segments, count, channel, k_count, ending)
     release(V)
