@@ -7,7 +7,7 @@ Of a convolution along one axis, y[q] = sum over t of x[q * stride + t * dilatio
 Inputs i whose i + before leaves the same rest when divided by the stride, a *phase*, meet the same taps, and
 neighbours among them meet neighbours of grad_y: a convolution of grad_y with some of the taps, reversed, and
 stride 1 (the sub-pixel view of Shi et al. 2016, arXiv:1609.07009). With stride 1 there is one phase, of all
-taps. A phase of no tap is zero.
+taps. Phases that meet no tap are zero: where there are some, all of grad_x is made zero first.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ class Part(NamedTuple):
 
 @lru_cache(maxsize=256)
 def find_parts(problem: ConvProblem) -> tuple[Part, ...]:
-    """Return the convolutions that together make the gradient; each makes elements of its own."""
+    """Return the convolutions that together make the gradient, one after the other."""
     sizes = zip(
         problem.input_shape5[2:], problem.weight_shape5[2:], problem.output_shape5[2:], problem.stride,
         problem.dilation, problem.padding_before, strict=True,
     )  # fmt: skip
     axes = [list(_find_phases(*axis)) for axis in sizes]
-    return tuple(_make_part(problem, *phases) for phases in itertools.product(*axes))
+    met = [[phase for phase in axis if phase.taps is not None] for axis in axes]
+    parts = [_make_part(problem, *phases) for phases in itertools.product(*met)]
+    return tuple(parts) if met == axes else (_make_zeros(problem), *parts)
 
 
 def _find_phases(
@@ -111,16 +113,23 @@ def _make_part(problem: ConvProblem, *phases: Phase) -> Part:
         problem, direction="forward", C=problem.K, K=problem.C, stride=(1, 1, 1),
         dilation=(d.dilation, h.dilation, w.dilation), padding=(d.padding, h.padding, w.padding),
     )  # fmt: skip
-    # A convolution of nothing: one tap, one channel per group.
-    if any(phase.taps is None for phase in phases):
-        part = replace(part, C=problem.groups, dilation=(1, 1, 1), padding=((0, 0),) * 3)
-        return Part(replace(part, D=d.size, H=h.size, W=w.size, T=1, R=1, S=1), (d, h, w))
     D, H, W = (phase.outputs.stop - phase.outputs.start for phase in phases)
     T, R, S = (
         len(range(extent)[phase.taps or slice(0)])
         for extent, phase in zip(problem.weight_shape5[2:], phases, strict=True)
     )
     return Part(replace(part, D=D, H=H, W=W, T=T, R=R, S=S), (d, h, w))
+
+
+def _make_zeros(problem: ConvProblem) -> Part:
+    """Return a convolution of nothing, with one tap and one channel per group, that makes all elements."""
+    D, H, W = sizes = problem.input_shape5[2:]
+    part = replace(
+        problem, direction="forward", C=problem.groups, K=problem.C, D=D, H=H, W=W, T=1, R=1, S=1,
+        stride=(1, 1, 1), dilation=(1, 1, 1), padding=((0, 0),) * 3,
+    )  # fmt: skip
+    d, h, w = (Phase(slice(None), size, None, slice(0), 1, (0, 0)) for size in sizes)
+    return Part(part, (d, h, w))
 
 
 class InputGradient:

@@ -32,7 +32,7 @@ from tests.kernels import (
 
 def mixed_case(algorithm, **changes):
     """A problem with several channels, rows and samples that an algorithm accepts."""
-    names = ("padded_3x3", "pointwise", "depthwise")
+    names = ("padded_3x3", "pointwise", "depthwise_7x7")
     cases = [case for case in CASES if case.name in names]
     return Way(algorithm, "").problems(cases, **changes)[0]
 
@@ -217,8 +217,8 @@ class TestWay:
             seen = ~np.isfinite(layer.expected)
             assert seen.any()
             assert not np.isfinite(y[seen]).any()
-            reach = plan.error_bound().reach
-            rows, columns = (slice(max(i - 1 - reach, 0), i + 2 + reach) for i in (4, 5))
+            reach = plan.error_bound().reach + problem.R // 2
+            rows, columns = (slice(max(i - reach, 0), i + 1 + reach) for i in (4, 5))
             far = np.ones(y.shape, bool)
             far[1, :, rows, columns] = False
             assert np.array_equal(y[far], clean[far])
@@ -231,7 +231,7 @@ def various(way, **changes):
     """Problems with padding and groups, without them, and with strides where the algorithm takes them."""
     names = (
         "plain_3x3", "padding_pairs", "groups", "same_stride_3", "conv1d_causal", "conv3d_mixed", "pointwise",
-        "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_multiplier",
+        "pointwise_stride_2", "conv3d_pointwise", "depthwise", "depthwise_7x7", "depthwise_multiplier",
     )  # fmt: skip
     cases = [case for case in CASES if case.name in names]
     return way.problems(cases if way.backend is EMULATOR else cases + TALL, **changes)
@@ -358,7 +358,7 @@ class TestSameBits:
         cases = [
             Case("dense", "conv2d", (3, 19, 23, 29), (37, 19, 3, 3)),
             Case("pixels", "conv2d", (3, 61, 23, 29), (37, 61, 1, 1)),
-            Case("channels", "conv2d", (3, 61, 23, 29), (61, 1, 5, 5), {"groups": 61, "padding": 2}),
+            Case("channels", "conv2d", (3, 61, 23, 29), (61, 1, 7, 7), {"groups": 61, "padding": 3}),
         ]
         return make_layer(rng, way.problems(cases, order=request.param)[0], normals)
 

@@ -197,14 +197,29 @@ def test_depthwise_gradient_of_the_input_has_one_filter_per_channel():
     assert_exact(conv_grad.conv1d_input((1, 3, 9), w, grad, groups=3), expected, "float32")
 
 
-def test_every_input_is_in_one_part():
-    problem = make_problem("conv2d", (1, 1, 17, 11), (1, 1, 3, 2), stride=(5, 3), dilation=(2, 3), padding=2)
+@pytest.mark.parametrize("stride", [(2, 3), (5, 3)])
+def test_every_input_is_in_one_part(stride):
+    """Beside the first, which makes all of them zero where a phase, here one with stride 5, meets no tap."""
+    problem = make_problem("conv2d", (1, 1, 17, 11), (1, 1, 3, 3), stride=stride, dilation=(3, 2), padding=2)
+    zeros, *parts = find_parts(problem) if stride == (5, 3) else (None, *find_parts(problem))
     seen = np.zeros(problem.input_shape5, int)
-    for part in find_parts(problem):
+    for part in parts:
         seen[part.inputs] += 1
         assert part.problem.stride == (1, 1, 1)
         assert seen[part.inputs].shape == part.problem.output_shape5
-    assert (seen == 1).all()
+    if zeros is None:
+        assert (seen == 1).all()
+    else:
+        assert zeros.is_zero
+        assert not any(part.is_zero for part in parts)
+        assert zeros.problem.output_shape5 == problem.input_shape5
+        assert sorted({*seen.flat}) == [0, 1]
+
+
+def test_inputs_between_the_windows_are_made_zero_at_once():
+    """However many phases they have: here 64 * 64 - 1 of 64 * 64."""
+    problem = make_problem("conv2d", (1, 2, 130, 130), (2, 2, 1, 1), stride=64)
+    assert len(find_parts(problem)) == 2
 
 
 @every_op

@@ -306,6 +306,43 @@ def test_allocate(dtype):
 
 
 @Kernel
+def call_filter(block, vectors, addresses, sizes, b_rows, b_columns, bounds, c_row):
+    w, b, bias, c = addresses
+    simd.multiply_filter(
+        block, vectors, pointer(block, w), sizes[0], sizes[1], pointer(block, b), table(b_rows),
+        table(b_columns), bounds[0], bounds[1], pointer(block, bias), pointer(block, c), c_row,
+    )  # fmt: skip
+
+
+@every_dtype
+@pytest.mark.parametrize(("rows", "vectors", "step"), [(6, 4, 1), (4, 2, 1), (3, 2, 2), (2, 1, 3), (1, 1, 1)])
+def test_multiply_filter(rows, vectors, step, dtype, rng):
+    """Rows of the tile that share rows of B, in any place; those out of bounds, here NaN, are not read."""
+    lanes, edge = current().lanes(dtype), (rows - 1) * step
+    block = Block(dtype, rows, vectors, lanes, "ragged", step=step)
+    for width, more, S in product(range(1, vectors + 1), (1, 2, 5), (1, 4)):
+        R = edge + more
+        count = R + edge
+        w, bias = integers(rng, (R, S), dtype), integers(rng, 1, dtype)
+        for low, high in ((0, count), (-3, count + 2), (1, count - 1), (count // 2, count), (2, 2)):
+            seen = slice(max(low, 0), max(high, 0))
+            lines = np.full((count, width * lanes + 2 * S), np.nan, dtype)
+            lines[seen] = integers(rng, lines[seen].shape, dtype)
+            places = rng.permutation(count)
+            b, c = lines[np.argsort(places)], np.full((rows, width * lanes + 1), np.nan, dtype)
+            call_filter(
+                block, width, tuple(map(address, (w, b, bias, c))), (R, S), places * b.shape[1],
+                2 * np.arange(S), (low, high), c.shape[1],
+            )  # fmt: skip
+            expected = np.full((rows, width * lanes), bias[0], np.float64)
+            for i, r, s in product(range(rows), range(R), range(S)):
+                if low <= i * step + r < high:
+                    expected[i] += w[r, s] * lines[i * step + r, 2 * s : 2 * s + width * lanes]
+            assert_exact(c[:, :-1], expected, dtype)
+            assert np.isnan(c[:, -1]).all(), "wrote beside the tile"
+
+
+@Kernel
 def call_plane(block, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count):
     x, w, bias, y = addresses
     simd.convolve_plane(

@@ -395,13 +395,7 @@ def _multiply_strip(
     lanes, width = block_lanes(block), block_columns(block)
     done = 0
     while done < pixels:
-        left = (pixels - done + lanes - 1) // lanes
-        tiles = (left * lanes + width - 1) // width
-        vectors = (left + tiles - 1) // tiles  # 7 vectors: 3, 2 and 2, not 3, 3 and a slow 1
-        if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
-            vectors = pixels // lanes
-        j = max(0, min(done, pixels - vectors * lanes))  # the last tile overlaps the one before
-        count = min(vectors * lanes, pixels - j)
+        vectors, j, count = find_vectors(block, done, pixels)
         done = j + count
         p, q = divmod(first + j, pitch)
         whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
@@ -410,11 +404,24 @@ def _multiply_strip(
             block, vectors, w, taps, a_taps, advance(b, j), b_taps, taps, bias, c, step_k if whole else width
         )
         if not whole:
-            _store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
+            store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
+
+
+@small_part
+def find_vectors(block, done, pixels):
+    """Return the vectors of the next tile of a strip, its first pixel, and how many of its pixels exist."""
+    lanes, width = block_lanes(block), block_columns(block)
+    left = (pixels - done + lanes - 1) // lanes
+    tiles = (left * lanes + width - 1) // width
+    vectors = (left + tiles - 1) // tiles  # 7 vectors: 3, 2 and 2, not 3, 3 and a slow 1
+    if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
+        vectors = pixels // lanes
+    j = max(0, min(done, pixels - vectors * lanes))  # the last tile overlaps the one before
+    return vectors, j, min(vectors * lanes, pixels - j)
 
 
 @part
-def _store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
+def store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
     """Store those of the pixels first ... first+count-1 that exist, `live` rows of a tile, by image rows."""
     step_k, step_p, step_q = y_steps
     j = 0

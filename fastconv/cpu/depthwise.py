@@ -1,8 +1,9 @@
 """Depthwise convolution: every input channel has its own filters, so nothing is shared, little is computed.
 
-Three ways: "plane" tiles read the input where it lies, with masked vectors at the borders (small filters,
-where packing would cost more than the convolution); "1x8" and its like pack a band of one channel into L1
-(large filters, any stride); channels last, vectors run over channels.
+Four ways: "plane" tiles read the input where it lies, with masked vectors at the borders (small filters,
+where packing would cost more than the convolution); "rows" tiles share packed rows among rows of outputs
+(large filters); "1x8" and its like pack a band of one channel into L1 (any filter); channels last, vectors
+run over channels.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import band, band_last, threads
+from fastconv.cpu import band, band_last, depthwise_rows, threads
 from fastconv.cpu.band import finish, locate
+from fastconv.cpu.depthwise_rows import RowsTile
 from fastconv.cpu.device import TILE_CYCLES
 from fastconv.cpu.simd import (
     Block,
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 
 
 MOST_TAPS = 49  # 7 x 7
-MOST_ROLLING_ROWS = 5  # of a filter: the sums of as many rows of outputs are held in registers
+MOST_ROLLING_ROWS = 7  # of a filter: the sums of as many rows of outputs are held in registers
 PIXEL_CYCLES = 8  # to pack and to store a vector of channels
-PLANE_TAP_CYCLES = 1.3  # a load that crosses cache lines, and its FMA
+PLANE_TAP_CYCLES = 0.8  # a load that crosses cache lines, and its FMA
 
 
 class PlaneTile(NamedTuple):
@@ -49,7 +51,8 @@ class PlaneTile(NamedTuple):
         return f"plane{self.vectors}"
 
 
-TILES = (PlaneTile(1, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
+AnyTile = PlaneTile | RowsTile | Tile
+TILES = (PlaneTile(1, 2), RowsTile(6, 4), RowsTile(4, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
 
 
 class Geometry(NamedTuple):
@@ -69,7 +72,7 @@ class Geometry(NamedTuple):
     dilation_w: int
 
 
-def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
+def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     lanes = device.lanes(problem.compute_dtype)
     if isinstance(tile, PlaneTile) and not _reads_planes(problem):
@@ -77,33 +80,40 @@ def cost(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> float:
     if _by_channels(problem):
         vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // lanes)
         return device.seconds(problem, vectors * (problem.gemm_k + PIXEL_CYCLES + TILE_CYCLES / tile.vectors))
-    if not isinstance(tile, PlaneTile):
+    if isinstance(tile, RowsTile):
+        return depthwise_rows.cost(problem, tile, device)
+    if isinstance(tile, Tile):
         return band.cost(problem, tile, device, device.l1 // 2)
     vectors = -(-problem.Q // lanes)
     taps = problem.gemm_k * problem.stride[2] * vectors * PLANE_TAP_CYCLES
     return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + problem.P * taps))
 
 
-def workspace(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> int:
+def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
     """Return the bytes of packed input that all threads hold; a plane tile packs only strided rows."""
+    if isinstance(tile, RowsTile) and depthwise_rows.is_for(problem, tile):
+        return depthwise_rows.workspace(problem, tile, device)
     if _by_channels(problem):
         return band_last.workspace(problem, _channel_block(problem, tile, device), device)
     block = band.make_block(problem, _packed_tile(tile), device)
     return band.workspace(problem, block, device.l1 // 2)
 
 
-def prepare(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, weight: np.ndarray) -> np.ndarray:
+def prepare(problem: ConvProblem, tile: AnyTile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return the weight as the kernel reads it: as it is, or packed for vectors of channels."""
     if _by_channels(problem):
         return band_last.prepare(problem, _channel_block(problem, tile, device), weight)
     return np.ascontiguousarray(weight)
 
 
-def run(problem: ConvProblem, tile: PlaneTile | Tile, device: Device, operands: Operands) -> None:
+def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
     x, out = operands.x, operands.out
     if _by_channels(problem):
         band_last.run(problem, _channel_block(problem, tile, device), device, operands)
+        return
+    if isinstance(tile, RowsTile) and depthwise_rows.is_for(problem, tile):
+        depthwise_rows.run(problem, tile, device, operands)
         return
     rows_whole = x.strides[4] == x.itemsize == out.strides[4]  # columns lie side by side
     planes = _plan_planes(problem, tile, device) if rows_whole else None
@@ -124,9 +134,9 @@ def _reads_planes(problem: ConvProblem) -> bool:
     return problem.order == "NCHW" and flat and small and step
 
 
-def _packed_tile(tile: PlaneTile | Tile) -> Tile:
-    """Return the tile for a packed band, in place of one for planes that cannot be read in place."""
-    return Tile(1, tile.vectors) if isinstance(tile, PlaneTile) else tile
+def _packed_tile(tile: AnyTile) -> Tile:
+    """Return the tile for a packed band or for channels, in place of one that does not suit the problem."""
+    return tile if isinstance(tile, Tile) else Tile(1, tile.vectors)
 
 
 def _by_channels(problem: ConvProblem) -> bool:
@@ -134,16 +144,15 @@ def _by_channels(problem: ConvProblem) -> bool:
     return problem.order == "NHWC" and problem.K == problem.C
 
 
-def _channel_block(problem: ConvProblem, tile: PlaneTile | Tile, device: Device) -> Block:
+@lru_cache(maxsize=256)
+def _channel_block(problem: ConvProblem, tile: AnyTile, device: Device) -> Block:
     """Return the tile turned: `vectors` pixels, each `rows` vectors of channels wide."""
-    dtype = problem.compute_dtype
-    return Block(dtype, tile.vectors, tile.rows, device.lanes(dtype), "elementwise")
+    dtype, packed = problem.compute_dtype, _packed_tile(tile)
+    return Block(dtype, packed.vectors, packed.rows, device.lanes(dtype), "elementwise")
 
 
 @lru_cache(maxsize=256)
-def _plan_planes(
-    problem: ConvProblem, tile: PlaneTile | Tile, device: Device
-) -> tuple[Block, Geometry] | None:
+def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[Block, Geometry] | None:
     """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
     if not isinstance(tile, PlaneTile) or not _reads_planes(problem):
         return None

@@ -127,9 +127,12 @@ class Block:
              "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
              "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
              "plane"        no A: one row of outputs of a plane, under one filter (`convolve_plane`)
+             "ragged"       A is one filter, a row of which meets other rows of B in every row of the tile
+                            (`multiply_filter`)
     adds     whether a tile adds to what is in C, in place of a bias
     m        Winograd: outputs along one side of a tile; of `split_columns`, how many vectors are regrouped
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
+             "ragged": distance of the rows of B that neighbouring rows of the tile begin with
     extents  "plane": (R, S) of the filter
     rolling  "plane": whether stride and dilation are 1 along the rows, so that a row serves R outputs
     """
@@ -534,6 +537,132 @@ def _plane_kernel(
     return signature, _widths(_emit_plane, block.block)
 
 
+class _FilterRows:
+    """Emits the loops over a filter whose rows meet other rows of B in every row of a tile.
+
+    Row j of B meets row j - i * step of the filter in row i of the tile, where there is such a row:
+
+        j      0  1  2  3  4  5  6        R = 5, step 1, three rows
+        i = 0  0  1  2  3  4              the first and the last (rows - 1) * step rows of B, its edges, meet
+        i = 1     0  1  2  3  4           fewer rows of the tile; each of them has a loop of its own
+        i = 2        0  1  2  3  4
+    """
+
+    def __init__(self, builder: Any, block: Block, vectors: int, args: Any) -> None:
+        self.w, self.R, self.S, self.b, self.b_rows, self.b_columns, self.low, self.high = args
+        self.builder, self.block, self.simd = builder, block, Vectors(builder, block)
+        self.column = [INT(v * block.lanes) for v in range(vectors)]
+        self.edge = (block.rows - 1) * block.step
+
+    def emit(self, sums: list[list[Any]]) -> list[list[Any]]:
+        """Return the sums of all rows of the tile with the taps of rows low ... high-1 of B added."""
+        builder, rows, step = self.builder, self.block.rows, self.block.step
+        for j in range(self.edge):
+            sums = self._emit_edge(INT(j), range(j // step + 1), sums)
+        sums = self._emit_middle(sums)
+        for e in range(self.edge):
+            sums = self._emit_edge(builder.add(self.R, INT(e)), range(e // step + 1, rows), sums)
+        return sums
+
+    def _emit_edge(self, j: Any, active: range, sums: list[list[Any]]) -> list[list[Any]]:
+        builder = self.builder
+        inside = builder.and_(builder.icmp_signed("<=", self.low, j), builder.icmp_signed("<", j, self.high))
+        return self._loop(j, builder.add(j, builder.zext(inside, INT)), active, sums)
+
+    def _emit_middle(self, sums: list[list[Any]]) -> list[list[Any]]:
+        builder = self.builder
+        first = builder.select(builder.icmp_signed("<", self.low, INT(self.edge)), INT(self.edge), self.low)
+        last = builder.select(builder.icmp_signed("<", self.R, self.high), self.R, self.high)
+        return self._loop(first, last, range(self.block.rows), sums)
+
+    def _loop(self, first: Any, last: Any, active: range, sums: list[list[Any]]) -> list[list[Any]]:
+        """Emit a loop over rows of B around one over the columns of the filter, for some rows of the tile."""
+        builder, before = self.builder, self.builder.block
+        head, tap, end, done = (builder.append_basic_block(name) for name in ("row", "tap", "end", "done"))
+        builder.cbranch(builder.icmp_signed("<", first, last), head, done)
+
+        builder.position_at_end(head)
+        j = builder.phi(INT, "j")
+        outer = [[builder.phi(self.simd.type) for _ in self.column] for _ in active]
+        line = builder.gep(self.b, [builder.load(builder.gep(self.b_rows, [j]))])
+        taps = [self._filter_row(j, i) for i in active]
+        builder.branch(tap)
+
+        builder.position_at_end(tap)
+        s = builder.phi(INT, "s")
+        inner = [[builder.phi(self.simd.type) for _ in self.column] for _ in active]
+        new = self._emit_tap(line, taps, s, inner)
+        following = builder.add(s, INT(1))
+        _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, self.S), tap, end))
+
+        builder.position_at_end(end)
+        next_row = builder.add(j, INT(1))
+        _keep_rolled(builder.cbranch(builder.icmp_signed("<", next_row, last), head, done))
+
+        builder.position_at_end(done)
+        _join(s, (INT(0), head), (following, tap))
+        _join(j, (first, before), (next_row, end))
+        result = list(sums)
+        for i, outer_row, inner_row, new_row in zip(active, outer, inner, new, strict=True):
+            cells = zip(sums[i], outer_row, inner_row, new_row, strict=True)
+            result[i] = []
+            for old, of_row, of_tap, value in cells:
+                _join(of_tap, (of_row, head), (value, tap))
+                _join(of_row, (old, before), (value, end))
+                result[i].append(builder.phi(self.simd.type))
+                _join(result[i][-1], (old, before), (value, end))
+        return result
+
+    def _filter_row(self, j: Any, i: int) -> Any:
+        """Return a pointer to the row of the filter that row j of B meets in row i of the tile."""
+        row = self.builder.sub(j, INT(i * self.block.step))
+        return self.builder.gep(self.w, [self.builder.mul(row, self.S)])
+
+    def _emit_tap(self, line: Any, taps: list[Any], s: Any, sums: list[list[Any]]) -> list[list[Any]]:
+        builder, simd = self.builder, self.simd
+        here = builder.gep(line, [builder.load(builder.gep(self.b_columns, [s]))])
+        vectors = [simd.load(here, offset) for offset in self.column]
+        return [
+            [simd.fma(factor, vector, total) for vector, total in zip(vectors, row, strict=True)]
+            for factor, row in zip([simd.broadcast(tap, s) for tap in taps], sums, strict=True)
+        ]
+
+
+def _join(phi: Any, *sources: tuple[Any, Any]) -> None:
+    """Let a phi take a value from each block it may be reached from."""
+    for value, block in sources:
+        phi.add_incoming(value, block)
+
+
+def _emit_filter(builder: Any, block: Block, vectors: int, args: Any) -> None:
+    """Emit a tile of outputs of one filter, from its bias to storing."""
+    *loops, bias, c, c_row = args
+    rows = _FilterRows(builder, block, vectors, loops)
+    start = [[rows.simd.broadcast(bias, INT(0))] * vectors] * block.rows
+    for i, row in enumerate(rows.emit(start)):
+        for offset, value in zip(rows.column, row, strict=True):
+            rows.simd.store(value, c, builder.add(builder.mul(c_row, INT(i)), offset))
+
+
+@intrinsic
+def _filter_kernel(typingctx, block, vectors, w, R, S, b, b_rows, b_columns, low, high, bias, c, c_row):
+    p, n, offsets = types.CPointer(block.float), types.int64, types.CPointer(types.int64)
+    signature = types.void(block, n, p, n, n, p, offsets, offsets, n, n, p, p, n)
+    return signature, _widths(_emit_filter, block.block)
+
+
+@part
+def multiply_filter(block, vectors, w, R, S, b, b_rows, b_columns, low, high, bias, c, c_row):
+    """Compute one tile of outputs of a filter w (R, S): c[i * c_row + v] = bias + the sum over r and s of
+
+        w[r, s] * b[b_rows[i * block.step + r] + b_columns[s] + v]
+
+    in order, of those rows of B whose number is in low ... high-1: the others are known to be zero.
+    R > (block.rows - 1) * block.step, so that every row of B meets some row of the filter.
+    """
+    _filter_kernel(block, vectors, w, R, S, b, b_rows, b_columns, low, high, bias, c, c_row)
+
+
 def _widths(emit: Callable[..., None], block: Block) -> Callable[..., Any]:
     """Return the code of an intrinsic f(block, vectors, ...): a switch to what `emit` makes per width."""
 
@@ -569,6 +698,12 @@ def convolve_plane(
     )  # fmt: skip
 
 
+def _clamp(builder: Any, value: Any, most: int) -> Any:
+    """Return a number, or the nearest from 0 to `most`."""
+    value = builder.select(builder.icmp_signed("<", value, INT(0)), INT(0), value)
+    return builder.select(builder.icmp_signed("<", value, INT(most)), value, INT(most))
+
+
 def _copy_vector(step: int) -> Any:
     """Return an intrinsic that copies one vector of elements that lie `step` apart, 1 or 2, in the source.
 
@@ -585,6 +720,7 @@ def _copy_vector(step: int) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             _, target, source, count, low, high = args
             simd = Vectors(builder, block.block)
+            low, high = (_clamp(builder, bound, simd.lanes) for bound in (low, high))
             # The last element read is (high - 1) * step: what follows may be nobody's memory.
             read = builder.sub(builder.mul(builder.sub(high, low), INT(step)), INT(step - 1))
             read = builder.select(builder.icmp_signed("<", low, high), read, INT(0))
