@@ -136,14 +136,16 @@ def plan_bands(problem: ConvProblem, block: Block, cache: int, workers: int) -> 
     geometry = make_geometry(
         problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, block.rows, workers
     )
-    geometry = geometry._replace(by_rows=int(_prefers_rows(geometry, block.lanes, problem.gemm_k)))
+    geometry = geometry._replace(by_rows=int(_prefers_rows(geometry, block, problem.gemm_k)))
     return geometry, _tap_tables(problem, geometry, row_phases, column_phases)
 
 
-def _prefers_rows(g: Geometry, lanes: int, taps: int) -> bool:
+def _prefers_rows(g: Geometry, block: Block, taps: int) -> bool:
     """Say whether vectors should end with the rows: few taps pay for a few vectors more."""
+    lanes = block.lanes
     more = g.rows * math.ceil(g.cols / lanes) - math.ceil(((g.rows - 1) * g.Wb + g.cols) / lanes)
-    return g.cols >= lanes and more * taps <= (g.rows - 1) * CROSSING_TAPS
+    is_whole = g.cols % lanes == 0 or g.cols > block.vectors * lanes  # else all tiles run over the end
+    return is_whole and more * taps <= (g.rows - 1) * CROSSING_TAPS
 
 
 def cut_bands(problem: ConvProblem, C: int, rows: int, cols: int) -> tuple[Geometry, Tables]:
@@ -295,7 +297,8 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         multiply(
             block, advance(w, channel * taps), k_count, table(tables.a_taps),
             b, table(tables.b_taps), taps, advance(bias, channel),
-            _find_strips(g, rows, cols), 0, g.Wb, cols, locate(block, y, origin), (y[2], y[4], y[5]), tile,
+            (*_find_strips(g, rows, cols), g.in_place), 0, g.Wb, cols,
+            locate(block, y, origin), (y[2], y[4], y[5]), tile,
         )  # fmt: skip
         finish(block, y, origin, (k_count, rows, cols), ending)
     release(band)
@@ -347,7 +350,9 @@ def pack_band(block, band, image, x, g, tables, o, p, q, rows):
 @small_part
 def columns_inside(w, stride, count, W):
     """Return which of `count` columns w, w + stride ... lie in a row of W columns: from low up to high."""
-    low = min(max(-(w // stride), 0), count)
+    low = 0 if w >= 0 else min(-(w // stride), count)  # most rows need no division, which takes 20 cycles
+    if w + (count - 1) * stride < W:
+        return low, count
     return low, min(max(-((w - W) // stride), low), count)
 
 
@@ -361,14 +366,14 @@ def _find_strips(g, rows, cols):
 def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pitch, cols, y, y_steps, tile):
     """Multiply weight rows by strips of pixels, tile by tile, and store the pixels that exist.
 
-    strips   how many, `pitch` apart in B, and the pixels of each, one after the other; B holds whole vectors
-             of them, or at least one
+    strips   how many, `pitch` apart in B, the pixels of each, one after the other, and whether B, maybe the
+             caller's, ends with them: it then holds at least a vector
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     y        points at row 0, column 0 of the first channel
     y_steps  the distances of its channels, rows and columns
     tile     memory for one tile
     """
-    strip_count, pixels = strips
+    strip_count, pixels, is_exact = strips
     height = block_rows(block)
     live = min(height, k_count)
     spare = allocate(block, height * taps if live < height else 0)
@@ -380,7 +385,7 @@ def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pi
         for strip in range(strip_count):
             _multiply_strip(
                 block, advance(w, k * taps), live, a_taps, advance(b, strip * pitch), b_taps, taps,
-                advance(bias, k), pixels, first + strip * pitch, pitch, cols,
+                advance(bias, k), pixels, is_exact, first + strip * pitch, pitch, cols,
                 advance(y, k * y_steps[0]), y_steps, tile,
             )  # fmt: skip
     release(spare)
@@ -388,14 +393,14 @@ def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pi
 
 @part
 def _multiply_strip(
-    block, w, live, a_taps, b, b_taps, taps, bias, pixels, first, pitch, cols, y, y_steps, tile
+    block, w, live, a_taps, b, b_taps, taps, bias, pixels, is_exact, first, pitch, cols, y, y_steps, tile
 ):
     """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
     step_k, step_p, step_q = y_steps
     lanes, width = block_lanes(block), block_columns(block)
     done = 0
     while done < pixels:
-        vectors, j, count = find_vectors(block, done, pixels)
+        vectors, j, count = find_vectors(block, done, pixels, is_exact)
         done = j + count
         p, q = divmod(first + j, pitch)
         whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
@@ -408,14 +413,17 @@ def _multiply_strip(
 
 
 @small_part
-def find_vectors(block, done, pixels):
-    """Return the vectors of the next tile of a strip, its first pixel, and how many of its pixels exist."""
+def find_vectors(block, done, pixels, is_exact):
+    """Return the vectors of the next tile of a strip, its first pixel, and how many of its pixels exist.
+
+    is_exact  whether vectors must not run over the end of the strip, which then has at least one of them
+    """
     lanes, width = block_lanes(block), block_columns(block)
     left = (pixels - done + lanes - 1) // lanes
     tiles = (left * lanes + width - 1) // width
     vectors = (left + tiles - 1) // tiles  # 7 vectors: 3, 2 and 2, not 3, 3 and a slow 1
-    if vectors * lanes > pixels >= lanes:  # never past the end of B, which may be the caller's
-        vectors = pixels // lanes
+    if is_exact and vectors * lanes > pixels:  # 49 pixels in one tile would be 4 vectors: two tiles of 2
+        vectors = min((vectors + 1) // 2, pixels // lanes)
     j = max(0, min(done, pixels - vectors * lanes))  # the last tile overlaps the one before
     return vectors, j, min(vectors * lanes, pixels - j)
 

@@ -177,7 +177,7 @@ def _convolve_band(block, w, f, band, g, p, rows, cols, bias, target, y, tile):
             low, high = -(top // f.dilation_h), (g.H - 1 - top) // f.dilation_h + 1
             done = 0
             while done < cols:
-                vectors, q, columns = find_vectors(block, done, cols)
+                vectors, q, columns = find_vectors(block, done, cols, False)
                 done = q + columns
                 whole = live == height and columns == vectors * block_lanes(block) and y[5] == 1
                 line = advance(target, row * y[4] + q * y[5])

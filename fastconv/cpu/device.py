@@ -22,7 +22,7 @@ EXPOSED = 0.1  # the part of the shorter of arithmetic and traffic that the long
 TILE_CYCLES = 60  # to start a tile and to store it
 L2_CYCLES = 2  # to load a vector from L2
 SUM_CYCLES = 4  # from one FMA to the next on its result
-ROW_CYCLES = 20  # to start a row that is copied
+ROW_CYCLES = 45  # to start a row that is copied
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,18 @@ class Device:
 
     def multiply_cycles(self, tile: Any, rows: int, columns: int, taps: int, dtype: str) -> float:
         """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included."""
-        whole, left = divmod(math.ceil(columns / self.lanes(dtype)), tile.vectors)
-        strip = whole * (taps * self.tap_cycles(tile.rows, tile.vectors) + TILE_CYCLES)
-        if left:
-            strip += taps * self.tap_cycles(tile.rows, left) + TILE_CYCLES
-        return math.ceil(rows / tile.rows) * strip
+        vectors = math.ceil(columns / self.lanes(dtype))
+        tiles = math.ceil(vectors / tile.vectors)
+        narrow, wider = divmod(vectors, tiles)  # 7 vectors in 3 tiles: 2, and one more in 1 of them
+        tap = (tiles - wider) * self.tap_cycles(tile.rows, narrow)
+        tap += wider * self.tap_cycles(tile.rows, narrow + 1)
+        return math.ceil(rows / tile.rows) * (taps * tap + tiles * TILE_CYCLES)
 
     def copy_cycles(self, problem: ConvProblem, rows: float, length: float, step: int) -> float:
         """Return the cycles to copy rows of an input, columns `step` apart, to where they lie together."""
-        scattered = step > 1 or problem.order == "NHWC"
-        return rows * (ROW_CYCLES + length * (1.0 if scattered else 2 / self.lanes(problem.compute_dtype)))
+        is_scattered = step > 2 or problem.order == "NHWC"
+        element = 1 if is_scattered else 2 * step / self.lanes(problem.compute_dtype)
+        return rows * (ROW_CYCLES + length * element)
 
     def seconds(self, problem: ConvProblem, cycles: float) -> float:
         """Return the seconds of `cycles` of arithmetic and traffic; the longer hides most of the other."""

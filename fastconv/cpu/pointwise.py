@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -23,9 +24,11 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     if problem.order == "NHWC" or not _reads_in_place(problem):
         return direct.cost(problem, tile, device)
-    pixels = problem.P * problem.Q
+    tiles, pixels, lanes = 1, problem.P * problem.Q, device.lanes(problem.compute_dtype)
+    if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
+        tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
     cycles = device.multiply_cycles(tile, problem.gemm_m, pixels, problem.gemm_k, problem.compute_dtype)
-    return device.seconds(problem, problem.N * problem.groups * problem.O * cycles)
+    return device.seconds(problem, problem.N * problem.groups * problem.O * tiles * cycles)
 
 
 workspace = direct.workspace  # what is packed of an array whose pixels do not lie together; else nothing is

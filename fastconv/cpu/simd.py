@@ -326,12 +326,23 @@ class Vectors:
 
     def first_lanes(self, count: Any) -> Any:
         """Return the mask of the first `count` lanes."""
-        number = ir.IntType(32)  # half the width of a pointer
-        kind = ir.VectorType(number, self.lanes)
-        some = self.builder.icmp_signed("<", count, INT(self.lanes))
-        limit = self.builder.trunc(self.builder.select(some, count, INT(self.lanes)), number)
-        lanes = ir.Constant(kind, list(range(self.lanes)))
-        return self.builder.icmp_signed("<", lanes, self.splat(limit, kind))
+        return self.mask(self.bits(INT(0), self.clamp(count)))
+
+    def clamp(self, lane: Any) -> Any:
+        """Return the number of a lane, or the nearest from 0 to `lanes`."""
+        lane = self.builder.select(self.builder.icmp_signed("<", lane, INT(0)), INT(0), lane)
+        last = INT(self.lanes)
+        return self.builder.select(self.builder.icmp_signed("<", lane, last), lane, last)
+
+    def bits(self, low: Any, high: Any) -> Any:
+        """Return a number whose bits low ... high-1 are set."""
+        below = self.builder.sub(self.builder.shl(INT(1), high), INT(1))
+        return self.builder.and_(below, self.builder.shl(INT(-1), low))
+
+    def mask(self, bits: Any) -> Any:
+        """Return the mask of the lanes whose bits are set."""
+        few = self.builder.trunc(bits, ir.IntType(self.lanes))
+        return self.builder.bitcast(few, ir.VectorType(ir.IntType(1), self.lanes))
 
     def _masked(self, access: str, result: Any, arguments: list[Any]) -> Any:
         """Call LLVM's masked "load" or "store"."""
@@ -698,12 +709,6 @@ def convolve_plane(
     )  # fmt: skip
 
 
-def _clamp(builder: Any, value: Any, most: int) -> Any:
-    """Return a number, or the nearest from 0 to `most`."""
-    value = builder.select(builder.icmp_signed("<", value, INT(0)), INT(0), value)
-    return builder.select(builder.icmp_signed("<", value, INT(most)), value, INT(most))
-
-
 def _copy_vector(step: int) -> Any:
     """Return an intrinsic that copies one vector of elements that lie `step` apart, 1 or 2, in the source.
 
@@ -720,14 +725,13 @@ def _copy_vector(step: int) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             _, target, source, count, low, high = args
             simd = Vectors(builder, block.block)
-            low, high = (_clamp(builder, bound, simd.lanes) for bound in (low, high))
-            # The last element read is (high - 1) * step: what follows may be nobody's memory.
-            read = builder.sub(builder.mul(builder.sub(high, low), INT(step)), INT(step - 1))
-            read = builder.select(builder.icmp_signed("<", low, high), read, INT(0))
-            parts = [INT(part * simd.lanes) for part in range(step)]
-            before = builder.mul(low, INT(step))
-            masks = [simd.within(builder.sub(part, before), read) for part in parts]
-            loaded = [simd.load_masked(source, part, mask) for part, mask in zip(parts, masks, strict=True)]
+            low, high = simd.clamp(low), simd.clamp(high)
+            if step == 2:  # the last element read is 2 * (high - 1): what follows may be nobody's memory
+                end = builder.sub(builder.mul(high, INT(2)), INT(1))
+                high = builder.select(builder.icmp_signed("<", end, INT(0)), INT(0), end)
+                low = builder.mul(low, INT(2))
+            bits, parts = simd.bits(low, high), [INT(part * simd.lanes) for part in range(step)]
+            loaded = [simd.load_masked(source, part, simd.mask(builder.lshr(bits, part))) for part in parts]
             simd.store_first(_emit_split(builder, loaded, simd.lanes)[0], target, INT(0), count)
             return context.get_dummy_value()
 
@@ -739,6 +743,19 @@ def _copy_vector(step: int) -> Any:
 
 copy_lanes = _copy_vector(1)
 copy_even_lanes = _copy_vector(2)
+
+
+@intrinsic
+def copy_whole(typingctx: Any, block: BlockType, target: Any, source: Any) -> Any:
+    """Copy one vector, all of it."""
+    floats = types.CPointer(block.float)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        simd.store(simd.load(args[2], INT(0)), args[1], INT(0))
+        return context.get_dummy_value()
+
+    return types.void(block, floats, floats), codegen
 
 
 @intrinsic
@@ -767,19 +784,6 @@ def prefetch(typingctx: Any, p: types.CPointer) -> Any:
     return types.void(p), codegen
 
 
-@intrinsic
-def copy_pixels(typingctx: Any, block: BlockType, target: Any, source: Any) -> Any:
-    """Copy block.m elements, the width of a Winograd tile, as one small vector."""
-    floats = types.CPointer(block.float)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        simd = Vectors(builder, replace(block.block, lanes=block.block.m))
-        simd.store(simd.load(args[2], INT(0)), args[1], INT(0))
-        return context.get_dummy_value()
-
-    return types.void(block, floats, floats), codegen
-
-
 @part
 def fill(block, target, count):
     """Set `count` elements to zero."""
@@ -793,7 +797,11 @@ def copy_padded(block, target, source, step, count, low, high):
     lanes = block_lanes(block)
     if step == 1:
         for i in range(0, count, lanes):
-            copy_lanes(block, advance(target, i), advance(source, i), count - i, low - i, high - i)
+            to, of = advance(target, i), advance(source, i)
+            if low <= i and i + lanes <= high:
+                copy_whole(block, to, of)
+            else:
+                copy_lanes(block, to, of, count - i, low - i, high - i)
     elif step == 2:
         for i in range(0, count, lanes):
             copy_even_lanes(block, advance(target, i), advance(source, 2 * i), count - i, low - i, high - i)

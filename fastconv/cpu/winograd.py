@@ -39,7 +39,6 @@ from fastconv.cpu.simd import (
     block_m,
     block_rows,
     copy_padded,
-    copy_pixels,
     fill,
     merge_columns,
     multiply_tile,
@@ -101,6 +100,7 @@ class Geometry(NamedTuple):
     k_group: int  # output channels multiplied before their output transform, so that M lies in L2
     U_step: int  # distance of the a*a matrices of U and of V, in elements: one vector more than they
     V_step: int  # need, because a power of two would put all a*a lines into one set of the cache
+    fetches_ahead: int  # 1 where an image is too large for L2, so that its lines would be waited for
 
 
 @lru_cache(maxsize=256)
@@ -125,6 +125,7 @@ def _geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
         *problem.padding_before[1:], tiles_h, tiles_w, tiles, blocks,
         C_padded, k_step, math.ceil(K / k_step), k_group, U_rows * C_padded + lanes, C * width + lanes,
+        int(problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
     )  # fmt: skip
 
 
@@ -285,52 +286,44 @@ def _transform_inputs(block, x, g, group, segments, count, vectors, V):
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
     elements = (m + 2) * 2 * m * lanes  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
-    strip = _zeros(block, (m + 2) * (lanes + 1) * m)  # the input under one run of tiles, zero padded
     lines, d, nothing = _zeros(block, elements), allocate(block, elements), _zeros(block, 1)
     for c in range(g.C):
         s = 0
         for vector in range(vectors):
             while s < count and segments[s, 0] < (vector + 1) * lanes:
-                _copy_strip(block, x, g, segments[s], group * g.C + c, strip)
-                _copy_tiles(block, strip, segments[s, 1], advance(lines, segments[s, 0] % lanes * m))
+                line = advance(lines, segments[s, 0] % lanes * m)
+                _copy_tiles(block, x, g, segments[s], group * g.C + c, line)
                 s += 1
             for i in range(2 * (m + 2)):
                 split_columns(block, advance(lines, i * m * lanes), lanes, advance(d, i * m * lanes), lanes)
             target = advance(V, c * width + vector * lanes)
             transform_input(block, d, 2 * m * lanes, lanes, target, g.V_step, nothing)
-    release(strip)
     release(lines)
     release(d)
     release(nothing)
 
 
 @part
-def _copy_strip(block, x, g, segment, channel, strip):
-    """Copy the m + 2 lines under a run of tiles, (run + 1) * m columns of each, zeros for padding."""
-    m = block_m(block)
-    columns = (segment[1] + 1) * m
-    w = segment[4] * m - g.pad_w
-    low, high = columns_inside(w, 1, columns, g.W)
-    for i in range(m + 2):
-        h = segment[3] * m + i - g.pad_h
-        line = advance(strip, i * columns)
-        if h < 0 or h >= g.H:
-            fill(block, line, columns)
-        else:
-            source = locate(block, x, (segment[2], channel, 0, h, w))
-            copy_padded(block, line, source, x[5], columns, low, high)
+def _copy_tiles(block, x, g, segment, channel, lines):
+    """Copy the m + 2 lines under a run of tiles, columns 0 ... m-1 and then m ... 2m-1, zeros for padding.
 
-
-@part
-def _copy_tiles(block, strip, run, lines):
-    """Copy the tiles of a strip to lines whose columns do not overlap."""
-    m = block_m(block)
-    far = m * block_lanes(block)
-    for i in range(m + 2):
-        for e in range(run):
-            source, target = advance(strip, (i * (run + 1) + e) * m), advance(lines, 2 * i * far + e * m)
-            copy_pixels(block, target, source)
-            copy_pixels(block, advance(target, far), advance(source, m))
+    Neighbouring tiles are m columns apart, so both are copies of one piece of the line.
+    """
+    m, lanes = block_m(block), block_lanes(block)
+    columns, top = segment[1] * m, segment[3] * m - g.pad_h
+    for half in range(2):
+        w = (segment[4] + half) * m - g.pad_w
+        low, high = columns_inside(w, 1, columns, g.W)
+        source = locate(block, x, (segment[2], channel, 0, top, w))
+        for i in range(m + 2):
+            line, row = advance(lines, (2 * i + half) * m * lanes), advance(source, i * x[4])
+            if top + i < 0 or top + i >= g.H:
+                fill(block, line, columns)
+                continue
+            copy_padded(block, line, row, x[5], columns, low, high)
+            if half == 0 and g.fetches_ahead:  # the same piece of the next channel
+                for j in range(0, columns + m, lanes):
+                    prefetch(advance(row, x[2] + j * x[5]))
 
 
 @part
@@ -376,6 +369,9 @@ def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, 
                         target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
                         exist = min(segments[s, 1] * m, g.Q - q)
                         spread(block, target, y[5], advance(line, segments[s, 0] % lanes * m), exist)
+                        if g.fetches_ahead:
+                            for j in range(0, exist, lanes):
+                                prefetch(advance(target, y[2] + j * y[5]))
     release(pixels)
     release(line)
 
