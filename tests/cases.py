@@ -126,7 +126,6 @@ def around_tile(outputs: int, pixels: int, m: int = 1) -> list[Case]:
         Case("pixels_stride_2", "conv2d", (1, 6, 2, 2 * n - 1), (2 * k, 3, 1, 1), {"stride": 2, "groups": 2}),
         Case("multiplier", "conv2d", (1, 3, 3, n), (3 * k, 1, 3, 3), {"groups": 3, "padding": 1}),
         Case("channels", "conv2d", (1, k, 2, n), (k, 1, 3, 3), {"groups": k, "padding": 1}),
-        Case("rows_of_channels", "conv2d", (1, 2, k, n), (2, 1, 8, 3), {"groups": 2, "padding": "same"}),
         Case("channels_stride_2", "conv2d", (2, k, 4, 2 * n), (2 * k, 1, 2, 2), {"groups": k, "stride": 2}),
         Case("tiles", "conv2d", (1, 17, m, n * m), (k, 17, 3, 3), {"padding": 1}),
         Case("tiles_cut", "conv2d", (1, 5, m + 1, n * m + 1), (k, 5, 3, 3), {"padding": ((1, 0), (0, 1))}),

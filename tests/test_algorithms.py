@@ -88,6 +88,18 @@ class TestTile:
             (bare if even else layer).check(plan, prepared=True)
 
 
+@every_dtype
+@pytest.mark.parametrize("stride", [1, (2, 1)])
+def test_sizes_around_a_tile_of_rows(dtype, stride, rng):
+    """Of depthwise convolutions with large filters, whose tiles are rows of outputs."""
+    way = Way("depthwise", "rows6x2")
+    height, width = tile_sizes(way, dtype)
+    for rows, columns in itertools.product(sizes_around(height).values(), sizes_around(width).values()):
+        options = {"groups": 2, "padding": "same", "stride": stride}
+        case = Case("rows", "conv2d", (1, 2, rows, columns), (4, 1, 11, 3), options)
+        make_layer(rng, case.problem(dtype=dtype), integers).check(way.plan(case.problem(dtype=dtype)))
+
+
 def around_tile_of(way, dtype, order, rng):
     """Problems of every family and pair of sizes: a third of them, or what an emulated GPU has time for."""
     outputs, pixels = (sizes_around(size).values() for size in tile_sizes(way, dtype))

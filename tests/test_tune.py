@@ -34,8 +34,8 @@ def layer(rng):
 
 
 def ways(problem):
-    """Every (algorithm, tile) that can run the problem."""
-    return {(name, str(plan.tile)) for name in TABLE for plan in planning.possible_plans(problem, name)}
+    """Every (algorithm, tile) that suits the problem."""
+    return {(name, str(plan.tile)) for name in TABLE for plan in planning.fitting_plans(problem, name)}
 
 
 NAMES = ["padded_3x3", "stride_2", "pointwise", "depthwise_multiplier", "conv1d_causal", "conv3d_mixed"]

@@ -52,7 +52,7 @@ class PlaneTile(NamedTuple):
 
 
 AnyTile = PlaneTile | RowsTile | Tile
-TILES = (PlaneTile(1, 2), RowsTile(6, 4), RowsTile(4, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
+TILES = (PlaneTile(1, 2), RowsTile(6, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
 
 
 class Geometry(NamedTuple):
