@@ -399,10 +399,13 @@ def _multiply_strip(
     step_k, step_p, step_q = y_steps
     lanes, width = block_lanes(block), block_columns(block)
     done = 0
+    p_first, q_first = divmod(first, pitch)
     while done < pixels:
         vectors, j, count = find_vectors(block, done, pixels, is_exact)
         done = j + count
-        p, q = divmod(first + j, pitch)
+        p, q = p_first, q_first + j
+        if q >= pitch:  # a division takes as long as a few taps
+            p, q = divmod(first + j, pitch)
         whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
         c = advance(y, p * step_p + q) if whole else tile
         multiply_tile(
@@ -418,10 +421,11 @@ def find_vectors(block, done, pixels, is_exact):
 
     is_exact  whether vectors must not run over the end of the strip, which then has at least one of them
     """
-    lanes, width = block_lanes(block), block_columns(block)
-    left = (pixels - done + lanes - 1) // lanes
-    tiles = (left * lanes + width - 1) // width
-    vectors = (left + tiles - 1) // tiles  # 7 vectors: 3, 2 and 2, not 3, 3 and a slow 1
+    lanes = block_lanes(block)
+    most, left = block_columns(block) // lanes, (pixels - done + lanes - 1) // lanes
+    vectors = min(most, left)
+    if most < left < 2 * most:  # the last two share what is left: 7 vectors are 3, 2 and 2, not 3, 3 and 1
+        vectors = (left + 1) // 2
     if is_exact and vectors * lanes > pixels:  # 49 pixels in one tile would be 4 vectors: two tiles of 2
         vectors = min((vectors + 1) // 2, pixels // lanes)
     j = max(0, min(done, pixels - vectors * lanes))  # the last tile overlaps the one before
