@@ -134,7 +134,7 @@ TABLE: dict[str, Algorithm] = {
         ),
         Algorithm(
             "depthwise",
-            "every channel has its own filters: rows of one channel stay in the nearest cache",
+            "every channel has its own filters: rows of one channel stay in registers or near them",
             "Sifre 2014; Howard et al. 2017 (MobileNets), arXiv:1704.04861",
             _depthwise_refuses,
         ),

@@ -597,7 +597,9 @@ class _Conv:
         planning.check_algorithm(op, algo)
         self._algo = algo
         numbers = (stride, padding, dilation, groups, precision)
-        self._options = (*(_plain(numbers) or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
+        plain = _plain(numbers)
+        self._is_plain = plain is not None
+        self._options = (*(plain or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
         self._is_last = is_channels_last(op, self._options[-2])
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
         frame = _stand_in_frame(
@@ -626,9 +628,8 @@ class _Conv:
         shapes = Shapes(given["input"].shape, self._weight_shape, residual=_shape(given.get("residual")))
         *numbers, _, flip = self._options
         order = _find_order(op, given["input"], self._is_last)
-        frame = _make_frame(
-            op, "forward", shapes, dtype, order, self._is_last, flip, tuple(numbers), kind.backend
-        )
+        make = _make_frame if self._is_plain else _make_frame.__wrapped__
+        frame = make(op, "forward", shapes, dtype, order, self._is_last, flip, tuple(numbers), kind.backend)
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)

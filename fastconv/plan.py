@@ -114,7 +114,7 @@ _keys = _SETTINGS if _environ is os.environ else tuple(map(os.environ.encodekey,
 
 
 def _settings(backend: str) -> tuple[Any, ...]:
-    """Return what a plan depends on beside its problem: the environment, and the GPU that is current."""
+    """Return what a plan depends on beside its problem: _SETTINGS as they are now, and the current GPU."""
     return *map(_environ.get, _keys), None if backend == "cpu" else _device(backend)
 
 
@@ -153,7 +153,7 @@ def _make_plan(
     _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile, bits)
-    wanted = os.environ.get("FASTCONV_ALGO", "")
+    wanted = os.fsdecode(settings[0] or "")
     if wanted:
         _check_name(op, "FASTCONV_ALGO", wanted, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]

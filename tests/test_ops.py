@@ -1,6 +1,7 @@
 """The public operations against the reference, NumPy and torch: what a call means, whatever runs it."""
 
 import copy
+import enum
 import inspect
 import pickle
 import re
@@ -311,6 +312,15 @@ class TestOptions:
         y = call("conv2d", x, w, bias, stride=two, padding=[two, two], dilation=np.array([2, 2]), groups=two)
         options = {"stride": 2, "padding": 2, "dilation": 2, "groups": 2}
         assert_exact(y, expect("conv2d", x, w, bias, **options), "float32")
+
+    def test_an_integer_of_a_class_of_its_own(self, rng):
+        """Which no cache may take for another, beside a list, which none can have as a key."""
+        x, w, bias = small(rng, "conv2d")
+        expected = expect("conv2d", x, w, bias, stride=2, padding=1)
+        two = enum.IntEnum("Step", {"TWO": 2}).TWO
+        assert_exact(call("conv2d", x, w, bias, stride=two, padding=[1, 1]), expected, "float32")
+        layer = fastconv.Conv2d(w, bias, stride=two, padding=[1, 1])
+        assert_exact(layer(x), expected, "float32")
 
     @pytest.mark.parametrize("op", OPS)
     def test_groups_are_convolutions_side_by_side(self, op, rng):
@@ -677,7 +687,7 @@ def test_depthwise_does_not_count_so_many_columns_in_32_bits():
     """It packs them, 16 GiB of them, so it is not run here; no tile that reads them in place is for it."""
     problem = make_problem("conv1d", (1, 1, 5), (1, 1, 2), padding=((2**32, 0),), dilation=2**32)
     costs = {str(plan.tile): plan.cost() for plan in possible_plans(problem, "depthwise")}
-    assert costs["plane2"] == float("inf") > min(costs.values())
+    assert costs.pop("plane2") == costs.pop("rows6x2") == float("inf") > max(costs.values())
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fastconv.algorithms import TABLE
-from fastconv.cpu import simd
+from fastconv.cpu import band, simd
 from fastconv.cpu.device import current
 from fastconv.cpu.simd import Block, Kernel, allocate, multiply_tile, pointer, release, table
+from fastconv.problem import make_problem
 from fastconv.winograd_math import matrices
 from tests.compare import assert_bounded, assert_exact, integers
 from tests.kernels import DTYPES
@@ -306,7 +307,46 @@ def test_allocate(dtype):
 
 
 @Kernel
-def call_filter(block, vectors, addresses, sizes, b_rows, b_columns, bounds, c_row):
+def list_tiles(block, pixels, is_exact, found):
+    done = i = 0
+    while done < pixels:
+        found[i] = band.find_vectors(block, done, pixels, is_exact)
+        done = found[i, 1] + found[i, 2]
+        i += 1
+
+
+@pytest.mark.parametrize(
+    ("vectors", "pixels", "is_exact", "tiles"),
+    [
+        (3, 112, 0, [(3, 0, 48), (2, 48, 32), (2, 80, 32)]),
+        (4, 49, 0, [(4, 0, 49)]),
+        (4, 49, 1, [(2, 0, 32), (2, 17, 32)]),
+        (3, 28, 0, [(2, 0, 28)]),
+        (3, 28, 1, [(1, 0, 16), (1, 12, 16)]),
+        (3, 56, 0, [(2, 0, 32), (2, 24, 32)]),
+    ],
+)
+def test_tiles_of_a_strip(vectors, pixels, is_exact, tiles):
+    """Vectors, first pixel and pixels of each, with 16 lanes: no narrow tile behind wide ones."""
+    found = np.zeros((len(tiles), 3), np.int64)
+    list_tiles(Block("float32", 8, vectors, 16), pixels, is_exact, found)
+    assert list(map(tuple, found.tolist())) == tiles
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "stride", "by_rows"),
+    [(224, 3, 1, 1), (224, 3, 2, 1), (112, 16, 2, 0), (28, 3, 1, 0)],
+)
+def test_rows_of_few_taps_are_multiplied_one_by_one(size, channels, stride, by_rows):
+    """Where they are whole vectors: 112 columns are 7 of 16 lanes; 56 would be 4 for 3.5, 28 2 for 1.75."""
+    shapes = (1, channels, size, size), (64, channels, 3, 3)
+    problem = make_problem("conv2d", *shapes, stride=stride, padding=1, dtype="float32")
+    geometry, _ = band.plan_bands(problem, Block("float32", 8, 3, 16), 1 << 19, 1)
+    assert geometry.by_rows == by_rows
+
+
+@Kernel
+def call_ragged(block, vectors, addresses, sizes, b_rows, b_columns, bounds, c_row):
     w, b, bias, c = addresses
     simd.multiply_filter(
         block, vectors, pointer(block, w), sizes[0], sizes[1], pointer(block, b), table(b_rows),
@@ -330,7 +370,7 @@ def test_multiply_filter(rows, vectors, step, dtype, rng):
             lines[seen] = integers(rng, lines[seen].shape, dtype)
             places = rng.permutation(count)
             b, c = lines[np.argsort(places)], np.full((rows, width * lanes + 1), np.nan, dtype)
-            call_filter(
+            call_ragged(
                 block, width, tuple(map(address, (w, b, bias, c))), (R, S), places * b.shape[1],
                 2 * np.arange(S), (low, high), c.shape[1],
             )  # fmt: skip

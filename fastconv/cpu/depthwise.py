@@ -3,7 +3,7 @@
 Four ways: "plane" tiles read the input where it lies, with masked vectors at the borders (small filters,
 where packing would cost more than the convolution); "rows" tiles share packed rows among rows of outputs
 (large filters); "1x8" and its like pack a band of one channel into L1 (any filter); channels last, vectors
-run over channels.
+run over channels. The first two skip rows of padding, of which an infinite weight would make NaN.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 
 MOST_TAPS = 49  # 7 x 7
-MOST_ROLLING_ROWS = 7  # of a filter: the sums of as many rows of outputs are held in registers
+MOST_ROLLING_ROWS = {
+    16: 5,
+    32: 7,
+}  # by the number of registers: of a filter: the sums of as many rows of outputs are held in registers
 PIXEL_CYCLES = 8  # to pack and to store a vector of channels
 PLANE_TAP_CYCLES = 0.8  # a load that crosses cache lines, and its FMA
 
@@ -156,11 +159,11 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
     """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
     if not isinstance(tile, PlaneTile) or not _reads_planes(problem):
         return None
-    dtype = problem.compute_dtype
+    dtype, most = problem.compute_dtype, MOST_ROLLING_ROWS[device.registers]
     block = Block(
         dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
         extents=(problem.R, problem.S),
-        rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= MOST_ROLLING_ROWS,
+        rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= most,
     )  # fmt: skip
     return block, Geometry(
         problem.C, problem.K // problem.C, problem.H, problem.W, problem.P, problem.Q, *problem.stride[1:],

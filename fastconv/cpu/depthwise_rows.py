@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 
+MOST_STEP = 2  # each row of a tile's edges is a loop that is compiled by itself
 LOOP_CYCLES = 25  # to begin a row of the filter and to leave it, the end of a loop foreseen too late
 
 
@@ -71,8 +72,9 @@ class Filter(NamedTuple):
 
 
 def is_for(problem: ConvProblem, tile: RowsTile) -> bool:
-    """Say whether a problem has filters of one plane, with more rows than the edges of a tile."""
-    return problem.order == "NCHW" and problem.T == 1 and _edge(problem, tile) < problem.R
+    """Say whether a problem has filters of one plane, with more rows than the few of a tile's edges."""
+    few = _step(problem) <= MOST_STEP
+    return problem.order == "NCHW" and problem.T == 1 and few and _edge(problem, tile) < problem.R
 
 
 def _step(problem: ConvProblem) -> int:
@@ -144,27 +146,38 @@ def run(problem: ConvProblem, tile: RowsTile, device: Device, operands: Operands
 @Kernel
 def _run_bands(block, first, last, g, tables, elements, f, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    band, tile = allocate(block, elements), allocate(block, block_rows(block) * block_columns(block))
+    packed, tile = allocate(block, elements), allocate(block, block_rows(block) * block_columns(block))
     held = -1  # the band in hand; its output channels follow one another
     for task in range(first, last):
         here, k_part, n, group, o, p, q, rows, cols = find_task(g, task)
         if here != held:
-            pack_band(block, band, locate(block, x, (n, group, 0, 0, 0)), x, g, tables, o, p, q, rows)
+            pack_band(block, packed, locate(block, x, (n, group, 0, 0, 0)), x, g, tables, o, p, q, rows)
             held = here
         k_first = k_part * g.k_step
         k_count = min(g.k_step, g.K - k_first)
         for k in range(group * g.K + k_first, group * g.K + k_first + k_count):
             target = locate(block, y, (n, k, o, p, q))
             _convolve_band(
-                block, advance(w, k * f.R * f.S), f, band, g, p, rows, cols, advance(bias, k), target, y, tile
+                block,
+                advance(w, k * f.R * f.S),
+                f,
+                packed,
+                g,
+                p,
+                rows,
+                cols,
+                advance(bias, k),
+                target,
+                y,
+                tile,
             )
         finish(block, y, (n, group * g.K + k_first, o, p, q), (k_count, rows, cols), ending)
-    release(band)
+    release(packed)
     release(tile)
 
 
 @part
-def _convolve_band(block, w, f, band, g, p, rows, cols, bias, target, y, tile):
+def _convolve_band(block, w, f, packed, g, p, rows, cols, bias, target, y, tile):
     """Convolve a band, whose first row of outputs is p, with one filter, tile by tile."""
     height, width = block_rows(block), block_columns(block)
     y_row = f.apart * y[4]
@@ -182,7 +195,7 @@ def _convolve_band(block, w, f, band, g, p, rows, cols, bias, target, y, tile):
                 whole = live == height and columns == vectors * block_lanes(block) and y[5] == 1
                 line = advance(target, row * y[4] + q * y[5])
                 multiply_filter(
-                    block, vectors, w, f.R, f.S, advance(band, row * g.Wb + q), table(f.b_rows),
+                    block, vectors, w, f.R, f.S, advance(packed, row * g.Wb + q), table(f.b_rows),
                     table(f.b_columns), low, high, bias, line if whole else tile, y_row if whole else width,
                 )  # fmt: skip
                 if not whole:

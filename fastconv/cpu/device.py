@@ -65,7 +65,7 @@ class Device:
         """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included."""
         vectors = math.ceil(columns / self.lanes(dtype))
         tiles = math.ceil(vectors / tile.vectors)
-        narrow, wider = divmod(vectors, tiles)  # 7 vectors in 3 tiles: 2, and one more in 1 of them
+        narrow, wider = divmod(vectors, tiles)  # 7 vectors: a tile of 3 and two of 2
         tap = (tiles - wider) * self.tap_cycles(tile.rows, narrow)
         tap += wider * self.tap_cycles(tile.rows, narrow + 1)
         return math.ceil(rows / tile.rows) * (taps * tap + tiles * TILE_CYCLES)

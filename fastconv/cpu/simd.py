@@ -261,7 +261,7 @@ def view_of(typingctx: Any, array: types.Array) -> Any:
 
 @intrinsic
 def table(typingctx: Any, array: types.Array) -> Any:
-    """Return the data pointer of an array."""
+    """Return the data pointer of a contiguous array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_array(sig.args[0])(context, builder, args[0]).data
@@ -772,7 +772,7 @@ def zero_lanes(typingctx: Any, block: BlockType, target: Any, count: Any) -> Any
 
 @intrinsic
 def prefetch(typingctx: Any, p: types.CPointer) -> Any:
-    """Ask for the cache line at p, to be read soon."""
+    """Ask for the cache line at p, which will be needed soon."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         number, address = ir.IntType(32), ir.IntType(8).as_pointer()

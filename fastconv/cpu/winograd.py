@@ -125,7 +125,7 @@ def _geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
         *problem.padding_before[1:], tiles_h, tiles_w, tiles, blocks,
         C_padded, k_step, math.ceil(K / k_step), k_group, U_rows * C_padded + lanes, C * width + lanes,
-        int(problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
+        int(problem.order == "NCHW" and problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
     )  # fmt: skip
 
 
