@@ -154,7 +154,7 @@ def _channel_block(problem: ConvProblem, tile: AnyTile, device: Device) -> Block
     return Block(dtype, packed.vectors, packed.rows, device.lanes(dtype), "elementwise")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # tiles of two classes may hold the same numbers
 def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[Block, Geometry] | None:
     """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
     if not isinstance(tile, PlaneTile) or not _reads_planes(problem):
