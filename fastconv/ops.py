@@ -443,21 +443,38 @@ def find_frame(
     op: str, direction: str, leader: np.ndarray, shapes: Shapes, dtype: str, options: Options, backend: str
 ) -> Frame:
     """Return the frame of a call; the strides of `leader` say in which order memory is computed."""
+    settled = _settle(op, options, "" if op in TRANSPOSED else DIRECTIONS[direction])
+    return _frame_of(op, direction, leader, shapes, dtype, settled, backend)
+
+
+class _Settled(NamedTuple):
+    """Options as a frame takes them; is_plain: whether the numbers may be the key of a cache."""
+
+    numbers: tuple[Any, ...]
+    is_plain: bool
+    is_last: bool
+    flip: bool
+
+
+def _settle(op: str, options: Options, gradient: str = "") -> _Settled:
+    """Check layout and flip, and bring the numbers into one form; a layer does so once for all its calls."""
     *numbers, layout, flip = options
-    is_last = is_channels_last(op, layout, "" if op in TRANSPOSED else DIRECTIONS[direction])
+    is_last = is_channels_last(op, layout, gradient)
     _check_flip(op, flip)
-    order = _find_order(op, leader, is_last)
     plain = _plain(numbers)
-    make = _make_frame.__wrapped__ if plain is None else _make_frame
-    return make(op, direction, shapes, dtype, order, is_last, flip, plain or tuple(numbers), backend)
+    return _Settled(plain or tuple(numbers), plain is not None, is_last, flip)
 
 
-def _find_order(op: str, leader: np.ndarray, is_last: bool) -> str:
-    """Read the order of memory off the strides of an array whose shape has the channels last or not."""
-    if leader.flags.c_contiguous:
-        return ORDERS[is_last]
-    sample = slice(-NDIM[op] - 1, None)
-    return arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, ORDERS[is_last])
+def _frame_of(
+    op: str, direction: str, leader: np.ndarray, shapes: Shapes, dtype: str, settled: _Settled, backend: str
+) -> Frame:
+    numbers, is_plain, is_last, flip = settled
+    order = ORDERS[is_last]
+    if not leader.flags.c_contiguous:
+        sample = slice(-NDIM[op] - 1, None)
+        order = arrays.memory_order(leader.shape[sample], leader.strides[sample], -is_last, order)
+    make = _make_frame if is_plain else _make_frame.__wrapped__
+    return make(op, direction, shapes, dtype, order, is_last, flip, numbers, backend)
 
 
 def is_channels_last(op: str, layout: str, gradient: str = "") -> bool:
@@ -597,13 +614,12 @@ class _Conv:
         planning.check_algorithm(op, algo)
         self._algo = algo
         numbers = (stride, padding, dilation, groups, precision)
-        plain = _plain(numbers)
-        self._is_plain = plain is not None
-        self._options = (*(plain or numbers), LAYOUTS[op][0] if layout is None else layout, flip)
-        self._is_last = is_channels_last(op, self._options[-2])
+        layout = LAYOUTS[op][0] if layout is None else layout
+        self._settled = _settle(op, (*numbers, layout, flip))
+        self._options = (*self._settled.numbers, layout, flip)
         self._weight_shape, bias = given["weight"].shape, given.get("bias")
         frame = _stand_in_frame(
-            op, self._weight_shape, _shape(bias), self._dtype, self._options, self._kind.backend
+            op, self._weight_shape, _shape(bias), self._dtype, self._settled, self._kind.backend
         )
         if algo != "auto":
             shown = frame.problem.key.partition("_")[2]  # behind the sizes of the input, which is to come
@@ -626,10 +642,7 @@ class _Conv:
             rule = f"input must be a {self._kind} of dtype {self._dtype} like weight"
             raise TypeError(f"{op}: {rule}, got a {kind} of dtype {dtype} ({arrays.describe(given)})")
         shapes = Shapes(given["input"].shape, self._weight_shape, residual=_shape(given.get("residual")))
-        *numbers, _, flip = self._options
-        order = _find_order(op, given["input"], self._is_last)
-        make = _make_frame if self._is_plain else _make_frame.__wrapped__
-        frame = make(op, "forward", shapes, dtype, order, self._is_last, flip, tuple(numbers), kind.backend)
+        frame = _frame_of(op, "forward", given["input"], shapes, dtype, self._settled, kind.backend)
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
@@ -687,12 +700,10 @@ class _Conv:
 
 
 def _stand_in_frame(
-    op: str, weight_shape: Shape, bias_shape: Shape | None, dtype: str, options: Options, backend: str
+    op: str, weight_shape: Shape, bias_shape: Shape | None, dtype: str, settled: _Settled, backend: str
 ) -> Frame:
     """Check weight, bias and options of a layer against an input without limits, which no error quotes."""
-    *numbers, layout, flip = options
-    is_channels_last(op, layout)
-    _check_flip(op, flip)
+    numbers, _, _, flip = settled
     groups = numbers[_NUMBERS.index("groups")]
     channels = weight_shape[1] if len(weight_shape) > 1 else 1
     if isinstance(groups, (int, np.integer)) and groups > 0:
@@ -700,9 +711,7 @@ def _stand_in_frame(
     input_shape = (1, channels, *(_UNKNOWN_SIZE,) * OPERATIONS[op])
     shapes = Shapes(input_shape, weight_shape, bias_shape)
     try:
-        return _make_frame.__wrapped__(
-            op, "forward", shapes, dtype, "NCHW", False, flip, tuple(numbers), backend
-        )
+        return _make_frame.__wrapped__(op, "forward", shapes, dtype, "NCHW", False, flip, numbers, backend)
     except (ConvError, TypeError) as error:
         raise type(error)(str(error).replace(f"input {input_shape}, ", "")) from None
 

@@ -220,7 +220,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
     g, tables = plan_bands(problem, make_block(problem, tile, device), cache, 1)
     strips, sides = 1, (g.rows * g.cols, g.K)
     if problem.order == "NCHW":
-        strips, pixels = (g.rows, g.cols) if g.by_rows else (1, (g.rows - 1) * g.Wb + g.cols)
+        strips, pixels = count_strips(g, g.rows, g.cols)
         sides = (g.K, pixels)
     multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
@@ -356,10 +356,12 @@ def columns_inside(w, stride, count, W):
     return low, min(max(-((w - W) // stride), low), count)
 
 
-@small_part
-def _find_strips(g, rows, cols):
+def count_strips(g, rows, cols):
     """Return in how many strips a band of rows x cols outputs is multiplied, and the pixels of each."""
     return (rows, cols) if g.by_rows else (1, (rows - 1) * g.Wb + cols)
+
+
+_find_strips = small_part(count_strips)
 
 
 @part
