@@ -238,12 +238,10 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
     bias = padded_bias(problem, operands.bias, block.rows)
     slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
     elements = 0 if geometry.in_place else band_elements(geometry, tables) + slack
-    arguments = (operands.x, weight, bias, operands.out, make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_bands(block, first, last, geometry, tables, elements, *arguments)
-
-    threads.run_tasks(work, task_count(problem, geometry), task_threads(problem))
+    _run_bands(
+        block, task_count(problem, geometry), task_threads(problem), geometry, tables, elements,
+        operands.x, weight, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
 
 
 def task_threads(problem: ConvProblem) -> int:

@@ -118,12 +118,10 @@ def run(problem: ConvProblem, block: Block, device: Device, operands: Operands) 
     a_taps = _tap_offsets(problem, g, steps, depthwise=block.form == "elementwise")
     b_taps = count_offsets(a_taps.size, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, block.vectors * block.lanes)
-    arguments = (x, packed, bias, operands.out, make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_bands(block, first, last, g, steps, a_taps, b_taps, *arguments)
-
-    threads.run_tasks(work, task_count(problem, g), workers)
+    _run_bands(
+        block, task_count(problem, g), workers, g, steps, a_taps, b_taps,
+        x, packed, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
 
 
 def _steps(g: Geometry, x: np.ndarray) -> tuple[int, int, int]:

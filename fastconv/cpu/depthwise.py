@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import band, band_last, depthwise_rows, threads
+from fastconv.cpu import band, band_last, depthwise_rows
 from fastconv.cpu.band import finish, locate
 from fastconv.cpu.depthwise_rows import RowsTile
 from fastconv.cpu.device import TILE_CYCLES
@@ -174,12 +174,10 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
 def _run_in_place(problem: ConvProblem, block: Block, g: Geometry, operands: Operands) -> None:
     """Convolve plane by plane."""
     weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
-    arguments = (operands.x, weight, bias, operands.out, band.make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_planes(block, first, last, g, *arguments)
-
-    threads.run_tasks(work, problem.N * problem.K, band.task_threads(problem))
+    _run_planes(
+        block, problem.N * problem.K, band.task_threads(problem), g,
+        operands.x, weight, bias, operands.out, band.make_ending(operands),
+    )  # fmt: skip
 
 
 @Kernel

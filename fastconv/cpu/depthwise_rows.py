@@ -135,12 +135,10 @@ def run(problem: ConvProblem, tile: RowsTile, device: Device, operands: Operands
     block, g, tables, f = _plan(problem, tile, device, workers)
     elements = band.band_elements(g, tables) + block.vectors * block.lanes  # read past the end
     weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
-    arguments = (operands.x, weight, bias, operands.out, band.make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_bands(block, first, last, g, tables, elements, f, *arguments)
-
-    threads.run_tasks(work, band.task_count(problem, g), workers)
+    _run_bands(
+        block, band.task_count(problem, g), workers, g, tables, elements, f,
+        operands.x, weight, bias, operands.out, band.make_ending(operands),
+    )  # fmt: skip
 
 
 @Kernel

@@ -117,12 +117,10 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     weight = np.ascontiguousarray(operands.weight)
     a_taps, b_taps = count_offsets(problem.gemm_k, 1), count_offsets(problem.gemm_k, g.columns)
     bias = padded_bias(problem, operands.bias, block.rows)
-    arguments = (operands.x, weight, bias, operands.out, make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_blocks(block, first, last, g, a_taps, b_taps, *arguments)
-
-    threads.run_tasks(work, problem.N * g.groups * g.O * g.blocks, task_threads(problem))
+    _run_blocks(
+        block, problem.N * g.groups * g.O * g.blocks, task_threads(problem), g, a_taps, b_taps,
+        operands.x, weight, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
 
 
 @Kernel

@@ -109,11 +109,7 @@ def pool_input(
 
 def _run(problem: PoolProblem, kernel: Kernel, tasks: int, arguments: tuple[Any, ...]) -> None:
     block = Block(problem.compute_dtype, rows=1, vectors=1, lanes=1)
-
-    def work(first: int, last: int) -> None:
-        kernel(block, first, last, *arguments)
-
-    threads.run_tasks(work, tasks, threads.thread_count() if problem.work > SERIAL_WORK else 1)
+    kernel(block, tasks, threads.thread_count() if problem.work > SERIAL_WORK else 1, *arguments)
 
 
 @lru_cache(maxsize=256)

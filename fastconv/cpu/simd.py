@@ -32,6 +32,8 @@ from numba.core.compiler_lock import global_compiler_lock as compiler_lock
 from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
+from fastconv.cpu import team
+from fastconv.cpu.team import compile_cached, launch
 from fastconv.winograd_math import matrices
 
 INT = ir.IntType(64)
@@ -60,27 +62,40 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
     )
 
 
+_PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 class Kernel:
-    """A function compiled with Numba, without the GIL: called as kernel(block, ...), compiled once per block.
+    """A function compiled with Numba, without the GIL, that runs some of a number of tasks.
+
+    Written as kernel(block, first, last, ...) for the tasks first ... last-1, called as
+    kernel(block, tasks, workers, ...) for all of them, on so many threads. Compiled once per block.
 
     Numba finds out the types of all arguments at every call, in 5 us. Here they follow from the block, so
     that is done once per block, and later calls go to the machine code in 0.5 us.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        try:
-            self.dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-        except RuntimeError:  # Numba found no folder that it may write to
-            self.dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-        self.entries: dict[Block, Callable[..., None]] = {}
+        self.dispatcher = compile_cached(function, **_PART)
+        self.entries: dict[Block, tuple[Callable[..., None], int]] = {}
 
-    def __call__(self, block: Block, *arguments: Any) -> None:
+    def __call__(self, block: Block, tasks: int, workers: int, *arguments: Any) -> None:
         entry = self.entries.get(block)
         if entry is None:
-            types_of_all = tuple(_typeof(argument) for argument in (block, *arguments))
-            self.dispatcher.compile(types_of_all)
-            entry = self.entries[block] = self.dispatcher.overloads[types_of_all].entry_point
-        entry(block, *arguments)
+            entry = self.entries[block] = self._compile(block, arguments)
+        launch, address = entry
+        launch(*team.wake(min(workers, tasks) - 1), tasks, address, arguments)
+
+    def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], int]:
+        """Return the machine code that takes the arguments from Python, and the address of the kernel's."""
+        kinds = [_typeof(argument) for argument in arguments]
+        signature = (numba.typeof(block), types.int64, types.int64, *kinds)
+        self.dispatcher.compile(signature)
+        compiled = self.dispatcher.overloads[signature]
+        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+        signature = (types.int64, types.int64, types.int64, types.int64, types.Tuple(kinds))
+        launch.compile(signature)
+        return launch.overloads[signature].entry_point, address
 
 
 def _typeof(argument: Any) -> Any:
@@ -88,9 +103,6 @@ def _typeof(argument: Any) -> Any:
     if isinstance(argument, np.ndarray) and argument.dtype.kind == "f":
         return types.Array(numba.from_dtype(argument.dtype), argument.ndim, "A")
     return numba.typeof(argument)
-
-
-_PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def part(function: Callable[..., Any]) -> Any:

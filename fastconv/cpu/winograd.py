@@ -165,11 +165,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     g = _geometry(problem, tile, device, 1, prepared=True)
     filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
     U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
-
-    def work(first: int, last: int) -> None:
-        _prepare_filters(block, g, filters, first, last, U)
-
-    threads.run_tasks(work, problem.K, task_threads(problem))
+    _prepare_filters(block, problem.K, task_threads(problem), g, filters, U)
     return U
 
 
@@ -191,12 +187,10 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
     a_taps, b_taps = count_offsets(g.C, 1), count_offsets(g.C, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, 0)
-    arguments = (operands.x, filters, bias, operands.out, make_ending(operands))
-
-    def work(first: int, last: int) -> None:
-        _run_blocks(block, first, last, g, U_given, a_taps, b_taps, *arguments)
-
-    threads.run_tasks(work, g.groups * g.blocks * g.k_parts, workers)
+    _run_blocks(
+        block, g.groups * g.blocks * g.k_parts, workers, g, U_given, a_taps, b_taps,
+        operands.x, filters, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
 
 
 @part
@@ -227,7 +221,7 @@ def _transform_filters(block, g, w, first, count, U, at):
 
 
 @Kernel
-def _prepare_filters(block, g, w, first, last, U):
+def _prepare_filters(block, first, last, g, w, U):
     """Transform the filters of output channels first ... last-1 to the same rows of U's matrices."""
     _transform_filters(block, g, table(w), first, last - first, table(U), first)
 

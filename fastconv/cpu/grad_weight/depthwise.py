@@ -81,11 +81,8 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     a_rows, b_pixels = _tables(problem, tile, device)
     x, y = view(operands.x), view(operands.weight)
 
-    def add(first: int, last: int, sums: np.ndarray) -> None:
-        _run(block, first, last, d, g, a_rows, b_pixels, x, y, band.address(sums))
-
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
-    outer.run(problem, block, d, out, add)
+    outer.run(problem, block, d, out, _run, g, a_rows, b_pixels, x, y)
 
 
 @lru_cache(maxsize=256)

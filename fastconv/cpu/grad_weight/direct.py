@@ -54,10 +54,8 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     elements = band.band_elements(g, tables)
     x, y = view(operands.x), view(operands.weight)
 
-    def add(first: int, last: int, sums: np.ndarray) -> None:
-        _run(block, first, last, d, g, tables, elements, rows, pixels, x, y, band.address(sums))
-
-    outer.run(problem, block, d, outer.by_group(problem, operands.out), add)
+    out = outer.by_group(problem, operands.out)
+    outer.run(problem, block, d, out, _run, g, tables, elements, rows, pixels, x, y)
 
 
 @Kernel

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.cpu.band import address, locate, view
+from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
 from fastconv.cpu.im2col import Geometry, gather, make_geometry
@@ -54,10 +54,8 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     b_pixels = a_pixels * block.vectors * block.lanes
     x, y = view(operands.x), view(operands.weight)
 
-    def add(first: int, last: int, sums: np.ndarray) -> None:
-        _run(block, first, last, d, g, a_rows, a_pixels, b_pixels, x, y, address(sums))
-
-    outer.run(problem, block, d, outer.by_group(problem, operands.out), add)
+    out = outer.by_group(problem, operands.out)
+    outer.run(problem, block, d, out, _run, g, a_rows, a_pixels, b_pixels, x, y)
 
 
 @Kernel

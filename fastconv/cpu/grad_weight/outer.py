@@ -13,10 +13,9 @@ are depends on the problem alone, so that every number of threads gives the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -125,19 +124,15 @@ def make_sums_block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
 
 
 def run(
-    problem: ConvProblem, block: Block, d: Division, out: np.ndarray, kernel: Callable[..., None]
+    problem: ConvProblem, block: Block, d: Division, out: np.ndarray, kernel: Kernel, *arguments: Any
 ) -> None:
-    """Let `kernel(first, last, sums)` add up all tasks, then fill out (groups, K, C, T, R, S)."""
+    """Let `kernel(block, first, last, d, *arguments, sums)` add up, then fill out (groups, K, C, T, R, S)."""
     tasks, workers = d.groups * d.c_parts * d.k_parts, task_threads(problem)
     sums = np.zeros((d.parts, tasks, d.rows, d.k_step), problem.compute_dtype)
-    threads.run_tasks(lambda first, last: kernel(first, last, sums), d.parts * tasks, workers)
+    kernel(block, d.parts * tasks, workers, d, *arguments, address(sums))
     target = view(out)
     rows, is_line = _tap_offsets((d.c_step, *out.shape[3:]), target[3:])
-    threads.run_tasks(
-        lambda first, last: _collect(block, first, last, d, tasks, address(sums), target, rows, is_line),
-        tasks,
-        workers,
-    )
+    _collect(block, tasks, workers, d, tasks, address(sums), target, rows, is_line)
 
 
 @lru_cache(maxsize=256)

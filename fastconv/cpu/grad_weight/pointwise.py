@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.cpu.band import address, locate, view
+from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
 from fastconv.cpu.im2col import Geometry, make_geometry
@@ -47,10 +47,8 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     a_rows = outer.row_offsets(d, np.arange(d.c_step) * x[2])
     b_pixels = np.arange(g.columns) * block.vectors * block.lanes
 
-    def add(first: int, last: int, sums: np.ndarray) -> None:
-        _run(block, first, last, d, g, a_rows, b_pixels, x, y, address(sums))
-
-    outer.run(problem, block, d, outer.by_group(problem, operands.out), add)
+    out = outer.by_group(problem, operands.out)
+    outer.run(problem, block, d, out, _run, g, a_rows, b_pixels, x, y)
 
 
 @Kernel
