@@ -8,6 +8,7 @@
 Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
 are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
 twice (and is larger than the caches: 36 x 512 x 512 floats are 38 MB), one group of channels at a time.
+Where there are fewer blocks of tiles than threads, these share the output channels, and V is made before.
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ class Geometry(NamedTuple):
     Q: int
     pad_h: int
     pad_w: int
-    tiles_h: int  # tiles of one image along each side, in the whole batch, and how many blocks these make
+    tiles_h: int  # tiles of one image along each side, those of the whole batch, the vectors that they fill
     tiles_w: int
     tiles: int
-    blocks: int
+    vectors: int
+    blocks: int  # that share the vectors evenly
+    c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
     C_padded: int  # to whole vectors
     k_step: int  # output channels of one task, and how many tasks make a group
     k_parts: int
@@ -112,10 +115,11 @@ def _geometry(
     C, K = problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / tile.m), math.ceil(problem.Q / tile.m)
     tiles = problem.N * tiles_h * tiles_w
-    width = tile.vectors * lanes
-    blocks = math.ceil(tiles / width)
-    parts = 1 if workers == 1 else math.ceil(2 * workers / (blocks * problem.groups))
-    k_step = min(K, math.ceil(K / parts / tile.rows) * tile.rows)
+    width, vectors = tile.vectors * lanes, math.ceil(tiles / lanes)
+    blocks = min(vectors, math.ceil(vectors / tile.vectors / workers) * workers)
+    shares_V = blocks * problem.groups < workers
+    k_parts = math.ceil(2 * workers / (blocks * problem.groups)) if shares_V else 1
+    k_step = min(K, math.ceil(K / k_parts / tile.rows) * tile.rows)
     C_padded = math.ceil(C / lanes) * lanes
     U_ready = prepared or _transforms_filters_first(blocks)
     channel = (tile.m + 2) ** 2 * itemsize(problem) * (width if U_ready else width + C_padded)
@@ -123,8 +127,9 @@ def _geometry(
     U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows beyond K
     return Geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
-        *problem.padding_before[1:], tiles_h, tiles_w, tiles, blocks,
-        C_padded, k_step, math.ceil(K / k_step), k_group, U_rows * C_padded + lanes, C * width + lanes,
+        *problem.padding_before[1:], tiles_h, tiles_w, tiles, vectors, blocks,
+        min(C, 2 * workers) if shares_V else 0, C_padded, k_step, math.ceil(K / k_step), k_group,
+        U_rows * C_padded + lanes, C * width + lanes,
         int(problem.order == "NCHW" and problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
     )  # fmt: skip
 
@@ -135,7 +140,7 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     lanes, a = device.lanes(dtype), tile.m + 2
     g = _geometry(problem, tile, device, 1, prepared=False)
     vectors = math.ceil(g.tiles / lanes)
-    columns = min(g.tiles, g.blocks * tile.vectors * lanes) / g.blocks
+    columns = g.tiles / g.blocks
     products = g.blocks * a * a * device.multiply_cycles(tile, g.K, math.ceil(columns), g.C, dtype)
     filters = g.K * math.ceil(g.C / lanes) * (9 * lanes + 4 * a * a)
     lines = device.copy_cycles(problem, 2 * a, lanes * tile.m, 1)
@@ -145,13 +150,14 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
 
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
-    """Return the bytes of transformed tensors: U once where it is shared, V, M (and U) in every thread."""
+    """Return the bytes of transformed tensors: U and V once where they are shared, M in every thread."""
     workers = threads.thread_count()
     g = _geometry(problem, tile, device, workers, prepared=False)
     width = tile.vectors * device.lanes(problem.compute_dtype)
-    held = g.V_step + g.k_group * width
-    U = g.U_step if _transforms_filters_first(g.blocks) else g.U_step * workers
-    return itemsize(problem) * (tile.m + 2) ** 2 * (workers * held + U)
+    U = g.U_step * (1 if _transforms_filters_first(g.blocks) else workers)
+    V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
+    M = g.k_group * width * workers
+    return itemsize(problem) * (tile.m + 2) ** 2 * (U + V + M)
 
 
 def _transforms_filters_first(blocks: int) -> bool:
@@ -187,8 +193,12 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
     a_taps, b_taps = count_offsets(g.C, 1), count_offsets(g.C, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, 0)
+    blocks = g.groups * g.blocks
+    V = np.empty((blocks if g.c_parts else 0, (tile.m + 2) ** 2 * g.V_step), problem.compute_dtype)
+    if g.c_parts:
+        _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
     _run_blocks(
-        block, g.groups * g.blocks * g.k_parts, workers, g, U_given, a_taps, b_taps,
+        block, blocks * g.k_parts, workers, g, U_given, a_taps, b_taps, V,
         operands.x, filters, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
@@ -227,21 +237,37 @@ def _prepare_filters(block, first, last, g, w, U):
 
 
 @Kernel
-def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, ending):
+def _prepare_inputs(block, first, last, g, x, all_V):
+    """Transform the tiles of all blocks, some channels a task."""
+    x = view_of(x)
+    segments = np.empty((block_columns(block), 5), np.int64)
+    matrices = (block_m(block) + 2) ** 2
+    for task in range(first, last):
+        here, c_part = divmod(task, g.c_parts)
+        group, tile_block = divmod(here, g.blocks)
+        count, vectors = _find_segments(block, g, tile_block, segments)
+        c, c_end = g.C * c_part // g.c_parts, g.C * (c_part + 1) // g.c_parts
+        V = advance(table(all_V), here * matrices * g.V_step)
+        _transform_inputs(block, x, g, group, segments, count, vectors, c, c_end, V)
+
+
+@Kernel
+def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, all_V, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    width, a = block_columns(block), block_m(block) + 2
-    V, M = allocate(block, a * a * g.V_step), allocate(block, a * a * g.k_group * width)
-    own_U = allocate(block, 0 if U_given else a * a * g.U_step)
+    width, matrices = block_columns(block), (block_m(block) + 2) ** 2
+    own_V = allocate(block, 0 if g.c_parts else matrices * g.V_step)
+    M = allocate(block, matrices * g.k_group * width)
+    own_U = allocate(block, 0 if U_given else matrices * g.U_step)
     segments = np.empty((width, 5), np.int64)
     held = -1  # the group and block of tiles whose V is in hand
     for task in range(first, last):
         here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
-        tiles = min(width, g.tiles - tile_block * width)
-        vectors = (tiles + block_lanes(block) - 1) // block_lanes(block)
+        V = advance(table(all_V), here * matrices * g.V_step) if g.c_parts else own_V
         if here != held:
-            count = _find_segments(g, tile_block * width, tiles, block_lanes(block), segments)
-            _transform_inputs(block, x, g, group, segments, count, vectors, V)
+            count, vectors = _find_segments(block, g, tile_block, segments)
+            if not g.c_parts:
+                _transform_inputs(block, x, g, group, segments, count, vectors, 0, g.C, V)
             held = here
         k_end = min(g.K, (k_part + 1) * g.k_step)
         for k in range(k_part * g.k_step, k_end, g.k_group):
@@ -255,15 +281,22 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, x, w, bias, y, e
             added = advance(bias, channel)
             _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
             _finish_tiles(block, y, g, segments, count, channel, k_count, ending)
-    release(V)
+    release(own_V)
     release(M)
     release(own_U)
 
 
 @part
-def _find_segments(g, first, tiles, lanes, segments):
-    """List the runs of tiles of one vector and one row of tiles: (lane in the block, run, n, row, column)."""
+def _find_segments(block, g, tile_block, segments):
+    """List the runs of a block's tiles that lie in one vector and one row: (lane, run, n, row, column).
+
+    Return how many runs and how many vectors there are; the blocks share the vectors evenly.
+    """
+    lanes = block_lanes(block)
+    begin, end = g.vectors * tile_block // g.blocks, g.vectors * (tile_block + 1) // g.blocks
+    first = begin * lanes
     count, j = 0, 0
+    tiles = min(end * lanes, g.tiles) - first
     while j < tiles:
         rest, column = divmod(first + j, g.tiles_w)
         n, row = divmod(rest, g.tiles_h)
@@ -272,16 +305,16 @@ def _find_segments(g, first, tiles, lanes, segments):
         segments[count, 2], segments[count, 3], segments[count, 4] = n, row, column
         count += 1
         j += run
-    return count
+    return count, end - begin
 
 
 @part
-def _transform_inputs(block, x, g, group, segments, count, vectors, V):
-    """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e]."""
+def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_end, V):
+    """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e], c_first <= c < c_end."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
     elements = (m + 2) * 2 * m * lanes  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
     lines, d, nothing = _zeros(block, elements), allocate(block, elements), _zeros(block, 1)
-    for c in range(g.C):
+    for c in range(c_first, c_end):
         s = 0
         for vector in range(vectors):
             while s < count and segments[s, 0] < (vector + 1) * lanes:
