@@ -1,5 +1,6 @@
 """Tasks on several threads: each done once, from many callers, and in children of a process with threads."""
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core import types
 
-from fastconv.cpu import threads
-from fastconv.cpu.threads import run_tasks, thread_count
+from fastconv.cpu import team, threads
+from fastconv.cpu.simd import Block, Kernel, part
+from fastconv.cpu.team import load, store
+from fastconv.cpu.threads import thread_count
 from fastconv.problem import ConvError
 from tests.cases import CASES, Case
 from tests.compare import integers
-from tests.kernels import Way, make_layer, ways
+from tests.kernels import make_layer, ways
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds after which something hangs; all of it takes a few
@@ -29,118 +33,144 @@ LARGE = [
 ]
 
 
-class TestRunTasks:
+BLOCK = Block("float32", rows=1, vectors=1, lanes=4)
+
+
+@Kernel
+def count_calls(block, first, last, calls):
+    """Count how often each task is done."""
+    for task in range(first, last):
+        calls[task] += 1
+
+
+@Kernel
+def meet(block, first, last, flags, count, patience):
+    """Raise the task's flag (8 bytes from address `flags` on) until `count` are up; then leave it."""
+    for task in range(first, last):
+        store(flags + 8 * task, 1)
+        rounds = 0
+        while rounds < patience and count_up(flags, count) < count:
+            rounds += 1
+        if rounds == patience:
+            store(flags + 8 * task, 0)
+
+
+@Kernel
+def sign(block, first, last, names, flag, rounds):
+    """Note which thread does each task, in some rounds of reading a flag."""
+    for task in range(first, last):
+        for _ in range(rounds):
+            names[task] = this_thread() + load(flag)
+
+
+this_thread = types.ExternalFunction("PyThread_get_thread_ident", types.int64())
+
+
+@part
+def count_up(flags, count):
+    up = 0
+    for other in range(count):
+        up += load(flags + 8 * other)
+    return up
+
+
+def do_all(count, workers):
+    """Let so many workers do so many tasks; each must have been done once."""
+    calls = np.zeros(count, np.int64)
+    count_calls(BLOCK, count, workers, calls)
+    assert (calls == 1).all()
+
+
+def meeting(count, workers, patience=2**40):
+    """Whether `count` tasks were all under way at one time."""
+    flags = np.zeros(count, np.int64)
+    meet(BLOCK, count, workers, flags.ctypes.data, count, patience)
+    return bool(flags.all())
+
+
+def signed(count, workers):
+    """The threads that did so many tasks, 0.1 ms each."""
+    names, flag = np.zeros(count, np.int64), np.zeros(1, np.int64)
+    sign(BLOCK, count, workers, names, flag.ctypes.data, 10_000)
+    return names
+
+
+class TestTeam:
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 9, 100, 1001])
-    @pytest.mark.parametrize("threads", [1, 2, 3, 5, 16])
-    def test_every_task_is_done_once(self, count, threads):
-        done = np.zeros(count, int)
+    @pytest.mark.parametrize("workers", [1, 2, 3, 5, 16])
+    def test_every_task_is_done_once(self, count, workers):
+        for _ in range(20):
+            do_all(count, workers)
 
-        def work(first, last):
-            assert first < last or count == 0
-            done[first:last] += 1
+    def test_tasks_of_one_thread_do_not_meet(self):
+        """Otherwise the next test would prove nothing."""
+        assert not meeting(2, 1, patience=1000)
 
-        run_tasks(work, count, threads)
-        assert (done == 1).all()
+    @pytest.mark.parametrize("workers", [2, 3, 5])
+    def test_threads_work_at_once(self, workers):
+        """The caller is one of them."""
+        assert finishes(lambda: meeting(workers, workers))
 
-    def test_the_caller_works_too(self):
-        names = set()
-        run_tasks(lambda first, last: names.add(threading.current_thread().name), 100, 2)
-        assert threading.current_thread().name in names
-
-    def test_threads_work_at_once(self):
-        """Three tasks that wait for each other end only if three threads have begun one."""
-        barrier = threading.Barrier(3, timeout=PATIENCE)
-        run_tasks(lambda first, last: barrier.wait(), 3, 3)
+    def test_a_thread_that_sleeps_is_woken(self, monkeypatch):
+        monkeypatch.setattr(team, "_team", team._Team())
+        for _ in range(3):
+            assert finishes(lambda: meeting(2, 2))
+            deadline = time.monotonic() + PATIENCE
+            while not is_asleep(0):
+                assert time.monotonic() < deadline, "the worker does not go to sleep"
+                time.sleep(0.001)
 
     def test_no_more_threads_than_asked_for(self):
-        running, most, lock = 0, 0, threading.Lock()
+        do_all(1000, 6)  # six threads there are
+        assert 1 <= len(set(signed(40, 2))) <= 2
 
-        def work(first, last):
-            nonlocal running, most
-            with lock:
-                running += 1
-                most = max(most, running)
-            time.sleep(0.001)
-            with lock:
-                running -= 1
-
-        run_tasks(work, 40, 2)
-        assert most <= 2
-
-    @pytest.mark.parametrize("threads", [1, 4])
-    @pytest.mark.parametrize("failing", [0, 17, 63])
-    def test_an_exception_reaches_the_caller(self, failing, threads):
-        def work(first, last):
-            if first <= failing < last:
-                raise MemoryError(f"task {failing}")
-
-        with pytest.raises(MemoryError, match=f"^task {failing}$"):
-            run_tasks(work, 64, threads)
-
-    def test_the_other_tasks_are_done_before_it_does(self):
-        """When the caller knows of the error, nobody writes to its arrays any more."""
-        done = []
-
-        def work(first, last):
-            if first == 0:
-                raise ValueError("the first")
-            time.sleep(0.01)
-            done.append((first, last))
-
-        with pytest.raises(ValueError, match="the first"):
-            run_tasks(work, 8, 4)
-        known = list(done)
-        time.sleep(0.05)
-        assert done == known
+    def test_the_caller_works_alone_where_no_thread_can_be_started(self, monkeypatch):
+        monkeypatch.setattr(team, "_team", team._Team())
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        do_all(100, 4)
+        assert team._team.workers == 0
 
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers")
     def test_an_interrupted_caller_waits_for_the_workers(self):
-        """Ctrl-C reaches the caller when nobody writes to its arrays any more; what was not begun is left."""
-        begun, ended = [], []
-
-        def work(first, last):
-            begun.append(first)
-            time.sleep(0.2)
-            ended.append(first)
+        """Ctrl-C reaches the caller when all is done: nobody writes to its arrays any more."""
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
+        names, flag = np.zeros(40, np.int64), np.zeros(1, np.int64)
+        signed(40, 3)  # has been compiled
         before = signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
             with pytest.raises(KeyboardInterrupt):
-                run_tasks(work, 32, 3)
+                sign(BLOCK, 40, 3, names, flag.ctypes.data, 1_000_000)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        assert len(begun) < 8
-        assert len(ended) >= len(begun) - 1, "only the caller's own task may have been cut short"
+        assert names.all()
 
-    def test_the_pool_outlives_exceptions(self):
-        for _ in range(50):
-            with pytest.raises(ZeroDivisionError):
-                run_tasks(lambda first, last: 1 // 0, 16, 4)
-        self.test_every_task_is_done_once(100, 4)
+    def test_more_callers_than_jobs(self):
+        """Each has all its tasks done, those too that find no memory for a job."""
 
-    def test_tasks_may_have_tasks(self):
-        """A worker that waits for tasks of its own does some of them, so nothing waits for ever."""
-        done = np.zeros((6, 40), int)
-
-        def outer(first, last):
-            for i in range(first, last):
-                run_tasks(lambda a, b, i=i: np.add.at(done[i], slice(a, b), 1), 40, 4)
-
-        finishes(lambda: run_tasks(outer, 6, 3))
-        assert (done == 1).all()
-
-    def test_many_callers(self):
         def caller(index):
             for count in range(1, 200):
-                self.test_every_task_is_done_once(count, 3)
+                do_all(count, 3)
             return index
 
-        assert at_once(caller, 8) == list(range(8))
+        assert at_once(caller, team.JOBS + 4) == list(range(team.JOBS + 4))
+
+    def test_as_many_callers_as_jobs_have_helpers(self):
+        """Two tasks a caller wait for each other: a job that no worker saw would wait for ever."""
+        assert at_once(lambda _: meeting(2, 1 + team.JOBS), team.JOBS) == [True] * team.JOBS
+
+
+def is_asleep(worker):
+    address = team._team.jobs + (team.JOBS + worker) * team.ROW + team.ASLEEP
+    return ctypes.c_int64.from_address(address).value == 1
+
+
+def refuse(*_):
+    raise RuntimeError("can't start new thread")
 
 
 def finishes(function):
@@ -223,30 +253,16 @@ class TestConvolutions:
         monkeypatch.setenv("FASTCONV_THREADS", "3")
         asked = []
 
-        def record(work, count, n):
-            asked.append((count, n))
-            work(0, count)
+        def record(helpers):
+            asked.append(helpers)
+            return 0, 0
 
-        monkeypatch.setattr(threads, "run_tasks", record)
+        monkeypatch.setattr(team, "gather", record)
         for way in ways():
             for problem in way.problems(LARGE):
                 make_layer(rng, problem, integers).check(way.plan(problem))
-        assert min(count for count, _ in asked) >= 2
-        assert {n for _, n in asked} == {3}
-
-    def test_an_exception_in_a_kernel_reaches_the_caller(self, rng, monkeypatch):
-        """Whatever goes wrong in a task, on whichever thread."""
-        way = Way("direct", str(ways()[0].tile))
-        problem = LARGE[0].problem()
-        layer, plan = make_layer(rng, problem, integers), way.plan(problem)
-        run = threads.run_tasks
-        monkeypatch.setattr(threads, "run_tasks", lambda work, count, n: run(fail, count, n))
-
-        def fail(first, last):
-            raise MemoryError("no workspace")
-
-        with pytest.raises(MemoryError, match="no workspace"):
-            layer.run(plan)
+        assert min(asked) >= 1
+        assert max(asked) == 2
 
 
 PREAMBLE = """
@@ -373,9 +389,9 @@ for thread in callers:
 assert not errors, errors
 """,
     "parent_starts_threads": """
-from fastconv.cpu import threads
+from fastconv.cpu import team
 check()
-with threads._pool.lock:  # as if a thread of the parent was about to start one
+with team._team.starting:  # as if a thread of the parent was about to start one
     pid = child(check)
 wait(pid)
 """,
@@ -396,26 +412,6 @@ with tempfile.TemporaryDirectory() as empty:
     pid = child(first)
     wait(pid)
     compiling.join()
-""",
-    "interrupted": """
-from fastconv.cpu.threads import run_tasks
-signal.signal(signal.SIGINT, signal.default_int_handler)
-both = threading.Barrier(2)
-done = []
-def work(first, last):
-    both.wait(30)
-    if threading.current_thread() is not threading.main_thread():
-        time.sleep(0.1)  # by now the caller waits for this task
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.3)
-        done.append(first)
-try:
-    run_tasks(work, 2, 2)
-except KeyboardInterrupt:
-    assert done, "a worker would still write to the caller's arrays"
-else:
-    sys.exit("no KeyboardInterrupt reached the caller")
-check()
 """,
     "main_thread_ends_first": """
 started = threading.Event()

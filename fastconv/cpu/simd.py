@@ -89,7 +89,7 @@ class Kernel:
         if entry is None:
             entry = self.entries[block] = self._compile(block, arguments)
         launch, address = entry
-        launch(*team.wake(min(workers, tasks) - 1), tasks, address, arguments)
+        launch(*team.gather(min(workers, tasks) - 1), tasks, address, arguments)
 
     def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], int]:
         """Return the machine code that takes the arguments from Python, and the address of the kernel's."""

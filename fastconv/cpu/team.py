@@ -14,6 +14,7 @@ GNU OpenMP ends it when a forked child calls after its parent did.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
@@ -22,7 +23,6 @@ from functools import partial
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -31,15 +31,20 @@ CHUNKS_PER_THREAD = 4  # so that a thread that is held up does not hold up the o
 WATCHES = 20_000  # of all jobs, before a worker sleeps: about a millisecond
 WAITS = 1_000  # of a caller for the last chunks, before it lets others have its core
 
-JOBS = 8  # that may be open at once; a caller that finds no other works alone
-JOB_BYTES = 128
-# What a job's memory holds, and where: TAKEN by a caller; OPEN chunks that nobody has claimed, UNFINISHED
-# ones, claimed or not; and, while there are any, the FUNCTION(ARGUMENTS, first, last) to call, how many
-# TASKS and CHUNKS there are, and HELPERS, the workers that may claim some.
-TAKEN, OPEN, FUNCTION, ARGUMENTS, TASKS, CHUNKS, HELPERS, UNFINISHED = range(0, 64, 8)
+# Memory of a team: a row for each of so many callers at once (another finds no row, and works alone), then
+# one for each worker that there may be.
+JOBS, MOST_WORKERS, ROW = 8, 255, 128  # bytes: two cache lines, which are fetched together
+
+# A job's numbers, and where they lie in its row: whether a caller has TAKEN it, how many chunks are OPEN,
+# claimed by nobody (plus EACH for each worker that may claim some), and UNFINISHED, claimed or not. While
+# there are any: the FUNCTION(ARGUMENTS, first, last) to call, and how many TASKS and CHUNKS there are in all.
+TAKEN, OPEN, FUNCTION, ARGUMENTS, TASKS, CHUNKS, UNFINISHED = range(0, 56, 8)
+EACH = 1 << 32
+# A worker's: whether it is ASLEEP, or about to be, and the LOCK that it waits for then.
+ASLEEP, LOCK = range(0, 16, 8)
 
 _INT = ir.IntType(64)
-_HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
@@ -59,21 +64,21 @@ def _pointer(builder: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _load(typingctx: Any, address: types.Integer) -> Any:
-    """Return the number at an address; what was stored before it is seen after it."""
+def load(typingctx: Any, address: types.Integer) -> Any:
+    """Return the number at an address; all threads see what these functions do in one order."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0]), "acquire", 8)
+        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def _store(typingctx: Any, address: types.Integer, number: types.Integer) -> Any:
-    """Store a number, after all that was stored before it."""
+def store(typingctx: Any, address: types.Integer, number: types.Integer) -> Any:
+    """Store a number at an address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], _pointer(builder, args[0]), "release", 8)
+        builder.store_atomic(args[1], _pointer(builder, args[0]), "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -85,7 +90,7 @@ def _replace(typingctx: Any, address: types.Integer, old: types.Integer, new: ty
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         p = _pointer(builder, args[0])
-        return builder.extract_value(builder.cmpxchg(p, args[1], args[2], "acq_rel", "acquire"), 1)
+        return builder.extract_value(builder.cmpxchg(p, args[1], args[2], "seq_cst"), 1)
 
     return types.boolean(types.int64, types.int64, types.int64), codegen
 
@@ -95,7 +100,7 @@ def _decrease(typingctx: Any, address: types.Integer) -> Any:
     """Subtract 1 from the number at an address, in one step."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.atomic_rmw("sub", _pointer(builder, args[0]), _INT(1), "acq_rel")
+        builder.atomic_rmw("sub", _pointer(builder, args[0]), _INT(1), "seq_cst")
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -121,15 +126,39 @@ def _call(
 
 @intrinsic
 def _pause(typingctx: Any) -> Any:
-    """Let the core rest for some cycles, as loops that wait should."""
+    """Let the core rest for some cycles, as a loop that waits should."""
+    return types.void(), _emit_foreign_call("llvm.x86.sse2.pause" if _IS_X86 else "")
+
+
+@intrinsic
+def _step_aside(typingctx: Any) -> Any:
+    """Let another thread have this core, where the system has a word for that."""
+    return types.void(), _emit_foreign_call("sched_yield" if binding.address_of_symbol("sched_yield") else "")
+
+
+@intrinsic
+def _acquire(typingctx: Any, lock: types.Integer) -> Any:
+    """Wait for one of Python's locks, which needs no GIL."""
+    return types.void(types.int64), _emit_foreign_call("PyThread_acquire_lock", 1)
+
+
+@intrinsic
+def _release(typingctx: Any, lock: types.Integer) -> Any:
+    """Release one of Python's locks."""
+    return types.void(types.int64), _emit_foreign_call("PyThread_release_lock")
+
+
+def _emit_foreign_call(name: str, *more: int) -> Any:
+    """Return what emits a call of a C function with numbers, if it has a name, and leaves its result."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if _HAS_PAUSE:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        if name:
+            values = [*args, *map(_INT, more)]
+            kind = ir.FunctionType(ir.VoidType(), [_INT] * len(values))
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return codegen
 
 
 @intrinsic
@@ -167,120 +196,134 @@ def _emit_call(
     builder.ret_void()
 
 
-@_part
-def _yield(jobs):
-    """Let another thread have this core, where the system has a word for that."""
-    function = _load(jobs + JOBS * JOB_BYTES)
-    if function != 0:
-        _call(function, 0, 0, 0)
-
-
-@_part
-def _work_on(job):
-    """Claim chunks of a job and run them, until none is left."""
-    left = _load(job + OPEN)
-    while left > 0:
-        if _replace(job + OPEN, left, left - 1):  # the caller waits for this chunk from here on: whatever
-            tasks, chunks = _load(job + TASKS), _load(job + CHUNKS)  # job it is of, these are its numbers
-            chunk = chunks - left
-            first, last = tasks * chunk // chunks, tasks * (chunk + 1) // chunks
-            _call(_load(job + FUNCTION), _load(job + ARGUMENTS), first, last)
-            _decrease(job + UNFINISHED)
-        left = _load(job + OPEN)
-
-
 @_entry
 def launch(jobs, helpers, tasks, kernel, arguments):
     """Call a kernel until every task in 0 ... tasks-1 has been covered once."""
     function, bound = _bind(kernel, arguments)
-    job = jobs
-    while helpers > 0 and not _replace(job + TAKEN, 0, 1):
-        job += JOB_BYTES
-        if job == jobs + JOBS * JOB_BYTES:
-            helpers = 0  # as many callers are at work: there is no thread to spare
-    if helpers <= 0:
+    job = _take_job(jobs) if helpers > 0 else 0
+    if job == 0:
         _call(function, bound, 0, tasks)
         return
     chunks = min(tasks, (helpers + 1) * CHUNKS_PER_THREAD)
-    _store(job + FUNCTION, function)
-    _store(job + ARGUMENTS, bound)
-    _store(job + TASKS, tasks)
-    _store(job + CHUNKS, chunks)
-    _store(job + HELPERS, helpers)
-    _store(job + UNFINISHED, chunks)
-    _store(job + OPEN, chunks)
-    _work_on(job)
+    store(job + FUNCTION, function)
+    store(job + ARGUMENTS, bound)
+    store(job + TASKS, tasks)
+    store(job + CHUNKS, chunks)
+    store(job + UNFINISHED, chunks)
+    store(job + OPEN, helpers * EACH + chunks)
+    _wake(jobs, helpers)
+    _work_on(job, -1)
     waits = 0
-    while _load(job + UNFINISHED) > 0:
+    while load(job + UNFINISHED) > 0:
         _pause()
         waits += 1
         if waits > WAITS:
-            _yield(jobs)
-    _store(job + TAKEN, 0)
+            _step_aside()
+    store(job + TAKEN, 0)
+
+
+@_part
+def _take_job(jobs):
+    """Return the address of a job that nobody has taken, or 0."""
+    for job in range(jobs, jobs + JOBS * ROW, ROW):
+        if _replace(job + TAKEN, 0, 1):
+            return job
+    return 0
+
+
+@_part
+def _wake(jobs, helpers):
+    """Wake those of the first `helpers` workers that sleep; others will see the job, which is open by now."""
+    for me in range(helpers):
+        worker = jobs + (JOBS + me) * ROW
+        if load(worker + ASLEEP) == 1 and _replace(worker + ASLEEP, 1, 0):
+            _release(load(worker + LOCK))
+
+
+@_part
+def _work_on(job, me):
+    """Claim and run chunks of a job until none is left for worker `me` (-1: the caller); say if any was."""
+    worked = False
+    while True:
+        opened = load(job + OPEN)
+        helpers, left = opened // EACH, opened % EACH
+        if left == 0 or helpers <= me:
+            return worked
+        if _replace(job + OPEN, opened, opened - 1):  # the caller waits for this chunk from here on: whatever
+            tasks, chunks = load(job + TASKS), load(job + CHUNKS)  # job it is of, these are its numbers
+            chunk = chunks - left
+            first, last = tasks * chunk // chunks, tasks * (chunk + 1) // chunks
+            _call(load(job + FUNCTION), load(job + ARGUMENTS), first, last)
+            _decrease(job + UNFINISHED)
+            worked = True
 
 
 @_entry
-def _watch(jobs, me, watches):
-    """Work on the jobs that are open to worker `me`; return when there was none for a while."""
-    idle = 0
-    while idle < watches:
-        idle += 1
-        for job in range(jobs, jobs + JOBS * JOB_BYTES, JOB_BYTES):
-            if _load(job + OPEN) > 0 and _load(job + HELPERS) > me:
-                _work_on(job)
-                idle = 0
-        _pause()
+def _serve(jobs, me):
+    """Work on the jobs that are open to worker `me`, for ever."""
+    worker = jobs + (JOBS + me) * ROW
+    while True:
+        idle = 0
+        while idle < WATCHES:
+            idle = 0 if _work_on_all(jobs, me) else idle + 1
+            _pause()
+        store(worker + ASLEEP, 1)
+        if _work_on_all(jobs, me) and _replace(worker + ASLEEP, 1, 0):
+            continue
+        _acquire(load(worker + LOCK))  # whoever sets ASLEEP to 0 releases it
+
+
+@_part
+def _work_on_all(jobs, me):
+    """Work on all jobs that are open to a worker; say whether there was one."""
+    worked = False
+    for job in range(jobs, jobs + JOBS * ROW, ROW):
+        worked |= _work_on(job, me)
+    return worked
 
 
 class _Team:
-    """Worker threads, started when first needed, and the memory of the jobs."""
+    """Worker threads, started when first needed, and the memory that they share with the callers."""
 
     def __init__(self) -> None:
-        self.memory = np.zeros(JOBS * JOB_BYTES // 8 + 1 + 8, np.int64)
-        self.jobs = -(-self.memory.ctypes.data // 64) * 64
-        self.memory[(self.jobs - self.memory.ctypes.data) // 8 + JOBS * JOB_BYTES // 8] = (
-            binding.address_of_symbol("sched_yield") or 0
-        )
+        # never freed: at exit the workers still look at it
+        self.memory = _python.PyMem_RawCalloc(JOBS + MOST_WORKERS + 1, ROW)
+        self.jobs = -(-self.memory // ROW) * ROW
         self.workers = 0
-        self.asleep = 0
-        self.wanted = threading.Condition()
+        self.starting = threading.Lock()
 
-    def wake(self, helpers: int) -> int:
-        """See to it that so many workers watch the jobs, or soon will; return where the jobs are."""
-        if self.workers < helpers:
-            self._start(helpers)
-        if self.asleep:
-            with self.wanted:
-                self.wanted.notify_all()
-        return self.jobs
-
-    def _start(self, helpers: int) -> None:
-        with self.wanted:
+    def start(self, helpers: int) -> None:
+        """Start workers until there are so many."""
+        with self.starting:
             while self.workers < helpers:
-                worker = threading.Thread(
-                    target=self._serve, args=(self.workers,), name="fastconv", daemon=True
-                )
+                lock = _python.PyThread_allocate_lock()
+                _python.PyThread_acquire_lock(lock, 1)
+                ctypes.c_int64.from_address(self.jobs + (JOBS + self.workers) * ROW + LOCK).value = lock
+                arguments = self.jobs, self.workers
                 try:
-                    worker.start()
-                except RuntimeError:  # the system gives no more threads; the caller does what they would have
+                    threading.Thread(target=_serve, args=arguments, name="fastconv", daemon=True).start()
+                except RuntimeError:  # the system has no more; the caller does what they would have
                     break
                 self.workers += 1
 
-    def _serve(self, me: int) -> None:
-        while True:
-            _watch(self.jobs, me, WATCHES)
-            with self.wanted:
-                self.asleep += 1
-                self.wanted.wait()
-                self.asleep -= 1
 
+_python = ctypes.pythonapi
+_python.PyMem_RawCalloc.restype = ctypes.c_void_p
+_python.PyMem_RawCalloc.argtypes = [ctypes.c_size_t] * 2
+_python.PyThread_allocate_lock.restype = ctypes.c_void_p
+_python.PyThread_acquire_lock.argtypes = [ctypes.c_void_p, ctypes.c_int]
 
 _team = _Team()
 
 
-def wake(helpers: int) -> tuple[int, int]:
-    """See to it that so many workers watch the jobs, or soon will; return where these are, and `helpers`."""
-    return _team.wake(helpers) if helpers > 0 else 0, helpers
+def gather(helpers: int) -> tuple[int, int]:
+    """Return the address of the jobs, and how many workers are to help, started if need be."""
+    if helpers <= 0:
+        return 0, 0
+    helpers = min(helpers, MOST_WORKERS)
+    if _team.workers < helpers:
+        _team.start(helpers)
+    return _team.jobs, helpers
 
 
 def _forget_team() -> None:

@@ -117,7 +117,7 @@ def _geometry(
     tiles = problem.N * tiles_h * tiles_w
     width, vectors = tile.vectors * lanes, math.ceil(tiles / lanes)
     blocks = min(vectors, math.ceil(vectors / tile.vectors / workers) * workers)
-    shares_V = blocks * problem.groups < workers
+    shares_V = 0 < blocks * problem.groups < workers
     k_parts = math.ceil(2 * workers / (blocks * problem.groups)) if shares_V else 1
     k_step = min(K, math.ceil(K / k_parts / tile.rows) * tile.rows)
     C_padded = math.ceil(C / lanes) * lanes
