@@ -21,20 +21,20 @@ def measure_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
     block = Block(dtype, rows, vectors, cpu.lanes(dtype))
     width = vectors * block.lanes
     a, b, c = np.ones(rows * TAPS, dtype), np.ones(TAPS * width, dtype), np.ones(rows * width, dtype)
-    arguments = (block, address(a), address(b), address(c), np.arange(TAPS), np.arange(TAPS) * width, width)
-    _repeat(*arguments, 1)  # compiles
+    arguments = (address(a), address(b), address(c), np.arange(TAPS), np.arange(TAPS) * width, width)
+    _repeat(block, 1, 1, *arguments)  # compiles
     best, end = float("inf"), perf_counter() + seconds
     while perf_counter() < end:
         start = perf_counter()
-        _repeat(*arguments, REPEATS)
+        _repeat(block, REPEATS, 1, *arguments)
         best = min(best, perf_counter() - start)
     return REPEATS * 2 * a.size * width / best
 
 
 @Kernel
-def _repeat(block, a, b, c, a_taps, b_taps, width, repeats):
+def _repeat(block, first, last, a, b, c, a_taps, b_taps, width):
     target = pointer(block, c)
-    for _ in range(repeats):
+    for _ in range(first, last):
         multiply_tile(
             block, width // block_lanes(block), pointer(block, a), a_taps.size, table(a_taps),
             pointer(block, b), table(b_taps), a_taps.size, target, target, width,

@@ -34,13 +34,13 @@ every_m = pytest.mark.parametrize("m", [2, 4])
 
 
 @Kernel
-def call_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
+def call_tile(block, first, last, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
     multiply_tile(block, vectors, p[0], a_rows, table(a_taps), p[1], table(b_taps), taps, p[2], p[3], c_row)
 
 
 @Kernel
-def call_tile_by_table(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
+def call_tile_by_table(block, first, last, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
     multiply_tile(
         block, vectors, p[0], table(a_rows), table(a_taps), p[1], table(b_taps), taps, p[2], p[3], c_row
@@ -76,8 +76,8 @@ class Product:
         a_rows = np.arange(self.rows) * self.a_row if by_table else self.a_row
         call = call_tile_by_table if by_table else call_tile
         call(
-            self.block, self.vectors, address(self.a), a_rows, self.a_taps, address(self.b), self.b_taps,
-            self.taps, address(self.bias), address(self.c), self.c.shape[1],
+            self.block, 1, 1, self.vectors, address(self.a), a_rows, self.a_taps, address(self.b),
+            self.b_taps, self.taps, address(self.bias), address(self.c), self.c.shape[1],
         )  # fmt: skip
         assert_exact(self.c[:, : self.width], expected)
         assert np.isnan(self.c[:, self.width :]).all(), "wrote beside the tile"
@@ -118,7 +118,7 @@ def test_sums_run_in_the_order_of_the_taps():
         case.c[:] = np.nan
         a_row, c_row = case.a_row, case.c.shape[1]
         call_tile(
-            case.block, 1, address(case.a), a_row, case.a_taps, address(case.b), case.b_taps, 3,
+            case.block, 1, 1, 1, address(case.a), a_row, case.a_taps, address(case.b), case.b_taps, 3,
             address(case.bias), address(case.c), c_row,
         )  # fmt: skip
         assert (case.c[:, :4] == expected).all()
@@ -130,26 +130,26 @@ def test_multiply_and_add_round_once():
     e = np.float32(2**-13)
     case.a[:, case.a_taps[0]], case.b[case.b_taps[0] :][:4], case.bias[:] = 1 + e, 1 - e, -1
     call_tile(
-        case.block, 1, address(case.a), case.a_row, case.a_taps, address(case.b), case.b_taps, 1,
+        case.block, 1, 1, 1, address(case.a), case.a_row, case.a_taps, address(case.b), case.b_taps, 1,
         address(case.bias), address(case.c), case.c.shape[1],
     )  # fmt: skip
     assert (case.c[0, :4] == -e * e).all()
 
 
 @Kernel
-def call_filter(block, source, row, step, target, target_step, bias):
+def call_filter(block, first, last, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_filter(block, p[0], row, step, p[1], target_step, p[2])
 
 
 @Kernel
-def call_input(block, source, row, step, target, target_step, bias):
+def call_input(block, first, last, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_input(block, p[0], row, step, p[1], target_step, p[2])
 
 
 @Kernel
-def call_output(block, source, row, step, target, target_step, bias):
+def call_output(block, first, last, source, row, step, target, target_step, bias):
     p = pointer(block, source), pointer(block, target), pointer(block, bias)
     simd.transform_output(block, p[0], row, step, p[1], target_step, p[2])
 
@@ -174,7 +174,7 @@ class TestTransforms:
             source[i, j * step : j * step + lanes] = X[i, j]
         bias = np.full(1, 3, dtype)
         target = np.full((rows * rows, target_step), np.nan, dtype)
-        TRANSFORMS[name](block, address(source), row, step, address(target), target_step, address(bias))
+        TRANSFORMS[name](block, 1, 1, address(source), row, step, address(target), target_step, address(bias))
         terms = np.einsum("ij,jkv,lk->ilv", matrix, X.astype(float), matrix).reshape(rows * rows, lanes)
         scale = np.einsum("ij,jkv,lk->ilv", *map(np.abs, (matrix, X.astype(float), matrix)))
         bound = 4 * np.finfo(dtype).eps * (scale.reshape(rows * rows, lanes) + 3) * (name == "G")
@@ -183,12 +183,12 @@ class TestTransforms:
 
 
 @Kernel
-def call_split(block, source, source_step, target, target_step):
+def call_split(block, first, last, source, source_step, target, target_step):
     simd.split_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
 
 
 @Kernel
-def call_merge(block, source, source_step, target, target_step):
+def call_merge(block, first, last, source, source_step, target, target_step):
     simd.merge_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
 
 
@@ -200,7 +200,7 @@ class TestRegrouping:
         lanes = current().lanes(dtype)
         line = np.arange(m * lanes, dtype=dtype)
         split = np.full((m, lanes + 1), np.nan, dtype)
-        call_split(Block(dtype, 1, 1, lanes, m=m), address(line), lanes, address(split), lanes + 1)
+        call_split(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(line), lanes, address(split), lanes + 1)
         assert np.array_equal(split[:, :lanes], line.reshape(lanes, m).T)
         assert np.isnan(split[:, lanes]).all()
 
@@ -208,23 +208,23 @@ class TestRegrouping:
         lanes = current().lanes(dtype)
         vectors = rng.permutation(m * lanes).reshape(m, lanes).astype(dtype)
         line = np.full(m * lanes + 1, np.nan, dtype)
-        call_merge(Block(dtype, 1, 1, lanes, m=m), address(vectors), lanes, address(line), lanes)
+        call_merge(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(vectors), lanes, address(line), lanes)
         assert np.array_equal(line[:-1].reshape(lanes, m), vectors.T)
         assert np.isnan(line[-1])
 
 
 @Kernel
-def call_copy(block, target, source, step, count, low, high):
+def call_copy(block, first, last, target, source, step, count, low, high):
     simd.copy_padded(block, pointer(block, target), pointer(block, source), step, count, low, high)
 
 
 @Kernel
-def call_spread(block, target, step, source, count):
+def call_spread(block, first, last, target, step, source, count):
     simd.spread(block, pointer(block, target), step, pointer(block, source), count)
 
 
 @Kernel
-def call_fill(block, target, count):
+def call_fill(block, first, last, target, count):
     simd.fill(block, pointer(block, target), count)
 
 
@@ -243,7 +243,7 @@ class TestCopies:
         source = np.arange(1, 200, dtype=dtype)
         for count in counts:
             target = np.full(200, np.nan, dtype)
-            call_copy(block, address(target[1:]), address(source[99:]), step, count, 0, count)
+            call_copy(block, 1, 1, address(target[1:]), address(source[99:]), step, count, 0, count)
             assert np.array_equal(target[1 : count + 1], 100 + step * np.arange(count))
             assert np.isnan(target).sum() == 200 - count
 
@@ -256,7 +256,7 @@ class TestCopies:
             source, target = np.full((2, 400), np.nan, dtype)
             inside = np.arange(low, high)
             source[99 + step * inside] = inside + 1
-            call_copy(block, address(target[1:]), address(source[99:]), step, count, low, high)
+            call_copy(block, 1, 1, address(target[1:]), address(source[99:]), step, count, low, high)
             assert np.array_equal(np.nonzero(target[1 : count + 1])[0], inside)
             assert np.array_equal(target[1:][inside], inside + 1)
             assert np.isnan(target).sum() == 400 - count
@@ -267,7 +267,7 @@ class TestCopies:
         source = np.arange(1, 200, dtype=dtype)
         for count in counts:
             target = np.full(200, np.nan, dtype)
-            call_spread(block, address(target[99:]), step, address(source), count)
+            call_spread(block, 1, 1, address(target[99:]), step, address(source), count)
             assert np.array_equal(target[99 + step * np.arange(count)], source[:count])
             assert np.isnan(target).sum() == 200 - count
 
@@ -275,7 +275,7 @@ class TestCopies:
         block = Block(dtype, 1, 1, current().lanes(dtype))
         for count in counts:
             target = np.full(200, np.nan, dtype)
-            call_fill(block, address(target[1:]), count)
+            call_fill(block, 1, 1, address(target[1:]), count)
             assert not target[1 : count + 1].any()
             assert np.isnan(target).sum() == 200 - count
 
@@ -286,7 +286,7 @@ def address_of(typingctx, p):
 
 
 @Kernel
-def allocate_and_write(block, elements, found):
+def allocate_and_write(block, first, last, elements, found):
     memory = allocate(block, elements)
     for i in range(elements):
         memory[i] = i
@@ -301,13 +301,13 @@ def test_allocate(dtype):
     """Memory holds what is written to it, and begins at a cache line."""
     for elements in (0, 1, 5, 7, 100, 1000, 12345, 1 << 20):
         found = np.zeros(2, np.int64)
-        allocate_and_write(Block(dtype, 1, 1, current().lanes(dtype)), elements, found)
+        allocate_and_write(Block(dtype, 1, 1, current().lanes(dtype)), 1, 1, elements, found)
         assert found[0] == elements * (elements - 1) // 2
         assert found[1] % simd.CACHE_LINE == 0
 
 
 @Kernel
-def list_tiles(block, pixels, is_exact, found):
+def list_tiles(block, first, last, pixels, is_exact, found):
     done = i = 0
     while done < pixels:
         found[i] = band.find_vectors(block, done, pixels, is_exact)
@@ -329,7 +329,7 @@ def list_tiles(block, pixels, is_exact, found):
 def test_tiles_of_a_strip(vectors, pixels, is_exact, tiles):
     """Vectors, first pixel and pixels of each, with 16 lanes: no narrow tile behind wide ones."""
     found = np.zeros((len(tiles), 3), np.int64)
-    list_tiles(Block("float32", 8, vectors, 16), pixels, is_exact, found)
+    list_tiles(Block("float32", 8, vectors, 16), 1, 1, pixels, is_exact, found)
     assert list(map(tuple, found.tolist())) == tiles
 
 
@@ -346,7 +346,7 @@ def test_rows_of_few_taps_are_multiplied_one_by_one(size, channels, stride, by_r
 
 
 @Kernel
-def call_ragged(block, vectors, addresses, sizes, b_rows, b_columns, bounds, c_row):
+def call_ragged(block, first, last, vectors, addresses, sizes, b_rows, b_columns, bounds, c_row):
     w, b, bias, c = addresses
     simd.multiply_filter(
         block, vectors, pointer(block, w), sizes[0], sizes[1], pointer(block, b), table(b_rows),
@@ -371,7 +371,7 @@ def test_multiply_filter(rows, vectors, step, dtype, rng):
             places = rng.permutation(count)
             b, c = lines[np.argsort(places)], np.full((rows, width * lanes + 1), np.nan, dtype)
             call_ragged(
-                block, width, tuple(map(address, (w, b, bias, c))), (R, S), places * b.shape[1],
+                block, 1, 1, width, tuple(map(address, (w, b, bias, c))), (R, S), places * b.shape[1],
                 2 * np.arange(S), (low, high), c.shape[1],
             )  # fmt: skip
             expected = np.full((rows, width * lanes), bias[0], np.float64)
@@ -383,7 +383,9 @@ def test_multiply_filter(rows, vectors, step, dtype, rng):
 
 
 @Kernel
-def call_plane(block, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count):
+def call_plane(
+    block, first, last, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count
+):
     x, w, bias, y = addresses
     simd.convolve_plane(
         block, vectors, pointer(block, x), x_row, size[0], size[1], corner[1], dilation[1], pointer(block, w),
@@ -424,8 +426,8 @@ class TestConvolvePlane:
             y = np.full((P, 2 * lanes + 1), np.nan, dtype)
             addresses = tuple(map(address, (x, w, bias, y)))
             call_plane(
-                block, -(-count // lanes), addresses, around.shape[1], size, corner, stride[0], dilation,
-                y.shape[1], P, count,
+                block, 1, 1, -(-count // lanes), addresses, around.shape[1], size, corner, stride[0],
+                dilation, y.shape[1], P, count,
             )  # fmt: skip
             expected = bias[0] + correlate_at(x, w, corner, stride, dilation, (P, count))
             assert_exact(y[:, :count], expected, dtype)

@@ -37,9 +37,11 @@ BLOCK = Block("float32", rows=1, vectors=1, lanes=4)
 
 
 @Kernel
-def count_calls(block, first, last, calls):
-    """Count how often each task is done."""
+def count_calls(block, first, last, calls, flag, rounds):
+    """Count how often each task is done, after some rounds of reading a flag."""
     for task in range(first, last):
+        for _ in range(rounds):
+            load(flag)
         calls[task] += 1
 
 
@@ -63,6 +65,19 @@ def sign(block, first, last, names, flag, rounds):
             names[task] = this_thread() + load(flag)
 
 
+@Kernel
+def linger(block, first, last, flags, caller, rounds, done):
+    """Let two tasks meet; the one that is not the caller's takes some more rounds before it is done."""
+    for task in range(first, last):
+        store(flags + 8 * task, 1)
+        while count_up(flags, 2) < 2:
+            pass
+        if this_thread() != caller:
+            for _ in range(rounds):
+                load(flags)
+        done[task] = 1
+
+
 this_thread = types.ExternalFunction("PyThread_get_thread_ident", types.int64())
 
 
@@ -74,10 +89,10 @@ def count_up(flags, count):
     return up
 
 
-def do_all(count, workers):
+def do_all(count, workers, rounds=0):
     """Let so many workers do so many tasks; each must have been done once."""
-    calls = np.zeros(count, np.int64)
-    count_calls(BLOCK, count, workers, calls)
+    calls, flag = np.zeros(count, np.int64), np.zeros(1, np.int64)
+    count_calls(BLOCK, count, workers, calls, flag.ctypes.data, rounds)
     assert (calls == 1).all()
 
 
@@ -89,9 +104,9 @@ def meeting(count, workers, patience=2**40):
 
 
 def signed(count, workers):
-    """The threads that did so many tasks, 0.1 ms each."""
+    """The threads that did so many tasks, a third of a millisecond each."""
     names, flag = np.zeros(count, np.int64), np.zeros(1, np.int64)
-    sign(BLOCK, count, workers, names, flag.ctypes.data, 10_000)
+    sign(BLOCK, count, workers, names, flag.ctypes.data, 1_000_000)
     return names
 
 
@@ -101,6 +116,12 @@ class TestTeam:
     def test_every_task_is_done_once(self, count, workers):
         for _ in range(20):
             do_all(count, workers)
+
+    @pytest.mark.parametrize("workers", [2, 3])
+    def test_threads_that_want_the_same_task(self, workers):
+        """Tasks so short that claims often meet."""
+        for rounds in range(3000):
+            do_all(4 * workers, workers, rounds % 300)
 
     def test_tasks_of_one_thread_do_not_meet(self):
         """Otherwise the next test would prove nothing."""
@@ -120,9 +141,15 @@ class TestTeam:
                 assert time.monotonic() < deadline, "the worker does not go to sleep"
                 time.sleep(0.001)
 
+    def test_the_caller_waits_for_the_workers(self):
+        flags, done = np.zeros(2, np.int64), np.zeros(2, np.int64)
+        linger(BLOCK, 2, 2, flags.ctypes.data, threading.get_ident(), 1_000_000, done)
+        assert done.all(), "a worker still writes to the caller's arrays"
+
     def test_no_more_threads_than_asked_for(self):
-        do_all(1000, 6)  # six threads there are
-        assert 1 <= len(set(signed(40, 2))) <= 2
+        for _ in range(10):
+            assert meeting(3, 3)  # two workers watch
+            assert 1 <= len(set(signed(40, 2))) <= 2
 
     def test_the_caller_works_alone_where_no_thread_can_be_started(self, monkeypatch):
         monkeypatch.setattr(team, "_team", team._Team())
@@ -138,12 +165,12 @@ class TestTeam:
             raise KeyboardInterrupt
 
         names, flag = np.zeros(40, np.int64), np.zeros(1, np.int64)
-        signed(40, 3)  # has been compiled
+        signed(1, 1)  # has been compiled
         before = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
             with pytest.raises(KeyboardInterrupt):
-                sign(BLOCK, 40, 3, names, flag.ctypes.data, 1_000_000)
+                sign(BLOCK, 40, 3, names, flag.ctypes.data, 10_000_000)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

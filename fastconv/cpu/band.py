@@ -51,7 +51,7 @@ View = tuple[int, ...]
 Ending = tuple[View, int, float]
 
 CROSSING_TAPS = 50  # a tile that runs over the end of a row takes longer to store by so many taps of a vector
-SERIAL_FLOPS = 2_000_000  # below this a second thread costs more than it saves (about 30 us to wake)
+SERIAL_FLOPS = 500_000  # below this, 5 to 10 us, a second thread costs more than it saves
 ACTIVATION_CODES = {
     None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
 }  # fmt: skip
