@@ -32,6 +32,7 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     copy_padded,
+    copy_rows,
     fill,
     multiply_tile,
     part,
@@ -331,17 +332,19 @@ def pack_band(block, band, image, x, g, tables, o, p, q, rows):
         for t in range(g.T):
             d = o * g.stride_d + t * g.dilation_d - g.pad_d
             for row_phase in tables.row_phases:
+                h = p * g.stride_h + row_phase - g.pad_h
+                top, bottom = columns_inside(h, g.stride_h, deep, g.H if 0 <= d < g.D else 0)
                 for column_phase in tables.column_phases:
                     w = q * g.stride_w + column_phase - g.pad_w
                     low, high = columns_inside(w, g.stride_w, g.Wb, g.W)
-                    for i in range(deep):
-                        h = (p + i) * g.stride_h + row_phase - g.pad_h
-                        line = advance(band, at + i * g.Wb)
-                        if d < 0 or d >= g.D or h < 0 or h >= g.H:
-                            fill(block, line, g.Wb)
-                        else:
-                            source = advance(image, c * x[2] + d * x[3] + h * x[4] + w * x[5])
-                            copy_padded(block, line, source, g.stride_w * x[5], g.Wb, low, high)
+                    plane = advance(band, at)
+                    fill(block, plane, top * g.Wb)
+                    copy_rows(
+                        block, bottom - top, advance(plane, top * g.Wb), g.Wb,
+                        advance(image, c * x[2] + d * x[3] + (h + top * g.stride_h) * x[4] + w * x[5]),
+                        g.stride_h * x[4], g.stride_w * x[5], g.Wb, low, high,
+                    )  # fmt: skip
+                    fill(block, advance(plane, bottom * g.Wb), (deep - bottom) * g.Wb)
                     at += g.Hb * g.Wb
 
 

@@ -337,18 +337,23 @@ class Vectors:
 
     def store_first(self, value: Any, p: Any, offset: Any, count: Any) -> None:
         """Store the lanes of a vector at p + offset that come before p + count."""
-        mask = self.first_lanes(self.builder.sub(count, offset))
+        self.store_masked(
+            value, self.builder.gep(p, [offset]), self.first_lanes(self.builder.sub(count, offset))
+        )
+
+    def store_masked(self, value: Any, p: Any, mask: Any) -> None:
+        """Store the lanes of a vector that are in the mask."""
         align = ir.IntType(32)(self.bytes)
-        self._masked("store", ir.VoidType(), [value, self._address(p, offset), align, mask])
+        self._masked("store", ir.VoidType(), [value, self._address(p, INT(0)), align, mask])
 
     def first_lanes(self, count: Any) -> Any:
         """Return the mask of the first `count` lanes."""
         return self.mask(self.bits(INT(0), self.clamp(count)))
 
-    def clamp(self, lane: Any) -> Any:
-        """Return the number of a lane, or the nearest from 0 to `lanes`."""
+    def clamp(self, lane: Any, vectors: int = 1) -> Any:
+        """Return the number of a lane of so many vectors, or the nearest from 0 to the last and one more."""
         lane = self.builder.select(self.builder.icmp_signed("<", lane, INT(0)), INT(0), lane)
-        last = INT(self.lanes)
+        last = INT(self.lanes * vectors)
         return self.builder.select(self.builder.icmp_signed("<", lane, last), lane, last)
 
     def bits(self, low: Any, high: Any) -> Any:
@@ -726,34 +731,37 @@ def convolve_plane(
     )  # fmt: skip
 
 
+@intrinsic
+def lane_bits(typingctx: Any, block: BlockType, low: types.Integer, high: types.Integer) -> Any:
+    """Return a number whose bits low ... high-1 are set, as far as they are lanes of two vectors."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        return simd.bits(simd.clamp(args[1], 2), simd.clamp(args[2], 2))
+
+    return types.int64(block, types.int64, types.int64), codegen
+
+
 def _copy_vector(step: int) -> Any:
     """Return an intrinsic that copies one vector of elements that lie `step` apart, 1 or 2, in the source.
 
-    f(block, target, source, count, low, high): elements low ... high-1 are read, the others of `count` become
-    zero, what lies behind is not touched.
+    f(block, target, source, read, written): the lanes of `step` vectors of the source whose bits are set in
+    `read` are read, the others taken for zeros; those of the target that are set in `written` are written.
     """
 
     @intrinsic
-    def apply(
-        typingctx: Any, block: BlockType, target: Any, source: Any, count: Any, low: Any, high: Any
-    ) -> Any:
+    def apply(typingctx: Any, block: BlockType, target: Any, source: Any, read: Any, written: Any) -> Any:
         floats = types.CPointer(block.float)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            _, target, source, count, low, high = args
+            _, target, source, read, written = args
             simd = Vectors(builder, block.block)
-            low, high = simd.clamp(low), simd.clamp(high)
-            if step == 2:  # the last element read is 2 * (high - 1): what follows may be nobody's memory
-                end = builder.sub(builder.mul(high, INT(2)), INT(1))
-                high = builder.select(builder.icmp_signed("<", end, INT(0)), INT(0), end)
-                low = builder.mul(low, INT(2))
-            bits, parts = simd.bits(low, high), [INT(part * simd.lanes) for part in range(step)]
-            loaded = [simd.load_masked(source, part, simd.mask(builder.lshr(bits, part))) for part in parts]
-            simd.store_first(_emit_split(builder, loaded, simd.lanes)[0], target, INT(0), count)
+            parts = [INT(part * simd.lanes) for part in range(step)]
+            loaded = [simd.load_masked(source, part, simd.mask(builder.lshr(read, part))) for part in parts]
+            simd.store_masked(_emit_split(builder, loaded, simd.lanes)[0], target, simd.mask(written))
             return context.get_dummy_value()
 
-        signature = types.void(block, floats, floats, types.int64, types.int64, types.int64)
-        return signature, codegen
+        return types.void(block, floats, floats, types.int64, types.int64), codegen
 
     return apply
 
@@ -811,22 +819,40 @@ def fill(block, target, count):
 @part
 def copy_padded(block, target, source, step, count, low, high):
     """Copy elements low ... high-1, which lie `step` apart in the source; zeros for the others of `count`."""
+    copy_rows(block, 1, target, 0, source, 0, step, count, low, high)
+
+
+@part
+def copy_rows(block, rows, target, target_row, source, source_row, step, count, low, high):
+    """Copy the same elements of several rows, as `copy_padded` does of one; the rows lie so far apart.
+
+    Column of vectors by column, since what is to be read and written of each is the same in all rows.
+    """
     lanes = block_lanes(block)
-    if step == 1:
-        for i in range(0, count, lanes):
-            to, of = advance(target, i), advance(source, i)
-            if low <= i and i + lanes <= high:
-                copy_whole(block, to, of)
-            else:
-                copy_lanes(block, to, of, count - i, low - i, high - i)
-    elif step == 2:
-        for i in range(0, count, lanes):
-            copy_even_lanes(block, advance(target, i), advance(source, 2 * i), count - i, low - i, high - i)
-    else:
-        fill(block, target, low)
-        for i in range(low, high):
-            target[i] = source[i * step]
-        fill(block, advance(target, high), count - high)
+    if step < 1 or step > 2:
+        for row in range(rows):
+            to, of = advance(target, row * target_row), advance(source, row * source_row)
+            fill(block, to, low)
+            for i in range(low, high):
+                to[i] = of[i * step]
+            fill(block, advance(to, high), count - high)
+        return
+    for i in range(0, count, lanes):
+        to, of = advance(target, i), advance(source, i * step)
+        written = lane_bits(block, 0, min(count - i, lanes))
+        if step == 2:  # the last element read is 2 * (high - 1): what follows may be nobody's memory
+            read = lane_bits(block, 2 * (low - i), 2 * (high - i) - 1)
+            for row in range(rows):
+                copy_even_lanes(
+                    block, advance(to, row * target_row), advance(of, row * source_row), read, written
+                )
+        elif low <= i and i + lanes <= high:
+            for row in range(rows):
+                copy_whole(block, advance(to, row * target_row), advance(of, row * source_row))
+        else:
+            read = lane_bits(block, low - i, min(high - i, lanes))
+            for row in range(rows):
+                copy_lanes(block, advance(to, row * target_row), advance(of, row * source_row), read, written)
 
 
 @part

@@ -39,7 +39,7 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_m,
     block_rows,
-    copy_padded,
+    copy_rows,
     fill,
     merge_columns,
     multiply_tile,
@@ -337,20 +337,24 @@ def _copy_tiles(block, x, g, segment, channel, lines):
     Neighbouring tiles are m columns apart, so both are copies of one piece of the line.
     """
     m, lanes = block_m(block), block_lanes(block)
-    columns, top = segment[1] * m, segment[3] * m - g.pad_h
+    step, columns = m * lanes, segment[1] * m
+    h = segment[3] * m - g.pad_h
+    top, bottom = columns_inside(h, 1, m + 2, g.H)
     for half in range(2):
         w = (segment[4] + half) * m - g.pad_w
         low, high = columns_inside(w, 1, columns, g.W)
-        source = locate(block, x, (segment[2], channel, 0, top, w))
+        source = locate(block, x, (segment[2], channel, 0, h, w))
         for i in range(m + 2):
-            line, row = advance(lines, (2 * i + half) * m * lanes), advance(source, i * x[4])
-            if top + i < 0 or top + i >= g.H:
-                fill(block, line, columns)
-                continue
-            copy_padded(block, line, row, x[5], columns, low, high)
-            if half == 0 and g.fetches_ahead:  # the same piece of the next channel
+            if i < top or i >= bottom:
+                fill(block, advance(lines, (2 * i + half) * step), columns)
+        copy_rows(
+            block, bottom - top, advance(lines, (2 * top + half) * step), 2 * step,
+            advance(source, top * x[4]), x[4], x[5], columns, low, high,
+        )  # fmt: skip
+        if half == 0 and g.fetches_ahead:  # the same piece of the next channel
+            for i in range(top, bottom):
                 for j in range(0, columns + m, lanes):
-                    prefetch(advance(row, x[2] + j * x[5]))
+                    prefetch(advance(source, x[2] + i * x[4] + j * x[5]))
 
 
 @part
