@@ -858,11 +858,19 @@ def copy_rows(block, rows, target, target_row, source, source_row, step, count, 
 @part
 def spread(block, target, step, source, count):
     """Copy `count` consecutive elements of the source to places `step` apart in the target."""
+    spread_rows(block, 1, target, 0, step, source, 0, count)
+
+
+@part
+def spread_rows(block, rows, target, target_row, step, source, source_row, count):
+    """Copy several rows, as `spread` does one; they lie `target_row` and `source_row` apart."""
     if step == 1:
-        copy_padded(block, target, source, 1, count, 0, count)
-    else:
+        copy_rows(block, rows, target, target_row, source, source_row, 1, count, 0, count)
+        return
+    for row in range(rows):
+        to, of = advance(target, row * target_row), advance(source, row * source_row)
         for i in range(count):
-            target[i * step] = source[i]
+            to[i * step] = of[i]
 
 
 def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -> list[Any]:
@@ -885,55 +893,95 @@ def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -
     return product
 
 
-def _sandwich(name: str) -> Any:
-    """Return an intrinsic for Y = M X M^T + bias on vectors, M the matrix `name` of F(block.m, 3).
+def _emit_sandwich(builder: Any, simd: Vectors, matrix: Any, X: list[list[Any]]) -> list[list[Any]]:
+    """Emit Y = M X M^T on vectors and return the columns of Y; X is given by its rows."""
+    half = [_emit_product(builder, simd, matrix, row) for row in X]
+    return [_emit_product(builder, simd, matrix, list(column)) for column in zip(*half, strict=True)]
 
-    f(block, source, source_row, source_step, target, target_step, bias):
-    source  pointer to X: element (i, j) is the vector at i * source_row + j * source_step
-    target  pointer to Y: element e of its rows, one after the other, is the vector at e * target_step
-    bias    pointer to one value added to every element
+
+@intrinsic
+def transform_filter(
+    typingctx: Any,
+    block: BlockType,
+    source: Any,
+    source_row: Any,
+    source_step: Any,
+    target: Any,
+    target_step: Any,
+) -> Any:
+    """Winograd: U = G w G^T of a vector of filters.
+
+    source  pointer to w: tap (i, j) is the vector at i * source_row + j * source_step
+    target  pointer to U: element e of its rows, one after the other, is the vector at e * target_step
     """
+    floats, G = types.CPointer(block.float), matrices(block.block.m).G
 
-    @intrinsic
-    def apply(
-        typingctx: Any,
-        block: BlockType,
-        source: Any,
-        source_row: Any,
-        source_step: Any,
-        target: Any,
-        target_step: Any,
-        bias: Any,
-    ) -> Any:
-        floats = types.CPointer(block.float)
-        matrix = getattr(matrices(block.block.m), name)
-        rows, columns = len(matrix), len(matrix[0])
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, source_row, source_step, target, target_step = args
+        simd = Vectors(builder, block.block)
+        rows = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(3)]
+        w = [[simd.load(row, builder.mul(source_step, INT(j))) for j in range(3)] for row in rows]
+        _store_columns(builder, simd, _emit_sandwich(builder, simd, G, w), target, target_step)
+        return context.get_dummy_value()
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            _, source, source_row, source_step, target, target_step, bias = args
-            simd = Vectors(builder, block.block)
-            added = simd.broadcast(bias, INT(0))
-            half = []  # the columns of M X
-            for j in range(columns):
-                across = builder.mul(source_step, INT(j))
-                down = [builder.mul(source_row, INT(i)) for i in range(columns)]
-                column = [simd.load(source, builder.add(across, offset)) for offset in down]
-                half.append(_emit_product(builder, simd, matrix, column))
-            for i in range(rows):
-                for j, value in enumerate(_emit_product(builder, simd, matrix, [h[i] for h in half])):
-                    offset = builder.mul(target_step, INT(i * rows + j))
-                    simd.store(builder.fadd(value, added), target, offset)
-            return context.get_dummy_value()
-
-        signature = types.void(block, floats, types.int64, types.int64, floats, types.int64, floats)
-        return signature, codegen
-
-    return apply
+    return types.void(block, floats, types.int64, types.int64, floats, types.int64), codegen
 
 
-transform_filter = _sandwich("G")
-transform_input = _sandwich("BT")
-transform_output = _sandwich("AT")
+@intrinsic
+def transform_input(typingctx: Any, block: BlockType, lines: Any, target: Any, target_step: Any) -> Any:
+    """Winograd: V = B^T d B of a vector of tiles, m columns apart.
+
+    lines   pointer to the m + 2 lines of the tiles: of each, the m * lanes columns from the first tile's first
+            on, then those from its column m on
+    target  pointer to V: element e of its rows, one after the other, is the vector at e * target_step
+    """
+    floats, m = types.CPointer(block.float), block.block.m
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, lines, target, target_step = args
+        simd = Vectors(builder, block.block)
+        vectors = [simd.load(lines, INT(i * simd.lanes)) for i in range((m + 2) * 2 * m)]
+        pieces = [_emit_split(builder, vectors[i : i + m], simd.lanes) for i in range(0, len(vectors), m)]
+        d = [here + following[:2] for here, following in zip(pieces[0::2], pieces[1::2], strict=True)]
+        columns = _emit_sandwich(builder, simd, matrices(m).BT, d)
+        _store_columns(builder, simd, columns, target, target_step)
+        return context.get_dummy_value()
+
+    return types.void(block, floats, floats, types.int64), codegen
+
+
+@intrinsic
+def transform_output(
+    typingctx: Any, block: BlockType, source: Any, source_step: Any, bias: Any, lines: Any
+) -> Any:
+    """Winograd: y = A^T M A + bias of a vector of tiles.
+
+    source  pointer to M: element e of its rows, one after the other, is the vector at e * source_step
+    lines   pointer to the m lines of the tiles, m * lanes columns each
+    """
+    floats, m = types.CPointer(block.float), block.block.m
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, source_step, bias, lines = args
+        simd = Vectors(builder, block.block)
+        at = [[builder.mul(source_step, INT(i * (m + 2) + j)) for j in range(m + 2)] for i in range(m + 2)]
+        products = [[simd.load(source, offset) for offset in row] for row in at]
+        columns = _emit_sandwich(builder, simd, matrices(m).AT, products)
+        added = simd.broadcast(bias, INT(0))
+        for i, row in enumerate(zip(*columns, strict=True)):
+            merged = _emit_merge(builder, [builder.fadd(value, added) for value in row], simd.lanes)
+            for j, vector in enumerate(merged):
+                simd.store(vector, lines, INT((i * m + j) * simd.lanes))
+        return context.get_dummy_value()
+
+    return types.void(block, floats, types.int64, floats, floats), codegen
+
+
+def _store_columns(builder: Any, simd: Vectors, columns: list[list[Any]], target: Any, step: Any) -> None:
+    """Store the vectors of a matrix, row after row, `step` apart."""
+    for j, column in enumerate(columns):
+        for i, value in enumerate(column):
+            simd.store(value, target, builder.mul(step, INT(i * len(columns) + j)))
 
 
 def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
@@ -967,28 +1015,20 @@ def _emit_merge(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     return merged
 
 
-def _regroup(emit: Any) -> Any:
-    """Return an intrinsic f(block, source, source_step, target, target_step): block.m vectors regrouped."""
+@intrinsic
+def split_columns(
+    typingctx: Any, block: BlockType, source: Any, source_step: Any, target: Any, target_step: Any
+) -> Any:
+    """Turn block.m vectors, `source_step` apart: the p-th gets the elements p, p + m ... of them all."""
+    floats = types.CPointer(block.float)
 
-    @intrinsic
-    def apply(
-        typingctx: Any, block: BlockType, source: Any, source_step: Any, target: Any, target_step: Any
-    ) -> Any:
-        floats = types.CPointer(block.float)
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, source_step, target, target_step = args
+        simd = Vectors(builder, block.block)
+        steps = [INT(i) for i in range(block.block.m)]
+        vectors = [simd.load(source, builder.mul(source_step, i)) for i in steps]
+        for i, vector in zip(steps, _emit_split(builder, vectors, simd.lanes), strict=True):
+            simd.store(vector, target, builder.mul(target_step, i))
+        return context.get_dummy_value()
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            _, source, source_step, target, target_step = args
-            simd = Vectors(builder, block.block)
-            steps = [INT(i) for i in range(block.block.m)]
-            vectors = [simd.load(source, builder.mul(source_step, i)) for i in steps]
-            for i, vector in zip(steps, emit(builder, vectors, block.block.lanes), strict=True):
-                simd.store(vector, target, builder.mul(target_step, i))
-            return context.get_dummy_value()
-
-        return types.void(block, floats, types.int64, floats, types.int64), codegen
-
-    return apply
-
-
-split_columns = _regroup(_emit_split)  # a line of tiles, m pixels each -> one vector per pixel of the tile
-merge_columns = _regroup(_emit_merge)  # and back
+    return types.void(block, floats, types.int64, floats, types.int64), codegen

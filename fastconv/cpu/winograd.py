@@ -41,13 +41,11 @@ from fastconv.cpu.simd import (
     block_rows,
     copy_rows,
     fill,
-    merge_columns,
     multiply_tile,
     part,
     prefetch,
     release,
-    split_columns,
-    spread,
+    spread_rows,
     table,
     transform_filter,
     transform_input,
@@ -215,7 +213,7 @@ def _zeros(block, elements):
 def _transform_filters(block, g, w, first, count, U, at):
     """Transform the filters of output channels first ... first+count-1 to rows at ... of U's matrices."""
     lanes = block_lanes(block)
-    vectors, nothing = _zeros(block, 9 * lanes), _zeros(block, 1)
+    vectors = _zeros(block, 9 * lanes)
     for k in range(count):
         source = advance(w, (first + k) * g.C * 9)
         for c in range(0, g.C, lanes):
@@ -223,11 +221,9 @@ def _transform_filters(block, g, w, first, count, U, at):
                 for tap in range(9):
                     vectors[tap * lanes + e] = source[(c + e) * 9 + tap]
             transform_filter(
-                block, vectors, 3 * lanes, lanes,
-                advance(U, (at + k) * g.C_padded + c), g.U_step, nothing,
+                block, vectors, 3 * lanes, lanes, advance(U, (at + k) * g.C_padded + c), g.U_step
             )  # fmt: skip
     release(vectors)
-    release(nothing)
 
 
 @Kernel
@@ -313,7 +309,7 @@ def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_e
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e], c_first <= c < c_end."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
     elements = (m + 2) * 2 * m * lanes  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
-    lines, d, nothing = _zeros(block, elements), allocate(block, elements), _zeros(block, 1)
+    lines = _zeros(block, elements)
     for c in range(c_first, c_end):
         s = 0
         for vector in range(vectors):
@@ -321,13 +317,8 @@ def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_e
                 line = advance(lines, segments[s, 0] % lanes * m)
                 _copy_tiles(block, x, g, segments[s], group * g.C + c, line)
                 s += 1
-            for i in range(2 * (m + 2)):
-                split_columns(block, advance(lines, i * m * lanes), lanes, advance(d, i * m * lanes), lanes)
-            target = advance(V, c * width + vector * lanes)
-            transform_input(block, d, 2 * m * lanes, lanes, target, g.V_step, nothing)
+            transform_input(block, lines, advance(V, c * width + vector * lanes), g.V_step)
     release(lines)
-    release(d)
-    release(nothing)
 
 
 @part
@@ -382,29 +373,24 @@ def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming
 def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, bias, y):
     """Transform the products and store the pixels that exist: y = A^T M A + bias."""
     lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
-    pixels, line = allocate(block, m * m * lanes), allocate(block, m * lanes)
-    M_step = g.k_group * width
+    lines = allocate(block, m * m * lanes)
     for k in range(k_count):
-        index = 0
+        s = 0
         for vector in range(vectors):
             source = advance(M, k * width + vector * lanes)
-            transform_output(block, source, (m + 2) * M_step, M_step, pixels, lanes, advance(bias, k))
-            begin = index
-            while index < count and segments[index, 0] < (vector + 1) * lanes:
-                index += 1
-            for i in range(m):
-                merge_columns(block, advance(pixels, i * m * lanes), lanes, line, lanes)
-                for s in range(begin, index):
-                    p, q = segments[s, 3] * m + i, segments[s, 4] * m
-                    if p < g.P:
-                        target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
-                        exist = min(segments[s, 1] * m, g.Q - q)
-                        spread(block, target, y[5], advance(line, segments[s, 0] % lanes * m), exist)
-                        if g.fetches_ahead:
-                            for j in range(0, exist, lanes):
-                                prefetch(advance(target, y[2] + j * y[5]))
-    release(pixels)
-    release(line)
+            transform_output(block, source, g.k_group * width, advance(bias, k), lines)
+            while s < count and segments[s, 0] < (vector + 1) * lanes:
+                p, q = segments[s, 3] * m, segments[s, 4] * m
+                target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
+                line, rows = advance(lines, segments[s, 0] % lanes * m), min(m, g.P - p)
+                columns = min(segments[s, 1] * m, g.Q - q)
+                spread_rows(block, rows, target, y[4], y[5], line, m * lanes, columns)
+                if g.fetches_ahead:
+                    for i in range(rows):
+                        for j in range(0, columns, lanes):
+                            prefetch(advance(target, y[2] + i * y[4] + j * y[5]))
+                s += 1
+    release(lines)
 
 
 @part
