@@ -874,23 +874,43 @@ def spread_rows(block, rows, target, target_row, step, source, source_row, count
 
 
 def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -> list[Any]:
-    """Emit matrix @ column for a constant matrix and a list of vectors; zeros and ones cost nothing."""
-    product = []
-    for row in matrix:
-        total = None
-        for factor, value in zip(row, column, strict=True):
-            if factor == 0:
-                continue
-            if total is None:
-                total = value if factor == 1 else builder.fmul(simd.constant(float(factor)), value)
-            elif factor == 1:
-                total = builder.fadd(total, value)
-            elif factor == -1:
-                total = builder.fsub(total, value)
-            else:
-                total = simd.fma(simd.constant(float(factor)), value, total)
-        product.append(total)
+    """Emit matrix @ column for a constant matrix and a list of vectors; zeros and ones cost nothing.
+
+    The matrices of points p, -p hold pairs of rows, or of columns, that differ in some signs only. Columns:
+    their sum and their difference take the places of both. Rows: what they share, plus or minus the rest.
+    """
+    matrix, column = [list(row) for row in matrix], list(column)
+    for j in range(len(column) - 1):
+        both = [(row[j], row[j + 1]) for row in matrix]
+        if all(abs(a) == abs(b) for a, b in both) and {a == b for a, b in both if a} == {True, False}:
+            a, b = column[j : j + 2]
+            column[j : j + 2] = builder.fadd(a, b), builder.fsub(a, b)
+            for row, (a, b) in zip(matrix, both, strict=True):
+                row[j : j + 2] = (a, 0) if a == b else (0, a)
+    product: list[Any] = []
+    while len(product) < len(matrix):
+        row, *others = matrix[len(product) :]
+        if others and list(map(abs, row)) == list(map(abs, others[0])) and row != others[0]:
+            shared = [a if a == b else 0 for a, b in zip(row, others[0], strict=True)]
+            rest = [a - b for a, b in zip(row, shared, strict=True)]
+            even, odd = (_emit_sum(builder, simd, part, column) for part in (shared, rest))
+            product += [builder.fadd(even, odd), builder.fsub(even, odd)]
+        else:
+            product.append(_emit_sum(builder, simd, row, column))
     return product
+
+
+def _emit_sum(builder: Any, simd: Vectors, factors: list[Any], column: list[Any]) -> Any:
+    """Emit the sum of vectors times constant factors, a factor 1 first if there is one."""
+    terms = [(factor, value) for factor, value in zip(factors, column, strict=True) if factor != 0]
+    (factor, value), *others = sorted(terms, key=lambda term: term[0] != 1)
+    total = value if factor == 1 else builder.fmul(simd.constant(float(factor)), value)
+    for factor, value in others:
+        if abs(factor) == 1:
+            total = (builder.fadd if factor == 1 else builder.fsub)(total, value)
+        else:
+            total = simd.fma(simd.constant(float(factor)), value, total)
+    return total
 
 
 def _emit_sandwich(builder: Any, simd: Vectors, matrix: Any, X: list[list[Any]]) -> list[list[Any]]:
@@ -931,8 +951,8 @@ def transform_filter(
 def transform_input(typingctx: Any, block: BlockType, lines: Any, target: Any, target_step: Any) -> Any:
     """Winograd: V = B^T d B of a vector of tiles, m columns apart.
 
-    lines   pointer to the m + 2 lines of the tiles: of each, the m * lanes columns from the first tile's first
-            on, then those from its column m on
+    lines   pointer to the m + 2 lines of the tiles: of each m * lanes columns, the first tile's first column
+            and what follows, then as many from its column m on
     target  pointer to V: element e of its rows, one after the other, is the vector at e * target_step
     """
     floats, m = types.CPointer(block.float), block.block.m
