@@ -8,6 +8,9 @@ Inputs i whose i + before leaves the same rest when divided by the stride, a *ph
 neighbours among them meet neighbours of grad_y: a convolution of grad_y with some of the taps, reversed, and
 stride 1 (the sub-pixel view of Shi et al. 2016, arXiv:1609.07009). With stride 1 there is one phase, of all
 taps. Phases that meet no tap are zero: where there are some, all of grad_x is made zero first.
+
+Windows that lie side by side, such as the patches of a vision transformer, would make a phase for each tap:
+there one convolution with a 1x1 kernel makes all taps as channels, and a copy puts them in their places.
 """
 
 from __future__ import annotations
@@ -65,9 +68,17 @@ class Part(NamedTuple):
         return slice(None), slice(None), *(phase.outputs for phase in self.phases)
 
 
+class Patches(NamedTuple):
+    """The convolution that makes a channel for each (c, t, r, s), where windows lie side by side."""
+
+    problem: ConvProblem
+
+
 @lru_cache(maxsize=256)
-def find_parts(problem: ConvProblem) -> tuple[Part, ...]:
+def find_parts(problem: ConvProblem) -> tuple[Part | Patches, ...]:
     """Return the convolutions that together make the gradient, one after the other."""
+    if _is_side_by_side(problem):
+        return (_make_patches(problem),)
     sizes = zip(
         problem.input_shape5[2:], problem.weight_shape5[2:], problem.output_shape5[2:], problem.stride,
         problem.dilation, problem.padding_before, strict=True,
@@ -121,6 +132,23 @@ def _make_part(problem: ConvProblem, *phases: Phase) -> Part:
     return Part(replace(part, D=D, H=H, W=W, T=T, R=R, S=S), (d, h, w))
 
 
+def _is_side_by_side(problem: ConvProblem) -> bool:
+    """Say whether every input lies in exactly one window, and windows have several."""
+    extents, O_P_Q = problem.weight_shape5[2:], problem.output_shape5[2:]
+    covered = tuple(count * extent for count, extent in zip(O_P_Q, extents, strict=True))
+    is_dense = problem.dilation == (1, 1, 1) and problem.padding == ((0, 0),) * 3
+    return is_dense and problem.stride == extents != (1, 1, 1) and covered == problem.input_shape5[2:]
+
+
+def _make_patches(problem: ConvProblem) -> Patches:
+    O, P, Q = problem.output_shape5[2:]
+    part = replace(
+        problem, direction="forward", C=problem.K, K=problem.C * math.prod(problem.weight_shape5[2:]),
+        D=O, H=P, W=Q, T=1, R=1, S=1, stride=(1, 1, 1),
+    )  # fmt: skip
+    return Patches(part)
+
+
 def _make_zeros(problem: ConvProblem) -> Part:
     """Return a convolution of nothing, with one tap and one channel per group, that makes all elements."""
     D, H, W = sizes = problem.input_shape5[2:]
@@ -149,11 +177,14 @@ class InputGradient:
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
         """Return the bytes that are allocated at a time, the rearranged weight of a part included."""
-        return max(
-            int(self._forward.workspace(part.problem, tile, device))
-            + math.prod(part.problem.weight_shape5) * self._memory.itemsize(problem)
-            for part in find_parts(problem)
-        )
+        return max(self._workspace_of(part, tile, device) for part in find_parts(problem))
+
+    def _workspace_of(self, part: Part | Patches, tile: Any, device: Any) -> int:
+        held = math.prod(part.problem.weight_shape5)
+        if isinstance(part, Patches):
+            held += math.prod(part.problem.output_shape5)
+        own = int(self._forward.workspace(part.problem, tile, device))
+        return own + held * self._memory.itemsize(part.problem)
 
     def prepare(self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray) -> list[Any]:
         """Return the weight of every part, rearranged and prepared."""
@@ -166,17 +197,40 @@ class InputGradient:
         for i, part in enumerate(find_parts(problem)):
             is_prepared = isinstance(o.weight, list)
             weight = o.weight[i] if is_prepared else self._weight_of(problem, part, o.weight)
+            if isinstance(part, Patches):
+                self._run_patches(problem, part, tile, device, o._replace(weight=weight))
+                continue
             x = self._zeros(part.problem.input_shape5, o.x.dtype) if part.is_zero else o.x[part.outputs]
             residual = None if o.residual is None else o.residual[part.inputs]
             own = Operands(x, weight, o.bias, residual, o.epilogue, o.out[part.inputs])
             self._forward.run(part.problem, tile, device, own)
 
-    def _weight_of(self, problem: ConvProblem, part: Part, weight: np.ndarray) -> np.ndarray:
+    def _run_patches(
+        self, problem: ConvProblem, part: Patches, tile: Any, device: Any, operands: Operands
+    ) -> None:
+        """Make all taps as channels, from a bias and a residual of such channels, then put them in place."""
+        o, (T, R, S), (O, P, Q) = operands, problem.weight_shape5[2:], problem.output_shape5[2:]
+        places, made = (problem.N, problem.C, O, T, P, R, Q, S), part.problem.output_shape5
+        bias, residual = o.bias, o.residual
+        if bias is not None:
+            spread = np.broadcast_to(bias[:, None], (problem.C, T * R * S))
+            bias = self._memory.copy(spread, bias.dtype).reshape(-1)
+        if residual is not None:
+            gathered = residual.reshape(places).transpose(0, 1, 3, 5, 7, 2, 4, 6)
+            residual = self._memory.copy(gathered, residual.dtype).reshape(made)
+        y = self._memory.zeros(made, o.out.dtype)
+        self._forward.run(part.problem, tile, device, Operands(o.x, o.weight, bias, residual, o.epilogue, y))
+        in_places = y.reshape(problem.N, problem.C, T, R, S, O, P, Q).transpose(0, 1, 5, 2, 6, 3, 7, 4)
+        self._memory.write(in_places, o.out.reshape(places))
+
+    def _weight_of(self, problem: ConvProblem, part: Part | Patches, weight: np.ndarray) -> np.ndarray:
         """Return the taps of a part, reversed, with the roles of input and output channels exchanged."""
         shape = part.problem.weight_shape5
+        grouped = weight.reshape(problem.groups, problem.gemm_m, *weight.shape[1:])
+        if isinstance(part, Patches):
+            return self._memory.copy(np.moveaxis(grouped, 1, -1), weight.dtype).reshape(shape)
         if part.is_zero:
             return self._zeros(shape, weight.dtype)
-        grouped = weight.reshape(problem.groups, problem.gemm_m, *weight.shape[1:])
         taps = (slice(None), slice(None), slice(None), *(phase.taps for phase in part.phases))
         return self._memory.copy(grouped[taps].swapaxes(1, 2), weight.dtype).reshape(shape)
 

@@ -186,11 +186,9 @@ class StandInDriver:
     def clear(self, array):
         array[...] = 0
 
-    def copy(self, array):
+    def copy(self, array, target):
         self.copied.append(array)
-        target = self.empty(array.shape, array.dtype)
         target[...] = array
-        return target
 
     def time(self, function):
         self.timed += 1

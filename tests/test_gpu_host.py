@@ -19,7 +19,7 @@ import fastconv
 from fastconv import ConvError, arrays, reference
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE
-from fastconv.gpu import cupy_driver, launch
+from fastconv.gpu import cupy_driver, launch, memory
 from tests import cuda_stand_in
 from tests.compare import assert_exact, integers, layouts
 from tests.cuda_stand_in import FOREIGN_STREAM, CupyArray, ForeignArray
@@ -55,7 +55,7 @@ class HostKernels:
 
     def prepare(self, problem, tile, device, weight):
         self.prepared.append(weight)
-        return launch.driver().copy(weight)
+        return memory.copy(weight, weight.dtype)
 
     def run(self, problem, tile, device, operands):
         self.seen.append(operands)

@@ -513,8 +513,8 @@ class Allocating:
         self.allocated += array.nbytes
         return array
 
-    def copy(self, array):
-        return self.empty(array.shape, array.dtype)
+    def copy(self, array, target):
+        pass
 
     def launch(self, kernel, blocks, arguments):
         pass

@@ -6,7 +6,7 @@ import pytest
 import fastconv
 from fastconv import conv_grad, reference
 from fastconv.cpu import direct, memory
-from fastconv.grad_input import find_parts
+from fastconv.grad_input import Patches, find_parts
 from fastconv.plan import make_plan
 from fastconv.problem import ConvError, make_problem, make_transposed
 from tests.compare import assert_exact, integers, normals
@@ -220,6 +220,45 @@ def test_inputs_between_the_windows_are_made_zero_at_once():
     """However many phases they have: here 64 * 64 - 1 of 64 * 64."""
     problem = make_problem("conv2d", (1, 2, 130, 130), (2, 2, 1, 1), stride=64)
     assert len(find_parts(problem)) == 2
+
+
+class TestSideBySide:
+    """Windows that cover the input without overlap: one convolution makes all taps as channels."""
+
+    @pytest.mark.parametrize(
+        ("size", "options", "is_covered"),
+        [
+            ((8, 9), {"stride": (4, 3)}, True),
+            ((8, 10), {"stride": (4, 3)}, False),
+            ((8, 9), {"stride": (4, 2)}, False),
+            ((8, 9), {"stride": (5, 3)}, False),
+            ((8, 9), {"stride": (4, 3), "padding": (0, 3)}, False),
+            ((8, 10), {"stride": (4, 5), "dilation": (1, 2)}, False),
+        ],
+    )
+    def test_what_it_takes(self, size, options, is_covered):
+        problem = make_problem("conv2d", (1, 2, *size), (3, 2, 4, 3), **options)
+        assert any(isinstance(part, Patches) for part in find_parts(problem)) == is_covered
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_bias_residual_and_activation(self, groups, rng):
+        x, w = integers(rng, (2, 6, 3, 5)), integers(rng, (6, 4, 2, 3))
+        bias, residual = integers(rng, (4 * groups,)), integers(rng, (2, 4 * groups, 6, 15))
+        ending = {"residual": residual, "activation": "relu"}
+        found = fastconv.conv_transpose2d(x, w, bias, stride=(2, 3), groups=groups, **ending)
+        plain = fastconv.conv_transpose2d(x, w, stride=(2, 3), groups=groups)
+        assert_exact(found, np.maximum(plain + bias[:, None, None] + residual, 0), "float32")
+        assert_exact(
+            plain, reference.conv2d_input(plain.shape, w, x, stride=(2, 3), groups=groups), "float32"
+        )
+
+    def test_workspace_has_the_channels(self):
+        shape = (1, 3, 64, 64)
+        problem = make_problem("conv2d", shape, (5, 3, 16, 16), stride=16, direction="grad_input")
+        plan = make_plan(problem, "direct")
+        (part,) = find_parts(problem)
+        of_forward = direct.workspace(part.problem, plan.tile, plan.device)
+        assert plan.workspace() == of_forward + 4 * (5 * 3 * 16 * 16 + 3 * 64 * 64)
 
 
 @every_op

@@ -12,6 +12,11 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.array(array, dtype=dtype, order="C")
 
 
+def write(array: np.ndarray, target: np.ndarray) -> None:
+    """Copy into an array of the same shape and dtype."""
+    target[...] = array
+
+
 def clear(array: np.ndarray) -> None:
     """Set all elements to 0."""
     array[...] = 0

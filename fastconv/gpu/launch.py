@@ -42,8 +42,8 @@ class Driver(Protocol):
     def clear(self, array: np.ndarray) -> None:
         """Enqueue that all elements become 0."""
 
-    def copy(self, array: np.ndarray) -> np.ndarray:
-        """Enqueue a copy into contiguous memory of the caller's pool, and return that."""
+    def copy(self, array: np.ndarray, target: np.ndarray) -> None:
+        """Enqueue a copy into another array of the same shape and dtype."""
 
     def time(self, function: Callable[[], None]) -> float:
         """Return the seconds that the device takes for what the function enqueues."""

@@ -178,7 +178,14 @@ def cupy_to_torch(array: Any) -> Any:
 
 def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Copy into contiguous memory of the caller's pool; the dtype is the array's own."""
-    return launch.driver().copy(array)
+    target = launch.driver().empty(array.shape, array.dtype)
+    write(array, target)
+    return target
+
+
+def write(array: np.ndarray, target: np.ndarray) -> None:
+    """Copy into an array of the same shape and dtype."""
+    launch.driver().copy(array, target)
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
