@@ -22,7 +22,8 @@ EXPOSED = 0.1  # the part of the shorter of arithmetic and traffic that the long
 TILE_CYCLES = 60  # to start a tile and to store it
 L2_CYCLES = 2  # to load a vector from L2
 SUM_CYCLES = 4  # from one FMA to the next on its result
-ROW_CYCLES = 45  # to start a row that is copied
+ROW_CYCLES = 45  # to start a row that is copied alone
+BOX_ROW_CYCLES = 15  # one of several that are copied together
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ class Device:
         tap += wider * self.tap_cycles(tile.rows, narrow + 1)
         return math.ceil(rows / tile.rows) * (taps * tap + tiles * TILE_CYCLES)
 
-    def copy_cycles(self, problem: ConvProblem, rows: float, length: float, step: int) -> float:
+    def copy_cycles(
+        self, problem: ConvProblem, rows: float, length: float, step: int, start: int = ROW_CYCLES
+    ) -> float:
         """Return the cycles to copy rows of an input, columns `step` apart, to where they lie together."""
         is_scattered = step > 2 or problem.order == "NHWC"
         element = 1 if is_scattered else 2 * step / self.lanes(problem.compute_dtype)
-        return rows * (ROW_CYCLES + length * element)
+        return rows * (start + length * element)
 
     def seconds(self, problem: ConvProblem, cycles: float) -> float:
         """Return the seconds of `cycles` of arithmetic and traffic; the longer hides most of the other."""

@@ -29,7 +29,7 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
-from fastconv.cpu.device import itemsize
+from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -141,9 +141,11 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     columns = g.tiles / g.blocks
     products = g.blocks * a * a * device.multiply_cycles(tile, g.K, math.ceil(columns), g.C, dtype)
     filters = g.K * math.ceil(g.C / lanes) * (9 * lanes + 4 * a * a)
-    lines = device.copy_cycles(problem, 2 * a, lanes * tile.m, 1)
+    lines = device.copy_cycles(problem, 2 * a, lanes * tile.m, 1, BOX_ROW_CYCLES)
     inputs = vectors * g.C * (lines + 6 * a * a)
-    outputs = vectors * g.K * (4 * a * a + device.copy_cycles(problem, tile.m, lanes * tile.m, 1))
+    outputs = (
+        vectors * g.K * (4 * a * a + device.copy_cycles(problem, tile.m, lanes * tile.m, 1, BOX_ROW_CYCLES))
+    )
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
 
 
