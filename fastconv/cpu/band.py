@@ -130,15 +130,28 @@ def plan_bands(problem: ConvProblem, block: Block, cache: int, workers: int) -> 
     """Divide a problem into bands whose packed input takes about `cache` bytes, and those among threads."""
     C, K = problem.C // problem.groups, problem.K // problem.groups
     (row_phases, halo_h), (column_phases, halo_w) = _phases(problem, 1), _phases(problem, 2)
-    planes = C * problem.T * len(row_phases) * len(column_phases)
-    budget = cache // (itemsize(problem) * planes)  # elements of each
-    cols = even_share(problem.Q, max(64, budget // (1 + halo_h) - halo_w))
-    rows = even_share(problem.P, max(1, budget // (cols + halo_w) - halo_h))
+    phases = C * problem.T * len(row_phases) * len(column_phases)
+    budget = cache // (itemsize(problem) * phases)  # elements of each
+    planes = problem.N * problem.groups * problem.O
+    cols = _cut(problem.Q, max(64, budget // (1 + halo_h) - halo_w), planes, workers, block.lanes)
+    planes *= math.ceil(problem.Q / cols)
+    rows = _cut(problem.P, max(1, budget // (cols + halo_w) - halo_h), planes, workers)
     geometry = make_geometry(
         problem, problem.groups, C, K, rows, cols, rows + halo_h, cols + halo_w, block.rows, workers
     )
     geometry = geometry._replace(by_rows=int(_prefers_rows(geometry, block, problem.gemm_k)))
     return geometry, _tap_tables(problem, geometry, row_phases, column_phases)
+
+
+def _cut(extent: int, most: int, others: int, workers: int, multiple: int = 1) -> int:
+    """Return an even share of an axis, of about `most` or less, so that workers get as many shares each.
+
+    others  how often the axis is cut
+    """
+    parts = math.ceil(extent / most)
+    while 1 < parts < extent and parts * others % workers and parts * others < 8 * workers:
+        parts += 1
+    return even_share(extent, math.ceil(extent / parts), multiple)
 
 
 def _prefers_rows(g: Geometry, block: Block, taps: int) -> bool:
