@@ -42,7 +42,7 @@ def matrices(m: int, taps: int = 3) -> Matrices:
     """
     a = m + taps - 1
     if a not in POINTS:
-        raise ValueError(f"F({m}, {taps}) must have {', '.join(map(str, POINTS))} inputs, got {a}")
+        raise ValueError(f"F({m}, {taps}) must have one of {', '.join(map(str, POINTS))} inputs, got {a}")
     points = [Fraction(p) for p in POINTS[a].split()]
     AT = tuple(tuple(p**i for p in points) + (Fraction(int(i == m - 1)),) for i in range(m))
     G = [tuple(p**i / _others(points, p) for i in range(taps)) for p in points]

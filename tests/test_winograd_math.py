@@ -111,7 +111,7 @@ class TestMatrices:
 
 
 def test_no_points():
-    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have 4, 6, 8 inputs, got 9$"):
+    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have one of 4, 6, 8 inputs, got 9$"):
         matrices(4, 6)
 
 

@@ -260,7 +260,7 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
 
 def task_threads(problem: ConvProblem) -> int:
     """Return the threads worth waking for a problem."""
-    return threads.thread_count() if problem.flops > SERIAL_FLOPS else 1
+    return min(threads.thread_count(), 1 + problem.flops // SERIAL_FLOPS)
 
 
 def padded_bias(problem: ConvProblem, bias: np.ndarray | None, slack: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
 from fastconv.cpu import team
-from fastconv.cpu.team import compile_cached, launch
+from fastconv.cpu.team import PART, compile_cached, compile_for, launch
 from fastconv.winograd_math import matrices
 
 INT = ir.IntType(64)
@@ -67,9 +67,6 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
     )
 
 
-_PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-
-
 class Kernel:
     """A function compiled with Numba, without the GIL, that runs some of a number of tasks.
 
@@ -81,26 +78,23 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.dispatcher = compile_cached(function, **_PART)
-        self.entries: dict[Block, tuple[Callable[..., None], int]] = {}
+        self.dispatcher = compile_cached(function, **PART)
+        self.entries: dict[Block, tuple[Callable[..., int], int]] = {}
 
     def __call__(self, block: Block, tasks: int, workers: int, *arguments: Any) -> None:
         entry = self.entries.get(block)
         if entry is None:
             entry = self.entries[block] = self._compile(block, arguments)
-        launch, address = entry
-        launch(*team.gather(min(workers, tasks) - 1), tasks, address, arguments)
+        run, address = entry
+        if run(*team.gather(min(workers, tasks) - 1), tasks, address, arguments):
+            raise MemoryError("a kernel could not allocate its workspace")
 
-    def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], int]:
+    def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., int], int]:
         """Return the machine code that takes the arguments from Python, and the address of the kernel's."""
         kinds = [_typeof(argument) for argument in arguments]
-        signature = (numba.typeof(block), types.int64, types.int64, *kinds)
-        self.dispatcher.compile(signature)
-        compiled = self.dispatcher.overloads[signature]
-        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-        signature = (types.int64, types.int64, types.int64, types.int64, types.Tuple(kinds))
-        launch.compile(signature)
-        return launch.overloads[signature].entry_point, address
+        kernel = compile_for(self.dispatcher, (numba.typeof(block), types.int64, types.int64, *kinds))
+        address = kernel.library.get_pointer_to_function(kernel.fndesc.llvm_func_name)
+        return compile_for(launch, (*[types.int64] * 4, types.Tuple(kinds))).entry_point, address
 
 
 def _typeof(argument: Any) -> Any:
@@ -112,12 +106,12 @@ def _typeof(argument: Any) -> Any:
 
 def part(function: Callable[..., Any]) -> Any:
     """Compile a part of kernels, which Python does not call: without wrappers and a cache of its own."""
-    return numba.njit(**_PART)(function)
+    return numba.njit(**PART)(function)
 
 
 def small_part(function: Callable[..., Any]) -> Any:
     """Compile a small part, always inlined: calls were seen to cost 60 ns per task, 2 ns per copied row."""
-    return numba.njit(**_PART, forceinline=True)(function)
+    return numba.njit(**PART, forceinline=True)(function)
 
 
 class Tile(NamedTuple):
@@ -839,7 +833,7 @@ def copy_rows(block, rows, target, target_row, source, source_row, step, count, 
         return
     for i in range(0, count, lanes):
         to, of = advance(target, i), advance(source, i * step)
-        written = lane_bits(block, 0, min(count - i, lanes))
+        written = lane_bits(block, 0, count - i)
         if step == 2:  # the last element read is 2 * (high - 1): what follows may be nobody's memory
             read = lane_bits(block, 2 * (low - i), 2 * (high - i) - 1)
             for row in range(rows):
@@ -850,7 +844,7 @@ def copy_rows(block, rows, target, target_row, source, source_row, step, count, 
             for row in range(rows):
                 copy_whole(block, advance(to, row * target_row), advance(of, row * source_row))
         else:
-            read = lane_bits(block, low - i, min(high - i, lanes))
+            read = lane_bits(block, low - i, high - i)
             for row in range(rows):
                 copy_lanes(block, advance(to, row * target_row), advance(of, row * source_row), read, written)
 
@@ -893,7 +887,7 @@ def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -
         if others and list(map(abs, row)) == list(map(abs, others[0])) and row != others[0]:
             shared = [a if a == b else 0 for a, b in zip(row, others[0], strict=True)]
             rest = [a - b for a, b in zip(row, shared, strict=True)]
-            even, odd = (_emit_sum(builder, simd, part, column) for part in (shared, rest))
+            even, odd = (_emit_sum(builder, simd, factors, column) for factors in (shared, rest))
             product += [builder.fadd(even, odd), builder.fsub(even, odd)]
         else:
             product.append(_emit_sum(builder, simd, row, column))

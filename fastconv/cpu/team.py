@@ -19,7 +19,6 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numba
@@ -32,19 +31,27 @@ WATCHES = 20_000  # of all jobs, before a worker sleeps: about a millisecond
 WAITS = 1_000  # of a caller for the last chunks, before it lets others have its core
 
 # Memory of a team: a row for each of so many callers at once (another finds no row, and works alone), then
-# one for each worker that there may be.
-JOBS, MOST_WORKERS, ROW = 8, 255, 128  # bytes: two cache lines, which are fetched together
+# one for each worker that there may be. A row is two cache lines, which are fetched together.
+JOBS, MOST_WORKERS, ROW = 8, 255, 128
 
 # A job's numbers, and where they lie in its row: whether a caller has TAKEN it, how many chunks are OPEN,
 # claimed by nobody (plus EACH for each worker that may claim some), and UNFINISHED, claimed or not. While
-# there are any: the FUNCTION(ARGUMENTS, first, last) to call, and how many TASKS and CHUNKS there are in all.
-TAKEN, OPEN, FUNCTION, ARGUMENTS, TASKS, CHUNKS, UNFINISHED = range(0, 56, 8)
+# there are any: the FUNCTION(ARGUMENTS, first, last) to call, how many TASKS and CHUNKS there are in all, and
+# whether one FAILED.
+TAKEN, OPEN, FUNCTION, ARGUMENTS, TASKS, CHUNKS, UNFINISHED, FAILED = range(0, 64, 8)
 EACH = 1 << 32
 # A worker's: whether it is ASLEEP, or about to be, and the LOCK that it waits for then.
 ASLEEP, LOCK = range(0, 16, 8)
 
 _INT = ir.IntType(64)
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+PART = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # not for Python to call
 
 
 def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
@@ -55,8 +62,21 @@ def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
         return numba.njit(**options)(function)
 
 
-_part = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_entry = partial(compile_cached, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
+def compile_for(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
+    """Return what Numba compiles of a function for arguments of these types."""
+    dispatcher.compile(signature)
+    if signature not in dispatcher.overloads:  # two processes have written to one file of the cache at once
+        dispatcher = numba.njit(**dispatcher.targetoptions)(dispatcher.py_func)
+        dispatcher.compile(signature)
+    return dispatcher.overloads[signature]
+
+
+_part = numba.njit(**PART)
+
+
+def _entry(function: Callable[..., Any]) -> Any:
+    """Compile a function that Python calls, without the GIL."""
+    return compile_cached(function, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -114,14 +134,13 @@ def _call(
     first: types.Integer,
     last: types.Integer,
 ) -> Any:
-    """Call the function at an address."""
+    """Call the function at an address, and return what it does."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_INT] * 3)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
+        kind = ir.FunctionType(_INT, [_INT] * 3)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.int64(*[types.int64] * 4), codegen
 
 
 @intrinsic
@@ -165,13 +184,13 @@ def _emit_foreign_call(name: str, *more: int) -> Any:
 def _bind(typingctx: Any, kernel: types.Integer, arguments: types.BaseTuple) -> Any:
     """Return the address of a function f(a, first, last) that calls kernel(block, first, last, *arguments).
 
-    And a, the address of what f needs, which lasts as long as the caller of `_bind` runs. A block is nothing
-    at run time, so any number will do for it.
+    And a, the address of what f needs, which lasts as long as the caller of `_bind` runs. f returns 1 if the
+    kernel raised an exception, else 0. A block is nothing at run time, so any number will do for it.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         slot = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, args))
-        kind = ir.FunctionType(ir.VoidType(), [_INT] * 3)
+        kind = ir.FunctionType(_INT, [_INT] * 3)
         function = ir.Function(builder.module, kind, builder.module.get_unique_name("chunk"))
         function.linkage = "internal"
         _emit_call(
@@ -192,23 +211,23 @@ def _emit_call(
     signature = context.call_conv.get_function_type(types.none, kinds)
     values = [context.get_dummy_value(), first, last, *cgutils.unpack_tuple(builder, kept)]
     target = builder.inttoptr(kernel, signature.as_pointer())
-    context.call_conv.call_function(builder, target, types.none, kinds, values)  # kernels raise nothing
-    builder.ret_void()
+    status, _ = context.call_conv.call_function(builder, target, types.none, kinds, values)
+    builder.ret(builder.zext(status.is_error, _INT))
 
 
 @_entry
 def launch(jobs, helpers, tasks, kernel, arguments):
-    """Call a kernel until every task in 0 ... tasks-1 has been covered once."""
+    """Call a kernel until every task in 0 ... tasks-1 has been covered once; return whether a call failed."""
     function, bound = _bind(kernel, arguments)
     job = _take_job(jobs) if helpers > 0 else 0
     if job == 0:
-        _call(function, bound, 0, tasks)
-        return
+        return _call(function, bound, 0, tasks)
     chunks = min(tasks, (helpers + 1) * CHUNKS_PER_THREAD)
     store(job + FUNCTION, function)
     store(job + ARGUMENTS, bound)
     store(job + TASKS, tasks)
     store(job + CHUNKS, chunks)
+    store(job + FAILED, 0)
     store(job + UNFINISHED, chunks)
     store(job + OPEN, helpers * EACH + chunks)
     _wake(jobs, helpers)
@@ -219,7 +238,9 @@ def launch(jobs, helpers, tasks, kernel, arguments):
         waits += 1
         if waits > WAITS:
             _step_aside()
+    failed = load(job + FAILED)
     store(job + TAKEN, 0)
+    return failed
 
 
 @_part
@@ -253,7 +274,8 @@ def _work_on(job, me):
             tasks, chunks = load(job + TASKS), load(job + CHUNKS)  # job it is of, these are its numbers
             chunk = chunks - left
             first, last = tasks * chunk // chunks, tasks * (chunk + 1) // chunks
-            _call(load(job + FUNCTION), load(job + ARGUMENTS), first, last)
+            if _call(load(job + FUNCTION), load(job + ARGUMENTS), first, last) != 0:
+                store(job + FAILED, 1)
             _decrease(job + UNFINISHED)
             worked = True
 
@@ -296,15 +318,16 @@ class _Team:
         """Start workers until there are so many."""
         with self.starting:
             while self.workers < helpers:
+                me, self.workers = self.workers, self.workers + 1
                 lock = _python.PyThread_allocate_lock()
                 _python.PyThread_acquire_lock(lock, 1)
-                ctypes.c_int64.from_address(self.jobs + (JOBS + self.workers) * ROW + LOCK).value = lock
-                arguments = self.jobs, self.workers
+                ctypes.c_int64.from_address(self.jobs + (JOBS + me) * ROW + LOCK).value = lock
                 try:
-                    threading.Thread(target=_serve, args=arguments, name="fastconv", daemon=True).start()
-                except RuntimeError:  # the system has no more; the caller does what they would have
+                    threading.Thread(
+                        target=_serve, args=(self.jobs, me), name="fastconv", daemon=True
+                    ).start()
+                except RuntimeError:  # the system has no more: the caller does what this one would have
                     break
-                self.workers += 1
 
 
 _python = ctypes.pythonapi

@@ -114,7 +114,8 @@ def _geometry(
     tiles_h, tiles_w = math.ceil(problem.P / tile.m), math.ceil(problem.Q / tile.m)
     tiles = problem.N * tiles_h * tiles_w
     width, vectors = tile.vectors * lanes, math.ceil(tiles / lanes)
-    blocks = min(vectors, math.ceil(vectors / tile.vectors / workers) * workers)
+    per_group = math.ceil(workers / problem.groups)
+    blocks = min(vectors, math.ceil(vectors / tile.vectors / per_group) * per_group)
     shares_V = 0 < blocks * problem.groups < workers
     k_parts = math.ceil(2 * workers / (blocks * problem.groups)) if shares_V else 1
     k_step = min(K, math.ceil(K / k_parts / tile.rows) * tile.rows)
@@ -137,15 +138,14 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     dtype = problem.compute_dtype
     lanes, a = device.lanes(dtype), tile.m + 2
     g = _geometry(problem, tile, device, 1, prepared=False)
-    vectors = math.ceil(g.tiles / lanes)
-    columns = g.tiles / g.blocks
-    products = g.blocks * a * a * device.multiply_cycles(tile, g.K, math.ceil(columns), g.C, dtype)
+    columns = math.ceil(g.tiles / g.blocks)
+    products = g.blocks * a * a * device.multiply_cycles(tile, g.K, columns, g.C, dtype)
     filters = g.K * math.ceil(g.C / lanes) * (9 * lanes + 4 * a * a)
-    lines = device.copy_cycles(problem, 2 * a, lanes * tile.m, 1, BOX_ROW_CYCLES)
-    inputs = vectors * g.C * (lines + 6 * a * a)
-    outputs = (
-        vectors * g.K * (4 * a * a + device.copy_cycles(problem, tile.m, lanes * tile.m, 1, BOX_ROW_CYCLES))
+    lines, rows = (
+        device.copy_cycles(problem, count, lanes * tile.m, 1, BOX_ROW_CYCLES) for count in (2 * a, tile.m)
     )
+    inputs = g.vectors * g.C * (lines + 6 * a * a)
+    outputs = g.vectors * g.K * (4 * a * a + rows)
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
 
 
