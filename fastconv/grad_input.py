@@ -181,8 +181,8 @@ class InputGradient:
 
     def _workspace_of(self, part: Part | Patches, tile: Any, device: Any) -> int:
         held = math.prod(part.problem.weight_shape5)
-        if isinstance(part, Patches):
-            held += math.prod(part.problem.output_shape5)
+        if isinstance(part, Patches):  # the channels, and a bias and a residual of such channels
+            held += 2 * math.prod(part.problem.output_shape5) + part.problem.K
         own = int(self._forward.workspace(part.problem, tile, device))
         return own + held * self._memory.itemsize(part.problem)
 

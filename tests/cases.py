@@ -41,6 +41,7 @@ CASES = [
     Case("stride_per_axis", "conv2d", (1, 3, 15, 16), (8, 3, 3, 3), {"stride": (3, 2)}),
     Case("stride_beyond_kernel", "conv2d", (2, 3, 17, 19), (4, 3, 2, 2), {"stride": (5, 4)}),
     Case("patches", "conv2d", (2, 6, 8, 9), (4, 3, 4, 3), {"stride": (4, 3), "groups": 2}),
+    Case("patches_depthwise", "conv2d", (1, 5, 6, 14), (5, 1, 2, 2), {"stride": 2, "groups": 5}),
     Case("stem_7x7", "conv2d", (1, 3, 30, 30), (8, 3, 7, 7), {"stride": 2, "padding": 3}),
     Case("dilated", "conv2d", (1, 4, 16, 15), (6, 4, 3, 3), {"dilation": 2, "padding": 2}),
     Case("dilation_per_axis", "conv2d", (1, 4, 16, 15), (6, 4, 3, 3), {"dilation": (3, 1), "stride": (1, 2)}),

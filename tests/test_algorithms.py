@@ -385,6 +385,20 @@ class TestSameBits:
         for y in results[1:]:
             assert y.tobytes() == results[0].tobytes()
 
+    @pytest.mark.parametrize("threads", ["2", "5"])
+    @every_cpu_way
+    def test_fewer_tiles_than_threads(self, way, threads, rng, monkeypatch):
+        """Threads that share output channels, or groups and channels, read one transformed input."""
+        for groups in (1, 3):
+            case = Case("few", "conv2d", (1, 48, 9, 10), (72, 48 // groups, 3, 3), {"groups": groups})
+            for problem in way.problems([case]):
+                layer, plan = make_layer(rng, problem, normals), way.plan(problem)
+                monkeypatch.setenv("FASTCONV_THREADS", "1")
+                alone = layer.run(plan).tobytes()
+                monkeypatch.setenv("FASTCONV_THREADS", threads)
+                assert layer.run(plan).tobytes() == alone
+                assert layer.run(plan, layer.prepare(plan)).tobytes() == alone
+
     @every_form
     def test_any_run(self, way, layer):
         plan = way.plan(layer.problem)

@@ -516,6 +516,9 @@ class Allocating:
     def copy(self, array, target):
         pass
 
+    def clear(self, array):
+        pass
+
     def launch(self, kernel, blocks, arguments):
         pass
 

@@ -475,6 +475,8 @@ class TestInput:
             "groups",
             "depthwise",
             "conv1d_causal",
+            "patches",
+            "patches_depthwise",
         )
         for i, case in enumerate(case for case in CASES if case.name in names):
             problem = case.problem(direction="grad_input", order=ORDERS[i % 2])

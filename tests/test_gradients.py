@@ -252,13 +252,19 @@ class TestSideBySide:
             plain, reference.conv2d_input(plain.shape, w, x, stride=(2, 3), groups=groups), "float32"
         )
 
-    def test_workspace_has_the_channels(self):
-        shape = (1, 3, 64, 64)
-        problem = make_problem("conv2d", shape, (5, 3, 16, 16), stride=16, direction="grad_input")
+    def test_workspace_has_the_channels(self, rng, monkeypatch):
+        """The made ones, and a bias and a residual of such channels."""
+        made, copy, zeros = [], memory.copy, memory.zeros
+        monkeypatch.setattr(memory, "copy", lambda *operands: made.append(copy(*operands)) or made[-1])
+        monkeypatch.setattr(memory, "zeros", lambda *operands: made.append(zeros(*operands)) or made[-1])
+        x, w = integers(rng, (1, 5, 4, 6)), integers(rng, (5, 3, 8, 8))
+        bias, residual = integers(rng, (3,)), integers(rng, (1, 3, 32, 48))
+        fastconv.conv_transpose2d(x, w, bias, stride=8, residual=residual, algo="direct")
+        problem = make_transposed("conv_transpose2d", x.shape, w.shape, stride=8)
         plan = make_plan(problem, "direct")
         (part,) = find_parts(problem)
         of_forward = direct.workspace(part.problem, plan.tile, plan.device)
-        assert plan.workspace() == of_forward + 4 * (5 * 3 * 16 * 16 + 3 * 64 * 64)
+        assert plan.workspace() == of_forward + sum(array.nbytes for array in made)
 
 
 @every_op

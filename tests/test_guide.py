@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastconv.gpu import depthwise, direct, im2col, pointwise, winograd
 from fastconv.gpu.grad_weight import outer
 from fastconv.gpu.hardware import Device
 from fastconv.problem import make_problem
+from fastconv.winograd_math import matrices
 
 GUIDE = (Path(__file__).parents[1] / "kernels" / "README.md").read_text(encoding="utf-8")
 
@@ -175,3 +177,15 @@ def test_gradient_of_the_weight():
     assert f"{problem.gemm_m} x {problem.gemm_k} sums of {problem.gemm_n:,} pixels" in text
     assert f"{outer.count_tiles(problem, 64, 64)} tiles of 64x64 for {H100.processors} SMs" in text
     assert f"here {parts}, each of blocks of its own; their sums, {workspace:.1f} MB" in text
+
+
+def test_matrices_of_winograd():
+    """Every entry of B^T, G and A^T as printed in section 7, row by row."""
+    section = GUIDE[GUIDE.index("## 7. ") : GUIDE.index("## All steps")]
+    rows = [
+        [Fraction(entry) for entry in row.split()]
+        for line in section.splitlines()
+        for row in re.findall(r"\|([-\d/ ]+)\|", line)
+    ]
+    AT, G, BT = (list(map(list, matrix)) for matrix in matrices(4))
+    assert rows == [row for pair in zip(BT, G, strict=True) for row in pair] + AT

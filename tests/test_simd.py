@@ -226,6 +226,12 @@ def call_copy(block, first, last, target, source, step, count, low, high):
 
 
 @Kernel
+def call_copy_rows(block, first, last, rows, target, target_row, source, source_row, step, count, low, high):
+    p = pointer(block, target), pointer(block, source)
+    simd.copy_rows(block, rows, p[0], target_row, p[1], source_row, step, count, low, high)
+
+
+@Kernel
 def call_spread(block, first, last, target, step, source, count):
     simd.spread(block, pointer(block, target), step, pointer(block, source), count)
 
@@ -267,6 +273,22 @@ class TestCopies:
             assert np.array_equal(np.nonzero(target[1 : count + 1])[0], inside)
             assert np.array_equal(target[1:][inside], inside + 1)
             assert np.isnan(target).sum() == 400 - count
+
+    @pytest.mark.parametrize("step", [1, 2, 3, -1])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 5])
+    def test_copy_rows(self, rows, step, dtype, counts):
+        """Each as if it were copied alone; nothing between the rows is written."""
+        block = Block(dtype, 1, 1, current().lanes(dtype))
+        source = np.arange(1, 2001, dtype=dtype).reshape(5, 400)[::-1]
+        for count in counts:
+            low, high = min(2, count), max(count - 3, min(2, count))
+            target = np.full((5, 200), np.nan, dtype)
+            places = address(target[0, 1:]), 200, address(source[0, 150:]), -400
+            call_copy_rows(block, 1, 1, rows, *places, step, count, low, high)
+            expected = np.zeros((rows, count), dtype)
+            expected[:, low:high] = source[:rows, 150 + step * np.arange(low, high)]
+            assert np.array_equal(target[:rows, 1 : count + 1], expected)
+            assert np.isnan(target).sum() == target.size - expected.size
 
     @pytest.mark.parametrize("step", [1, 2, -1])
     def test_spread(self, step, dtype, counts):
