@@ -260,7 +260,8 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
 
 def task_threads(problem: ConvProblem) -> int:
     """Return the threads worth waking for a problem."""
-    return min(threads.thread_count(), 1 + problem.flops // SERIAL_FLOPS)
+    most = 1 + problem.flops // SERIAL_FLOPS
+    return min(most, threads.thread_count()) if most > 1 else 1
 
 
 def padded_bias(problem: ConvProblem, bias: np.ndarray | None, slack: int) -> np.ndarray:

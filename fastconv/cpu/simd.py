@@ -86,7 +86,8 @@ class Kernel:
         if entry is None:
             entry = self.entries[block] = self._compile(block, arguments)
         run, address = entry
-        if run(*team.gather(min(workers, tasks) - 1), tasks, address, arguments):
+        jobs, helpers = team.gather(min(workers, tasks) - 1) if workers > 1 else (0, 0)
+        if run(jobs, helpers, tasks, address, arguments):
             raise MemoryError("a kernel could not allocate its workspace")
 
     def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., int], int]:
