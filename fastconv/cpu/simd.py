@@ -93,9 +93,10 @@ class Kernel:
     def _compile(self, block: Block, arguments: tuple[Any, ...]) -> tuple[Callable[..., int], int]:
         """Return the machine code that takes the arguments from Python, and the address of the kernel's."""
         kinds = [_typeof(argument) for argument in arguments]
-        kernel = compile_for(self.dispatcher, (numba.typeof(block), types.int64, types.int64, *kinds))
-        address = kernel.library.get_pointer_to_function(kernel.fndesc.llvm_func_name)
-        return compile_for(launch, (*[types.int64] * 4, types.Tuple(kinds))).entry_point, address
+        with compiler_lock:  # for LLVM's sake too, which a fork must not find at work
+            kernel = compile_for(self.dispatcher, (numba.typeof(block), types.int64, types.int64, *kinds))
+            address = kernel.library.get_pointer_to_function(kernel.fndesc.llvm_func_name)
+            return compile_for(launch, (*[types.int64] * 4, types.Tuple(kinds))).entry_point, address
 
 
 def _typeof(argument: Any) -> Any:
