@@ -156,19 +156,9 @@ def _run_bands(block, first, last, g, tables, elements, f, x, w, bias, y, ending
         for k in range(group * g.K + k_first, group * g.K + k_first + k_count):
             target = locate(block, y, (n, k, o, p, q))
             _convolve_band(
-                block,
-                advance(w, k * f.R * f.S),
-                f,
-                packed,
-                g,
-                p,
-                rows,
-                cols,
-                advance(bias, k),
-                target,
-                y,
+                block, advance(w, k * f.R * f.S), f, packed, g, p, rows, cols, advance(bias, k), target, y,
                 tile,
-            )
+            )  # fmt: skip
         finish(block, y, (n, group * g.K + k_first, o, p, q), (k_count, rows, cols), ending)
     release(packed)
     release(tile)

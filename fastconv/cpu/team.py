@@ -47,11 +47,8 @@ _INT = ir.IntType(64)
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-PART = {
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}  # not for Python to call
+# Options of what Python does not call.
+PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
