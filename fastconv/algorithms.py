@@ -35,7 +35,7 @@ class Algorithm:
     name      as in algo=, and of the files that hold it: cpu/<name>.py, gpu/<name>.py, kernels/<name>.cu
     summary   one sentence
     source    the paper it comes from
-    refuses   (problem, backend) -> why it cannot be run there, in words, or None
+    refuses   problem -> why it cannot be run, in words, or None
     exact     (problem, tile) -> whether sums of small integers come out exact
     error_factor, reach  (problem, tile) -> the two numbers of the ErrorBound, the factor for short sums
     """
@@ -43,7 +43,7 @@ class Algorithm:
     name: str
     summary: str
     source: str
-    refuses: Callable[..., str | None] = field(repr=False)
+    refuses: Callable[[ConvProblem], str | None] = field(repr=False)
     exact: Callable[[ConvProblem, Any], bool] = field(default=lambda problem, tile: True, repr=False)
     error_factor: Callable[[ConvProblem, Any], float] = field(
         default=lambda problem, tile: DIRECT_ERROR, repr=False
@@ -61,35 +61,34 @@ class Algorithm:
         return ErrorBound(factor, self.reach(problem, tile))
 
 
-def _accepts_all(problem: ConvProblem, backend: str = "cpu") -> str | None:
+def _accepts_all(problem: ConvProblem) -> str | None:
     return None
 
 
-def _winograd_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
+def _winograd_refuses(problem: ConvProblem) -> str | None:
     if problem.direction == "grad_weight":
         return "has no gradient of the weight"
-    filters, words = [(3, 3)], "a 3 x 3 kernel"
-    if backend == "gpu":
-        filters += [(1, 3), (3, 1), (1, 5), (5, 1)]
-        words += ", or 3 or 5 taps in a row,"
+    filters = [(3, 3), (5, 5), (1, 3), (3, 1), (1, 5), (5, 1)]
     is_flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
     if not is_flat or (problem.R, problem.S) not in filters:
-        return f"needs {words} over one plane"
+        return "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
     if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
         return "needs stride 1 and dilation 1"
+    if problem.precision == "highest" and max(problem.R, problem.S) == 5:
+        return "needs 3 taps for precision 'highest'"
     return None
 
 
 def _winograd_error(problem: ConvProblem, tile: Any) -> float:
     """Return a factor above the worst that was measured, of one channel.
 
-    On normal data that is 2.6 for F(2 x 2, 3 x 3), 16.4 for F(4 x 4, 3 x 3) and 17.9 for F(4, 5); under
-    filters of one tap, in a corner, 4.7, 48 and 36.
+    On normal data that is 2.6 for F(2 x 2, 3 x 3), 17.3 for F(4 x 4, 3 x 3), 9.0 for F(2 x 2, 5 x 5) and 17.9
+    for F(4, 5); under filters of one tap, in a corner, 4.7, 48, 50 and 36.
     """
     return DIRECT_ERROR if _is_like_direct(problem, tile) else 64.0
 
 
-def _pointwise_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
+def _pointwise_refuses(problem: ConvProblem) -> str | None:
     if problem.weight_shape5[2:] != (1, 1, 1):
         return "needs a kernel of extent 1"
     if any(pair != (0, 0) for pair in problem.padding):
@@ -102,7 +101,7 @@ def _is_like_direct(problem: ConvProblem, tile: Any) -> bool:
     return bool(tile.m == 2) and max(problem.R, problem.S) == 3
 
 
-def _depthwise_refuses(problem: ConvProblem, backend: str = "cpu") -> str | None:
+def _depthwise_refuses(problem: ConvProblem) -> str | None:
     if problem.groups != problem.C:
         return f"needs groups = C = {problem.C}"
     if problem.direction == "grad_input" and problem.K != problem.C:
@@ -127,7 +126,7 @@ TABLE: dict[str, Algorithm] = {
         ),
         Algorithm(
             "winograd",
-            "F(2x2, 3x3) or F(4x4, 3x3): 2.25 or 4 times fewer multiplications, by transforms of tiles",
+            "F(2x2, 3x3), F(4x4, 3x3), F(2x2, 5x5): 2.25 to 4 times fewer multiplications, by transforms",
             "Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; Barabasz et al. 2018, arXiv:1803.10986",
             _winograd_refuses,
             exact=_is_like_direct,

@@ -54,7 +54,7 @@ def lookup(problem: ConvProblem, device: str, backend: str = "cpu") -> Record | 
     for path in _files(device):
         record = _read(path, device).get(problem.key)
         if record is not None:
-            reason = TABLE[record["algorithm"]].refuses(problem, backend)
+            reason = TABLE[record["algorithm"]].refuses(problem)
             if reason is None:
                 return record.copy()
             _ignore(path, f"{record['algorithm']!r} cannot run {problem.key}: {reason}")

@@ -221,7 +221,7 @@ def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
 
 def why_refused(problem: ConvProblem, algo: str, backend: str = "cpu") -> str | None:
     """Return why an algorithm cannot run a problem on a backend, in words, or None."""
-    reason = TABLE[algo].refuses(problem, backend)
+    reason = TABLE[algo].refuses(problem)
     if reason is None and not _is_written(backend, algo, problem.direction):
         return f"has no kernel for {problem.direction} on the {backend.upper()} yet"
     return reason

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
-# inputs of a tile -> the points besides infinity
+# inputs of a tile -> the points besides infinity; F(1, 1) stands for an axis that is not transformed
 POINTS = {
+    1: "",
     4: "0 1 -1",
     6: "0 5/8 -5/8 3/2 -3/2",
     8: "0 1 -1 2 -2 1/2 -1/2",
@@ -33,7 +34,7 @@ class Matrices(NamedTuple):
     BT: Matrix
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def matrices(m: int, taps: int = 3) -> Matrices:
     """Return the matrices of F(m, taps); raise ValueError for a number of inputs without points.
 

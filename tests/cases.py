@@ -36,6 +36,7 @@ CASES = [
     Case("odd_sizes", "conv2d", (1, 4, 7, 13), (5, 4, 3, 3), {"padding": 1}),
     Case("one_row", "conv2d", (1, 4, 1, 37), (5, 4, 1, 3)),
     Case("one_column", "conv2d", (1, 4, 37, 1), (5, 4, 3, 1)),
+    Case("padded_5x5", "conv2d", (2, 6, 11, 13), (8, 3, 5, 5), {"padding": 2, "groups": 2}),
     Case("even_kernel", "conv2d", (2, 3, 8, 9), (4, 3, 2, 4), {"padding": 1}),
     Case("stride_2", "conv2d", (1, 3, 15, 16), (8, 3, 3, 3), {"stride": 2, "padding": 1}),
     Case("stride_per_axis", "conv2d", (1, 3, 15, 16), (8, 3, 3, 3), {"stride": (3, 2)}),

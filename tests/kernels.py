@@ -45,7 +45,7 @@ class Way(NamedTuple):
         """Those of the cases that the algorithm accepts."""
         problems = (case.problem(**changes) for case in cases)
         refuses = TABLE[self.algorithm].refuses
-        return [problem for problem in problems if refuses(problem, self.backend.package) is None]
+        return [problem for problem in problems if refuses(problem) is None]
 
     def __str__(self) -> str:
         prefix = "" if self.backend is CPU else f"{self.backend.name}-"

@@ -328,10 +328,11 @@ class TestNarrowerVectors:
 
 
 class TestRefusal:
+    FILTERS = "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
     KNOWN = (
-        ("winograd", "stem_7x7", "needs a 3 x 3 kernel over one plane"),
-        ("winograd", "conv3d", "needs a 3 x 3 kernel over one plane"),
-        ("winograd", "conv1d", "needs a 3 x 3 kernel over one plane"),
+        ("winograd", "stem_7x7", FILTERS),
+        ("winograd", "even_kernel", FILTERS),
+        ("winograd", "conv3d", FILTERS),
         ("winograd", "stride_2", "needs stride 1 and dilation 1"),
         ("winograd", "dilated", "needs stride 1 and dilation 1"),
         ("pointwise", "plain_3x3", "needs a kernel of extent 1"),
@@ -343,7 +344,17 @@ class TestRefusal:
 
     @pytest.mark.parametrize(("algorithm", "name", "reason"), KNOWN)
     def test_reason(self, algorithm, name, reason):
-        problem = next(case for case in [*CASES, self.PADDED] if case.name == name).problem()
+        case = next(case for case in [*CASES, self.PADDED] if case.name == name)
+        self.check(case.problem(), algorithm, reason)
+
+    @pytest.mark.parametrize("name", ["padded_5x5", "conv1d_of_5_taps"])
+    def test_precision(self, name):
+        """F(2, 3) is the only one whose errors are those of a direct sum."""
+        case = next(case for case in CASES if case.name == name)
+        self.check(case.problem(precision="highest"), "winograd", "needs 3 taps for precision 'highest'")
+        assert TABLE["winograd"].refuses(case.problem()) is None
+
+    def check(self, problem, algorithm, reason):
         assert TABLE[algorithm].refuses(problem) == reason
         assert possible_plans(problem, algorithm) == []
         with pytest.raises(ConvError) as caught:

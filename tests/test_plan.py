@@ -285,8 +285,8 @@ class TestErrors:
 
     def test_the_message_names_the_operation_of_the_call(self):
         """A conv1d and a conv2d of one row are different calls, though their problems may look alike."""
-        signal = make_problem("conv1d", (1, 4, 9), (4, 4, 3))
-        image = make_problem("conv2d", (1, 4, 1, 9), (4, 4, 1, 3))
+        signal = make_problem("conv1d", (1, 4, 9), (4, 4, 7))
+        image = make_problem("conv2d", (1, 4, 1, 9), (4, 4, 1, 7))
         for problem in (signal, image, signal):
             with pytest.raises(ConvError, match=f"^{problem.op}: algo='winograd' cannot run"):
                 make_plan(problem, "winograd")

@@ -137,8 +137,8 @@ def test_multiply_and_add_round_once():
 
 
 @Kernel
-def call_filter(block, first, last, w, row, step, U, U_step):
-    simd.transform_filter(block, pointer(block, w), row, step, pointer(block, U), U_step)
+def call_filters(block, first, last, w, U, U_step):
+    simd.transform_filters(block, pointer(block, w), pointer(block, U), U_step)
 
 
 @Kernel
@@ -152,54 +152,68 @@ def call_output(block, first, last, M, M_step, bias, lines):
 
 
 @every_dtype
+@pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1), (3, 1), (1, 5)])
 @every_m
 class TestTransforms:
-    """Y = M X M^T in every lane, one tile each; exact where floats hold the matrix M."""
+    """Y = L X R^T in every lane, one tile each; exact where floats hold the matrices L and R."""
 
-    def test_filter(self, m, dtype, rng):
-        lanes = current().lanes(dtype)
-        row, step, U_step = 3 * (lanes + 1) + 3, lanes + 1, lanes + 2
-        source = np.full((3, row), np.nan, dtype)
-        w = integers(rng, (3, 3, lanes), dtype)
-        for i, j in product(range(3), repeat=2):
-            source[i, j * step : j * step + lanes] = w[i, j]
-        U = np.full(((m + 2) ** 2, U_step), np.nan, dtype)
-        call_filter(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(source), row, step, address(U), U_step)
-        scale = sandwich(np.abs(matrix("G", m)), np.abs(w))
-        bound = 4 * np.finfo(dtype).eps * scale.reshape(-1, lanes)
-        assert_bounded(U[:, :lanes], sandwich(matrix("G", m), w).reshape(-1, lanes), bound, dtype)
-        assert np.isnan(U[:, lanes:]).all(), "wrote beside the vectors"
+    def test_filters(self, m, extents, dtype, rng):
+        """Of filters that follow one another; what follows them does not matter."""
+        block = block_of(m, extents, dtype)
+        U_step = block.lanes + 2
+        w = integers(rng, (block.lanes, *extents), dtype)
+        source = np.append(w, np.full(block.lanes, np.nan, dtype))
+        U = np.full((places(block), U_step), np.nan, dtype)
+        call_filters(block, 1, 1, address(source), address(U), U_step)
+        left, right = axes("G", block)
+        scale = sandwich(np.abs(left), np.abs(w), np.abs(right))
+        bound = 4 * np.finfo(dtype).eps * scale
+        assert_bounded(U[:, : block.lanes], sandwich(left, w, right), bound, dtype)
+        assert np.isnan(U[:, block.lanes :]).all(), "wrote beside the vectors"
 
-    def test_input(self, m, dtype, rng):
-        """Neighbouring tiles share two columns, but those of two runs do not: the pieces are not related."""
-        lanes = current().lanes(dtype)
-        lines = integers(rng, (m + 2, 2, lanes, m), dtype)
-        V = np.full(((m + 2) ** 2, lanes + 2), np.nan, dtype)
-        call_input(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(lines), address(V), lanes + 2)
-        d = np.concatenate([lines[:, 0], lines[:, 1, :, :2]], axis=2).transpose(0, 2, 1)
-        assert_exact(V[:, :lanes], sandwich(matrix("BT", m), d).reshape(-1, lanes), dtype)
-        assert np.isnan(V[:, lanes:]).all(), "wrote beside the vectors"
+    def test_input(self, m, extents, dtype, rng):
+        """Neighbouring tiles share columns, but those of two runs do not: the pieces are not related."""
+        block = block_of(m, extents, dtype)
+        _, m_w, a_h, a_w = block.sides
+        pieces = integers(rng, (a_h, -(-a_w // m_w), block.lanes, m_w), dtype)
+        V = np.full((places(block), block.lanes + 2), np.nan, dtype)
+        call_input(block, 1, 1, address(pieces), address(V), block.lanes + 2)
+        d = pieces.transpose(2, 0, 1, 3).reshape(block.lanes, a_h, -1)[..., :a_w]
+        left, right = axes("BT", block)
+        assert_exact(V[:, : block.lanes], sandwich(left, d, right), dtype)
+        assert np.isnan(V[:, block.lanes :]).all(), "wrote beside the vectors"
 
-    def test_output(self, m, dtype, rng):
-        lanes = current().lanes(dtype)
-        M = np.full(((m + 2) ** 2, lanes + 1), np.nan, dtype)
-        M[:, :lanes] = rng.integers(-1, 2, ((m + 2) ** 2, lanes))
-        bias, lines = np.full(1, 3, dtype), np.full(m * m * lanes + 1, np.nan, dtype)
-        call_output(
-            Block(dtype, 1, 1, lanes, m=m), 1, 1, address(M), lanes + 1, address(bias), address(lines)
-        )
-        y = 3 + sandwich(matrix("AT", m), M[:, :lanes].reshape(m + 2, m + 2, lanes))
-        assert_exact(lines[:-1].reshape(m, lanes, m), y.transpose(0, 2, 1), dtype)
+    def test_output(self, m, extents, dtype, rng):
+        block = block_of(m, extents, dtype)
+        (m_h, m_w, a_h, a_w), lanes = block.sides, block.lanes
+        M = np.full((places(block), lanes + 1), np.nan, dtype)
+        M[:, :lanes] = rng.integers(-1, 2, (places(block), lanes))
+        bias, lines = np.full(1, 3, dtype), np.full(m_h * m_w * lanes + 1, np.nan, dtype)
+        call_output(block, 1, 1, address(M), lanes + 1, address(bias), address(lines))
+        left, right = axes("AT", block)
+        y = 3 + sandwich(left, M[:, :lanes].T.reshape(lanes, a_h, a_w), right)
+        expected = y.reshape(m_h, m_w, lanes).transpose(0, 2, 1)
+        assert_exact(lines[:-1].reshape(m_h, lanes, m_w), expected, dtype)
         assert np.isnan(lines[-1])
 
 
-def matrix(name, m):
-    return np.array(getattr(matrices(m), name)).astype(np.float64)
+def block_of(m, extents, dtype):
+    return Block(dtype, 1, 1, current().lanes(dtype), m=m, extents=extents)
 
 
-def sandwich(matrix, X):
-    """M X M^T for every lane, the last axis of X."""
-    return np.einsum("ij,jkv,lk->ilv", matrix, X.astype(float), matrix)
+def places(block):
+    return block.sides[2] * block.sides[3]
+
+
+def axes(name, block):
+    """The matrix of that name for the rows of a tile, and for its columns."""
+    sides = zip(block.sides[:2], block.extents, strict=True)
+    return [np.array(getattr(matrices(m, taps), name)).astype(np.float64) for m, taps in sides]
+
+
+def sandwich(left, X, right):
+    """The elements of L X R^T, row by row, for every lane, the first axis of X."""
+    return np.einsum("ij,vjk,lk->ilv", left, X.astype(float), right).reshape(-1, len(X))
 
 
 @Kernel

@@ -110,8 +110,12 @@ class TestMatrices:
         assert (len(BT), len(BT[0])) == (m + 2, m + 2)
 
 
+def test_one_tap_is_not_transformed():
+    assert matrices(1, 1) == (((1,),),) * 3
+
+
 def test_no_points():
-    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have one of 4, 6, 8 inputs, got 9$"):
+    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have one of 1, 4, 6, 8 inputs, got 9$"):
         matrices(4, 6)
 
 

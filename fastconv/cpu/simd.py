@@ -34,10 +34,11 @@ from numba.extending import NativeValue, intrinsic, register_model, typeof_impl,
 
 from fastconv.cpu import team
 from fastconv.cpu.team import PART, compile_cached, compile_for, launch
-from fastconv.winograd_math import matrices
+from fastconv.winograd_math import Matrices, matrices
 
 INT = ir.IntType(64)
 CACHE_LINE = 64  # bytes
+FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
 
 
 def _digest() -> str:
@@ -143,10 +144,11 @@ class Block:
              "ragged"       A is one filter, a row of which meets other rows of B in every row of the tile
                             (`multiply_filter`)
     adds     whether a tile adds to what is in C, in place of a bias
-    m        Winograd: outputs along one side of a tile; of `split_columns`, how many vectors are regrouped
+    m        Winograd: outputs of a tile along an axis of several taps; of `split_columns`, how many vectors
+             are regrouped
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
              "ragged": distance of the rows of B that neighbouring rows of the tile begin with
-    extents  "plane": (R, S) of the filter
+    extents  "plane" and Winograd: (R, S) of the filter
     rolling  "plane": whether stride and dilation are 1 along the rows, so that a row serves R outputs
     """
 
@@ -160,6 +162,12 @@ class Block:
     step: int = 1
     extents: tuple[int, int] = (0, 0)
     rolling: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """Winograd: rows and columns of a tile's outputs, then of its inputs; one tap is not transformed."""
+        m_h, m_w = (self.m if taps > 1 else 1 for taps in self.extents)
+        return m_h, m_w, m_h + self.extents[0] - 1, m_w + self.extents[1] - 1
 
 
 class BlockType(types.Type):
@@ -194,20 +202,26 @@ def _constant(read: Callable[[Block], int]) -> Any:
     return apply
 
 
+def _constants(read: Callable[[Block], tuple[int, ...]]) -> Any:
+    """Return an intrinsic f(block) for a tuple of numbers that are known at compile time."""
+
+    @intrinsic
+    def apply(typingctx: Any, block: BlockType) -> Any:
+        numbers = [INT(number) for number in read(block.block)]
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return context.make_tuple(builder, sig.return_type, numbers)
+
+        return types.UniTuple(types.int64, len(numbers))(block), codegen
+
+    return apply
+
+
 block_rows = _constant(lambda block: block.rows)
 block_columns = _constant(lambda block: block.vectors * block.lanes)  # elements in one row of the tile
 block_lanes = _constant(lambda block: block.lanes)
-block_m = _constant(lambda block: block.m)
-
-
-@intrinsic
-def block_extents(typingctx: Any, block: BlockType) -> Any:
-    """Return (R, S) of a block's filter, as compile-time constants."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return context.make_tuple(builder, sig.return_type, [INT(extent) for extent in block.block.extents])
-
-    return types.UniTuple(types.int64, 2)(block), codegen
+block_extents = _constants(lambda block: block.extents)
+block_sides = _constants(lambda block: block.sides)
 
 
 @intrinsic
@@ -369,6 +383,14 @@ class Vectors:
         function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return self.builder.call(function, arguments)
 
+    def prefetch(self, p: Any, offset: Any) -> None:
+        """Ask for the cache line at p + offset, which will be needed soon; it may be nobody's memory."""
+        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, "llvm.prefetch.p0")
+        place = self.builder.bitcast(self.builder.gep(p, [offset]), address)
+        self.builder.call(function, [place, number(0), number(2), number(1)])
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.builder.call(self._fma, [a, b, c])
 
@@ -496,6 +518,11 @@ class _PlaneRows:
             for rows in zip(sums, new, strict=True)
         ]
 
+    def fetch(self, h: Any) -> None:
+        """Ask for the lines of input row h, which may lie in the next plane."""
+        for column in self.columns[0]:
+            self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
+
     def _load(self, line: Any) -> Any:
         """Yield the vectors of the line for each column of the filter; step 2 splits pairs: even and odd."""
         step = self.block.step
@@ -533,6 +560,8 @@ def _emit_plane(builder: Any, block: Block, vectors: int, args: Any) -> None:
     i = builder.phi(INT, "i")
     begun = [[builder.phi(rows.simd.type) for _ in range(vectors)] for _ in range(pending)]
     top = builder.add(h, builder.mul(i, stride_h))
+    for new in range(1 if block.rolling else min(R, 2)):
+        rows.fetch(builder.add(top, INT(FETCHED_ROWS + new)))
     if block.rolling:
         sums = rows.add(top, [start, *begun], list(range(R)))
     else:
@@ -792,17 +821,14 @@ def zero_lanes(typingctx: Any, block: BlockType, target: Any, count: Any) -> Any
 
 
 @intrinsic
-def prefetch(typingctx: Any, p: types.CPointer) -> Any:
+def prefetch(typingctx: Any, block: BlockType, p: Any) -> Any:
     """Ask for the cache line at p, which will be needed soon."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
-        signature = ir.FunctionType(ir.VoidType(), [address, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-        builder.call(function, [builder.bitcast(args[0], address), number(0), number(2), number(1)])
+        Vectors(builder, block.block).prefetch(args[1], INT(0))
         return context.get_dummy_value()
 
-    return types.void(p), codegen
+    return types.void(block, types.CPointer(block.float)), codegen
 
 
 @part
@@ -909,58 +935,67 @@ def _emit_sum(builder: Any, simd: Vectors, factors: list[Any], column: list[Any]
     return total
 
 
-def _emit_sandwich(builder: Any, simd: Vectors, matrix: Any, X: list[list[Any]]) -> list[list[Any]]:
-    """Emit Y = M X M^T on vectors and return the columns of Y; X is given by its rows."""
-    half = [_emit_product(builder, simd, matrix, row) for row in X]
-    return [_emit_product(builder, simd, matrix, list(column)) for column in zip(*half, strict=True)]
+def _emit_sandwich(builder: Any, simd: Vectors, left: Any, right: Any, X: list[list[Any]]) -> list[list[Any]]:
+    """Emit Y = left X right^T on vectors and return the columns of Y; X is given by its rows."""
+    half = [_emit_product(builder, simd, right, row) for row in X]
+    return [_emit_product(builder, simd, left, list(column)) for column in zip(*half, strict=True)]
+
+
+def _axes(block: Block) -> tuple[Matrices, Matrices]:
+    """Return Winograd's matrices for the rows and for the columns of a block's tiles."""
+    rows, columns = (matrices(m, taps) for m, taps in zip(block.sides, block.extents, strict=False))
+    return rows, columns
 
 
 @intrinsic
-def transform_filter(
-    typingctx: Any,
-    block: BlockType,
-    source: Any,
-    source_row: Any,
-    source_step: Any,
-    target: Any,
-    target_step: Any,
-) -> Any:
-    """Winograd: U = G w G^T of a vector of filters.
+def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any, target_step: Any) -> Any:
+    """Winograd: U = G w G^T of a vector of filters, which follow one another.
 
-    source  pointer to w: tap (i, j) is the vector at i * source_row + j * source_step
+    source  pointer to the taps of the first
     target  pointer to U: element e of its rows, one after the other, is the vector at e * target_step
     """
-    floats, G = types.CPointer(block.float), matrices(block.block.m).G
+    floats = types.CPointer(block.float)
+    (R, S), (rows, columns) = block.block.extents, _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, source_row, source_step, target, target_step = args
+        _, source, target, target_step = args
         simd = Vectors(builder, block.block)
-        rows = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(3)]
-        w = [[simd.load(row, builder.mul(source_step, INT(j))) for j in range(3)] for row in rows]
-        _store_columns(builder, simd, _emit_sandwich(builder, simd, G, w), target, target_step)
+        taps: list[Any] = []
+        for first in range(0, R * S, simd.lanes):  # filter by filter, then tap by tap
+            count = min(simd.lanes, R * S - first)
+            some = simd.first_lanes(INT(count))
+            filters = [simd.load_masked(source, INT(i * R * S + first), some) for i in range(simd.lanes)]
+            taps += _emit_split(builder, filters, simd.lanes)[:count]
+        w = [taps[r * S : (r + 1) * S] for r in range(R)]
+        U = _emit_sandwich(builder, simd, rows.G, columns.G, w)
+        _store_columns(builder, simd, U, target, target_step)
         return context.get_dummy_value()
 
-    return types.void(block, floats, types.int64, types.int64, floats, types.int64), codegen
+    return types.void(block, floats, floats, types.int64), codegen
 
 
 @intrinsic
 def transform_input(typingctx: Any, block: BlockType, lines: Any, target: Any, target_step: Any) -> Any:
-    """Winograd: V = B^T d B of a vector of tiles, m columns apart.
+    """Winograd: V = B^T d B of a vector of tiles, neighbours m columns apart.
 
-    lines   pointer to the m + 2 lines of the tiles: of each m * lanes columns, the first tile's first column
-            and what follows, then as many from its column m on
+    lines   pointer to the lines of the tiles' inputs: of each m * lanes columns from the first tile's first
+            on, then as many from its column m on, and so on for all columns of a tile
     target  pointer to V: element e of its rows, one after the other, is the vector at e * target_step
     """
-    floats, m = types.CPointer(block.float), block.block.m
+    floats, (_, m, a_h, a_w) = types.CPointer(block.float), block.block.sides
+    pieces = -(-a_w // m)
+    rows, columns = _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, lines, target, target_step = args
         simd = Vectors(builder, block.block)
-        vectors = [simd.load(lines, INT(i * simd.lanes)) for i in range((m + 2) * 2 * m)]
-        pieces = [_emit_split(builder, vectors[i : i + m], simd.lanes) for i in range(0, len(vectors), m)]
-        d = [here + following[:2] for here, following in zip(pieces[0::2], pieces[1::2], strict=True)]
-        columns = _emit_sandwich(builder, simd, matrices(m).BT, d)
-        _store_columns(builder, simd, columns, target, target_step)
+        d = []
+        for i in range(a_h):
+            line = [simd.load(lines, INT((i * pieces * m + j) * simd.lanes)) for j in range(pieces * m)]
+            split = [_emit_split(builder, line[j : j + m], simd.lanes) for j in range(0, len(line), m)]
+            d.append([vector for piece in split for vector in piece][:a_w])
+        V = _emit_sandwich(builder, simd, rows.BT, columns.BT, d)
+        _store_columns(builder, simd, V, target, target_step)
         return context.get_dummy_value()
 
     return types.void(block, floats, floats, types.int64), codegen
@@ -973,18 +1008,19 @@ def transform_output(
     """Winograd: y = A^T M A + bias of a vector of tiles.
 
     source  pointer to M: element e of its rows, one after the other, is the vector at e * source_step
-    lines   pointer to the m lines of the tiles, m * lanes columns each
+    lines   pointer to the lines of the tiles' outputs, m * lanes columns each
     """
-    floats, m = types.CPointer(block.float), block.block.m
+    floats, (_, m, a_h, a_w) = types.CPointer(block.float), block.block.sides
+    rows, columns = _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, source_step, bias, lines = args
         simd = Vectors(builder, block.block)
-        at = [[builder.mul(source_step, INT(i * (m + 2) + j)) for j in range(m + 2)] for i in range(m + 2)]
+        at = [[builder.mul(source_step, INT(i * a_w + j)) for j in range(a_w)] for i in range(a_h)]
         products = [[simd.load(source, offset) for offset in row] for row in at]
-        columns = _emit_sandwich(builder, simd, matrices(m).AT, products)
+        y = _emit_sandwich(builder, simd, rows.AT, columns.AT, products)
         added = simd.broadcast(bias, INT(0))
-        for i, row in enumerate(zip(*columns, strict=True)):
+        for i, row in enumerate(zip(*y, strict=True)):
             merged = _emit_merge(builder, [builder.fadd(value, added) for value in row], simd.lanes)
             for j, vector in enumerate(merged):
                 simd.store(vector, lines, INT((i * m + j) * simd.lanes))

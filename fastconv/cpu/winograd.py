@@ -5,6 +5,9 @@
     U, V               --multiply->  M (a*a, k_group, block)   a*a independent products
     M                   --output-->  y + bias                  m x m pixels per tile; then the epilogue
 
+Filters of 5 x 5 take F(2 x 2, 5 x 5). Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5) along that axis:
+tiles of 1 x m or m x 1 pixels, a `places` instead of a*a.
+
 Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
 are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
 twice (and is larger than the caches: 36 x 512 x 512 floats are 38 MB), one group of channels at a time.
@@ -29,16 +32,18 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
-from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
+from fastconv.cpu.device import BOX_ROW_CYCLES, ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
     advance,
     allocate,
     block_columns,
+    block_extents,
     block_lanes,
-    block_m,
     block_rows,
+    block_sides,
+    copy_padded,
     copy_rows,
     fill,
     multiply_tile,
@@ -47,7 +52,7 @@ from fastconv.cpu.simd import (
     release,
     spread_rows,
     table,
-    transform_filter,
+    transform_filters,
     transform_input,
     transform_output,
     view_of,
@@ -59,7 +64,7 @@ if TYPE_CHECKING:
 
 
 class WinogradTile(NamedTuple):
-    """F(m x m, 3 x 3) with a register tile of `rows` channels times `vectors` vectors of tiles."""
+    """F(m x m, R x S) with a register tile of `rows` channels times `vectors` vectors of tiles."""
 
     m: int
     rows: int
@@ -99,8 +104,9 @@ class Geometry(NamedTuple):
     k_step: int  # output channels of one task, and how many tasks make a group
     k_parts: int
     k_group: int  # output channels multiplied before their output transform, so that M lies in L2
-    U_step: int  # distance of the a*a matrices of U and of V, in elements: one vector more than they
-    V_step: int  # need, because a power of two would put all a*a lines into one set of the cache
+    places: int  # in a tile of inputs: each has a matrix of U and one of V
+    U_step: int  # distance of those of U and of V, in elements: one vector more than they need,
+    V_step: int  # because a power of two would put all places' lines into one set of the cache
     fetches_ahead: int  # 1 where an image is too large for L2, so that its lines would be waited for
 
 
@@ -110,8 +116,9 @@ def _geometry(
 ) -> Geometry:
     """Divide a problem into blocks of tiles and groups of output channels."""
     lanes = device.lanes(problem.compute_dtype)
+    m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
     C, K = problem.C // problem.groups, problem.K // problem.groups
-    tiles_h, tiles_w = math.ceil(problem.P / tile.m), math.ceil(problem.Q / tile.m)
+    tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
     tiles = problem.N * tiles_h * tiles_w
     width, vectors = tile.vectors * lanes, math.ceil(tiles / lanes)
     per_group = math.ceil(workers / problem.groups)
@@ -121,31 +128,34 @@ def _geometry(
     k_step = min(K, math.ceil(K / k_parts / tile.rows) * tile.rows)
     C_padded = math.ceil(C / lanes) * lanes
     U_ready = prepared or _transforms_filters_first(blocks)
-    channel = (tile.m + 2) ** 2 * itemsize(problem) * (width if U_ready else width + C_padded)
+    channel = a_h * a_w * itemsize(problem) * (width if U_ready else width + C_padded)
     k_group = max(1, min(math.ceil(k_step / tile.rows), device.l2 // 2 // channel // tile.rows)) * tile.rows
     U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows beyond K
     return Geometry(
         problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
         *problem.padding_before[1:], tiles_h, tiles_w, tiles, vectors, blocks,
         min(C, 2 * workers) if shares_V else 0, C_padded, k_step, math.ceil(K / k_step), k_group,
-        U_rows * C_padded + lanes, C * width + lanes,
+        a_h * a_w, U_rows * C_padded + lanes, C * width + lanes,
         int(problem.order == "NCHW" and problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
     )  # fmt: skip
 
 
 def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     """Return the estimated seconds on one core, the transform of the filters included."""
-    dtype = problem.compute_dtype
-    lanes, a = device.lanes(dtype), tile.m + 2
+    if tile != _possible(problem, tile):
+        return float("inf")
+    dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
+    m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1, prepared=False)
-    columns = math.ceil(g.tiles / g.blocks)
-    products = g.blocks * a * a * device.multiply_cycles(tile, g.K, columns, g.C, dtype)
-    filters = g.K * math.ceil(g.C / lanes) * (9 * lanes + 4 * a * a)
-    lines, rows = (
-        device.copy_cycles(problem, count, lanes * tile.m, 1, BOX_ROW_CYCLES) for count in (2 * a, tile.m)
+    products = g.places * device.multiply_cycles(tile, g.K, g.vectors * lanes, g.C, dtype)
+    filters = g.K * math.ceil(g.C / lanes) * (4 * lanes + 4 * g.places)
+    runs = 1 + (lanes - math.gcd(lanes, g.tiles_w)) / g.tiles_w  # of tiles in a vector, each a copy
+    piece, lines = (
+        runs * ROW_CYCLES + device.copy_cycles(problem, rows, lanes * m_w, 1, BOX_ROW_CYCLES)
+        for rows in (a_h, m_h)
     )
-    inputs = g.vectors * g.C * (lines + 6 * a * a)
-    outputs = g.vectors * g.K * (4 * a * a + rows)
+    inputs = g.vectors * g.C * (math.ceil(a_w / m_w) * piece + 6 * g.places)
+    outputs = g.vectors * g.K * (4 * g.places + lines)
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
 
 
@@ -157,7 +167,12 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     U = g.U_step * (1 if _transforms_filters_first(g.blocks) else workers)
     V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
     M = g.k_group * width * workers
-    return itemsize(problem) * (tile.m + 2) ** 2 * (U + V + M)
+    return itemsize(problem) * g.places * (U + V + M)
+
+
+def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
+    """Return the tile, or F(2 x 2) in place of F(4 x 4, 5 x 5), whose rounding errors reach 380 eps."""
+    return tile._replace(m=2) if problem.R == problem.S == 5 else tile
 
 
 def _transforms_filters_first(blocks: int) -> bool:
@@ -166,11 +181,11 @@ def _transforms_filters_first(blocks: int) -> bool:
 
 
 def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
-    """Return the transformed filters U: a row for each of a*a matrices (K, C padded), and a vector more."""
+    """Return the transformed filters U: a row for each of its matrices (K, C padded), and a vector more."""
     block = _block(problem, tile, device)
     g = _geometry(problem, tile, device, 1, prepared=True)
     filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
-    U = np.empty(((tile.m + 2) ** 2, g.U_step), problem.compute_dtype)
+    U = np.empty((g.places, g.U_step), problem.compute_dtype)
     _prepare_filters(block, problem.K, task_threads(problem), g, filters, U)
     return U
 
@@ -178,8 +193,9 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
 @lru_cache(maxsize=256)
 def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     """Return a tile as the microkernel and the transforms take it."""
-    dtype = problem.compute_dtype
-    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), m=tile.m)
+    dtype, m = problem.compute_dtype, _possible(problem, tile).m
+    extents = (problem.R, problem.S)
+    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), m=m, extents=extents)
 
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
@@ -194,7 +210,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     a_taps, b_taps = count_offsets(g.C, 1), count_offsets(g.C, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, 0)
     blocks = g.groups * g.blocks
-    V = np.empty((blocks if g.c_parts else 0, (tile.m + 2) ** 2 * g.V_step), problem.compute_dtype)
+    V = np.empty((blocks if g.c_parts else 0, g.places * g.V_step), problem.compute_dtype)
     if g.c_parts:
         _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
     _run_blocks(
@@ -214,18 +230,17 @@ def _zeros(block, elements):
 @part
 def _transform_filters(block, g, w, first, count, U, at):
     """Transform the filters of output channels first ... first+count-1 to rows at ... of U's matrices."""
-    lanes = block_lanes(block)
-    vectors = _zeros(block, 9 * lanes)
+    lanes, (R, S) = block_lanes(block), block_extents(block)
+    last = _zeros(block, lanes * R * S)  # the last filters of an output channel, followed by zeros
     for k in range(count):
-        source = advance(w, (first + k) * g.C * 9)
+        filters = advance(w, (first + k) * g.C * R * S)
         for c in range(0, g.C, lanes):
-            for e in range(min(lanes, g.C - c)):
-                for tap in range(9):
-                    vectors[tap * lanes + e] = source[(c + e) * 9 + tap]
-            transform_filter(
-                block, vectors, 3 * lanes, lanes, advance(U, (at + k) * g.C_padded + c), g.U_step
-            )  # fmt: skip
-    release(vectors)
+            source = advance(filters, c * R * S)
+            if g.C - c < lanes:
+                copy_padded(block, last, source, 1, (g.C - c) * R * S, 0, (g.C - c) * R * S)
+                source = last
+            transform_filters(block, source, advance(U, (at + k) * g.C_padded + c), g.U_step)
+    release(last)
 
 
 @Kernel
@@ -239,29 +254,28 @@ def _prepare_inputs(block, first, last, g, x, all_V):
     """Transform the tiles of all blocks, some channels a task."""
     x = view_of(x)
     segments = np.empty((block_columns(block), 5), np.int64)
-    matrices = (block_m(block) + 2) ** 2
     for task in range(first, last):
         here, c_part = divmod(task, g.c_parts)
         group, tile_block = divmod(here, g.blocks)
         count, vectors = _find_segments(block, g, tile_block, segments)
         c, c_end = g.C * c_part // g.c_parts, g.C * (c_part + 1) // g.c_parts
-        V = advance(table(all_V), here * matrices * g.V_step)
+        V = advance(table(all_V), here * g.places * g.V_step)
         _transform_inputs(block, x, g, group, segments, count, vectors, c, c_end, V)
 
 
 @Kernel
 def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, all_V, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    width, matrices = block_columns(block), (block_m(block) + 2) ** 2
-    own_V = allocate(block, 0 if g.c_parts else matrices * g.V_step)
-    M = allocate(block, matrices * g.k_group * width)
-    own_U = allocate(block, 0 if U_given else matrices * g.U_step)
+    width, (R, S) = block_columns(block), block_extents(block)
+    own_V = allocate(block, 0 if g.c_parts else g.places * g.V_step)
+    M = allocate(block, g.places * g.k_group * width)
+    own_U = allocate(block, 0 if U_given else g.places * g.U_step)
     segments = np.empty((width, 5), np.int64)
     held = -1  # the group and block of tiles whose V is in hand
     for task in range(first, last):
         here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
-        V = advance(table(all_V), here * matrices * g.V_step) if g.c_parts else own_V
+        V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
         if here != held:
             count, vectors = _find_segments(block, g, tile_block, segments)
             if not g.c_parts:
@@ -273,8 +287,8 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, all_V, x, w, bia
             if not U_given:
                 _transform_filters(block, g, w, channel, k_count, own_U, 0)
             U = advance(w, channel * g.C_padded) if U_given else own_U
-            coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * 9
-            ahead = advance(w, (channel + k_count) * g.C * 9)
+            coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * R * S
+            ahead = advance(w, (channel + k_count) * g.C * R * S)
             _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M, ahead, coming)
             added = advance(bias, channel)
             _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
@@ -309,9 +323,9 @@ def _find_segments(block, g, tile_block, segments):
 @part
 def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_end, V):
     """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e], c_first <= c < c_end."""
-    lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
-    elements = (m + 2) * 2 * m * lanes  # per line of the tiles: columns 0 ... m-1, then m ... 2m-1
-    lines = _zeros(block, elements)
+    lanes, width, (_, m, a_h, a_w) = block_lanes(block), block_columns(block), block_sides(block)
+    pieces = (a_w + m - 1) // m  # of each line: columns 0 ... m-1 of all tiles, then m ... 2m-1
+    lines = _zeros(block, a_h * pieces * m * lanes)
     for c in range(c_first, c_end):
         s = 0
         for vector in range(vectors):
@@ -325,43 +339,43 @@ def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_e
 
 @part
 def _copy_tiles(block, x, g, segment, channel, lines):
-    """Copy the m + 2 lines under a run of tiles, columns 0 ... m-1 and then m ... 2m-1, zeros for padding.
+    """Copy the lines under a run of tiles, columns 0 ... m-1, then m ... 2m-1 ..., zeros for padding.
 
-    Neighbouring tiles are m columns apart, so both are copies of one piece of the line.
+    Neighbouring tiles are m columns apart, so all are copies of one piece of the line.
     """
-    m, lanes = block_m(block), block_lanes(block)
-    step, columns = m * lanes, segment[1] * m
-    h = segment[3] * m - g.pad_h
-    top, bottom = columns_inside(h, 1, m + 2, g.H)
-    for half in range(2):
-        w = (segment[4] + half) * m - g.pad_w
+    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
+    pieces, step, columns = (a_w + m - 1) // m, m * lanes, segment[1] * m
+    h = segment[3] * m_h - g.pad_h
+    top, bottom = columns_inside(h, 1, a_h, g.H)
+    for piece in range(pieces):
+        w = (segment[4] + piece) * m - g.pad_w
         low, high = columns_inside(w, 1, columns, g.W)
         source = locate(block, x, (segment[2], channel, 0, h, w))
-        for i in range(m + 2):
+        for i in range(a_h):
             if i < top or i >= bottom:
-                fill(block, advance(lines, (2 * i + half) * step), columns)
+                fill(block, advance(lines, (pieces * i + piece) * step), columns)
         copy_rows(
-            block, bottom - top, advance(lines, (2 * top + half) * step), 2 * step,
+            block, bottom - top, advance(lines, (pieces * top + piece) * step), pieces * step,
             advance(source, top * x[4]), x[4], x[5], columns, low, high,
         )  # fmt: skip
-        if half == 0 and g.fetches_ahead:  # the same piece of the next channel
+        if piece == 0 and g.fetches_ahead:  # the same piece of the next channel
             for i in range(top, bottom):
                 for j in range(0, columns + m, lanes):
-                    prefetch(advance(source, x[2] + i * x[4] + j * x[5]))
+                    prefetch(block, advance(source, x[2] + i * x[4] + j * x[5]))
 
 
 @part
 def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
-    """Multiply the a*a matrices: M[e] = U[e] V[e]; meanwhile fetch the `coming` values of the next filters.
+    """Multiply the matrices of all places: M[e] = U[e] V[e].
 
-    Their transform would wait for memory: 512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
+    Meanwhile fetch the `coming` values of the next filters, whose transform would wait for memory: 512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
     """
-    height, width, a = block_rows(block), block_columns(block), block_m(block) + 2
+    height, width = block_rows(block), block_columns(block)
     zeros = _zeros(block, height)
-    share = (coming + a * a - 1) // (a * a)
-    for e in range(a * a):
+    share = (coming + g.places - 1) // g.places
+    for e in range(g.places):
         for i in range(e * share, min(coming, (e + 1) * share), block_lanes(block)):
-            prefetch(advance(ahead, i))
+            prefetch(block, advance(ahead, i))
         for row in range(0, k_count, height):
             k = max(0, min(row, k_count - height))  # the last tile overlaps the one before
             multiply_tile(
@@ -374,23 +388,23 @@ def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming
 @part
 def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, bias, y):
     """Transform the products and store the pixels that exist: y = A^T M A + bias."""
-    lanes, width, m = block_lanes(block), block_columns(block), block_m(block)
-    lines = allocate(block, m * m * lanes)
+    lanes, width, (m_h, m, _, _) = block_lanes(block), block_columns(block), block_sides(block)
+    lines = allocate(block, m_h * m * lanes)
     for k in range(k_count):
         s = 0
         for vector in range(vectors):
             source = advance(M, k * width + vector * lanes)
             transform_output(block, source, g.k_group * width, advance(bias, k), lines)
             while s < count and segments[s, 0] < (vector + 1) * lanes:
-                p, q = segments[s, 3] * m, segments[s, 4] * m
+                p, q = segments[s, 3] * m_h, segments[s, 4] * m
                 target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
-                line, rows = advance(lines, segments[s, 0] % lanes * m), min(m, g.P - p)
+                line, rows = advance(lines, segments[s, 0] % lanes * m), min(m_h, g.P - p)
                 columns = min(segments[s, 1] * m, g.Q - q)
                 spread_rows(block, rows, target, y[4], y[5], line, m * lanes, columns)
                 if g.fetches_ahead:
                     for i in range(rows):
                         for j in range(0, columns, lanes):
-                            prefetch(advance(target, y[2] + i * y[4] + j * y[5]))
+                            prefetch(block, advance(target, y[2] + i * y[4] + j * y[5]))
                 s += 1
     release(lines)
 
@@ -398,8 +412,8 @@ def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, 
 @part
 def _finish_tiles(block, y, g, segments, count, channel, k_count, ending):
     """Add the residual to the tiles of a block, then apply the activation."""
-    m = block_m(block)
+    m_h, m, _, _ = block_sides(block)
     for s in range(count):
-        n, p, q = segments[s, 2], segments[s, 3] * m, segments[s, 4] * m
-        sizes = (k_count, min(m, g.P - p), min(segments[s, 1] * m, g.Q - q))
+        n, p, q = segments[s, 2], segments[s, 3] * m_h, segments[s, 4] * m
+        sizes = (k_count, min(m_h, g.P - p), min(segments[s, 1] * m, g.Q - q))
         finish(block, y, (n, channel, 0, p, q), sizes, ending)

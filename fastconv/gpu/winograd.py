@@ -1,6 +1,7 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel.
 
-Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5).
+Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5). Those of 5 x 5 take
+F(2 x 2, 5 x 5).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ TILES = (
     WinogradTile(64, 32, is_for_double=False, m=2, is_fused=True),
 )
 
-_UNFUSED = WinogradTile(64, 64, m=2)  # in place of the fused one, where the filter is not 3 x 3
+_UNFUSED = WinogradTile(64, 64, m=2)  # in place of the fused one, where the filter is not 3 x 3, ...
 
 FUSED_THREADS = 256  # each warp sums two of sixteen places
 FUSED_EFFICIENCY = 0.65  # of the peak: 0.73 of the main loop are multiply-adds, and one block fits an SM
@@ -91,6 +92,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     """Return the transformed weight U, (places, groups * rows, pitch); itself if that was done before."""
     if weight.ndim == 3:
         return weight
+    tile = _possible(problem, tile)
     rows, pitch = _rows(problem), product.pitch(problem)
     shape = (_places(problem, tile), problem.groups * rows, pitch)
     U = launch.driver().empty(shape, product.accumulator(problem))
@@ -168,7 +170,8 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
     found = [of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")]
     found.append(of("INPUT", square | {"ORDER": order}, index="long long"))
     found += [of("OUTPUT", square | more, index=index) for more, index in ends[1:]]
-    for R, S in ((3, 3), (1, 5), (3, 1)):
+    filters = ((3, 3), (1, 5), (3, 1)) if tile.m == 4 else ((3, 3), (1, 5), (3, 1), (5, 5))
+    for R, S in filters:
         constants = _constants(tile.m, R, S)
         found += [
             of("FILTER", constants),
@@ -201,8 +204,13 @@ def _fused_defines(tile: WinogradTile) -> dict[str, Any]:
 
 
 def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
-    """Return the tile, or the one that takes its place where the fused kernel has no such filter."""
-    return _UNFUSED if tile.is_fused and (problem.R, problem.S) != (3, 3) else tile
+    """Return the tile, or the one that takes its place where there is no such kernel.
+
+    Rounding errors of F(4 x 4, 5 x 5) reach 380 eps.
+    """
+    filters = (problem.R, problem.S)
+    is_possible = filters == (3, 3) if tile.is_fused else filters != (5, 5) or tile.m == 2
+    return tile if is_possible else _UNFUSED
 
 
 def _outputs(problem: ConvProblem, tile: WinogradTile) -> tuple[int, int]:
