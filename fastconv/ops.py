@@ -102,8 +102,8 @@ def conv2d(
         "auto", or the name of a row of `fastconv.algorithms()`.
     precision
         "highest": the error of a direct sum in the arrays' dtype; "high": Winograd beyond F(2x2, 3x3) too,
-        whose error is some times larger, which overflows at about 1/100 of the dtype's range and spreads a NaN
-        over its tile; "medium" permits reduced-precision multiplication where a backend has it.
+        whose error is some times larger, which overflows at about 1/100 of the dtype's range and spreads a
+        NaN over its tile; "medium" permits reduced-precision multiplication where a backend has it.
     activation
         "relu", "relu6", "silu", "gelu", "sigmoid", "tanh" or ("leaky_relu", slope).
     layout

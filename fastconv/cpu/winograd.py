@@ -368,7 +368,8 @@ def _copy_tiles(block, x, g, segment, channel, lines):
 def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
     """Multiply the matrices of all places: M[e] = U[e] V[e].
 
-    Meanwhile fetch the `coming` values of the next filters, whose transform would wait for memory: 512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
+    Meanwhile fetch the `coming` values of the next filters, whose transform would wait for memory:
+    512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
     """
     height, width = block_rows(block), block_columns(block)
     zeros = _zeros(block, height)
