@@ -246,8 +246,9 @@ def call_copy_rows(block, first, last, rows, target, target_row, source, source_
 
 
 @Kernel
-def call_spread(block, first, last, target, step, source, count):
-    simd.spread(block, pointer(block, target), step, pointer(block, source), count)
+def call_spread(block, first, last, rows, target, target_row, step, source, source_row, count):
+    p = pointer(block, target), pointer(block, source)
+    simd.spread_rows(block, rows, p[0], target_row, step, p[1], source_row, count)
 
 
 @Kernel
@@ -307,12 +308,13 @@ class TestCopies:
     @pytest.mark.parametrize("step", [1, 2, -1])
     def test_spread(self, step, dtype, counts):
         block = Block(dtype, 1, 1, current().lanes(dtype))
-        source = np.arange(1, 200, dtype=dtype)
-        for count in counts:
-            target = np.full(200, np.nan, dtype)
-            call_spread(block, 1, 1, address(target[99:]), step, address(source), count)
-            assert np.array_equal(target[99 + step * np.arange(count)], source[:count])
-            assert np.isnan(target).sum() == 200 - count
+        source = np.arange(1, 601, dtype=dtype).reshape(3, 200)
+        for rows, count in product((0, 1, 3), counts):
+            target = np.full((3, 200), np.nan, dtype)
+            places = address(target[0, 99:]), 200, step, address(source), 200
+            call_spread(block, 1, 1, rows, *places, count)
+            assert np.array_equal(target[:rows, 99 + step * np.arange(count)], source[:rows, :count])
+            assert np.isnan(target).sum() == target.size - rows * count
 
     def test_fill(self, dtype, counts):
         block = Block(dtype, 1, 1, current().lanes(dtype))

@@ -39,7 +39,7 @@ from fastconv.cpu.simd import (
     pointer,
     release,
     small_part,
-    spread,
+    spread_rows,
     table,
     view_of,
 )
@@ -458,9 +458,10 @@ def store_rows(block, tile, y, y_steps, live, first, count, pitch, cols):
         p, q = divmod(first + j, pitch)
         run = min(pitch - q, count - j)
         exist = min(cols - q, run)
-        for i in range(live):
-            source = advance(tile, i * block_columns(block) + j)
-            spread(block, advance(y, i * step_k + p * step_p + q * step_q), step_q, source, exist)
+        spread_rows(
+            block, live, advance(y, p * step_p + q * step_q), step_k, step_q,
+            advance(tile, j), block_columns(block), exist,
+        )  # fmt: skip
         j += run
 
 

@@ -46,7 +46,7 @@ from fastconv.cpu.simd import (
     multiply_tile,
     part,
     release,
-    spread,
+    spread_rows,
     table,
     view_of,
 )
@@ -230,4 +230,4 @@ def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_c
                 for i in range(live):
                     p, q = divmod(pixel + i, cols)
                     target = advance(y, k * y_k + p * y_p + q * y_q)
-                    spread(block, target, y_k, advance(tile, i * width), count)
+                    spread_rows(block, 1, target, 0, y_k, advance(tile, i * width), 0, count)

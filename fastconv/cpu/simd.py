@@ -878,14 +878,11 @@ def copy_rows(block, rows, target, target_row, source, source_row, step, count, 
 
 
 @part
-def spread(block, target, step, source, count):
-    """Copy `count` consecutive elements of the source to places `step` apart in the target."""
-    spread_rows(block, 1, target, 0, step, source, 0, count)
-
-
-@part
 def spread_rows(block, rows, target, target_row, step, source, source_row, count):
-    """Copy several rows, as `spread` does one; they lie `target_row` and `source_row` apart."""
+    """Copy `count` consecutive elements of each row of the source to places `step` apart in the target.
+
+    The rows lie `target_row` and `source_row` apart.
+    """
     if step == 1:
         copy_rows(block, rows, target, target_row, source, source_row, 1, count, 0, count)
         return
