@@ -10,6 +10,7 @@ import pytest
 import fastconv
 from fastconv import reference
 from fastconv.algorithms import TABLE
+from fastconv.cpu import pointwise
 from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
@@ -426,6 +427,24 @@ class TestSameBits:
             parts = {"problem": alone, "x": layer.x[sample], "residual": layer.residual[sample]}
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
+
+    @every_dtype
+    @pytest.mark.parametrize("threads", ["1", "2"])
+    def test_planes_that_share_vectors(self, threads, dtype, rng, monkeypatch):
+        """The last pixels of the planes of a batch are computed together, those of a sample are not."""
+        monkeypatch.setenv("FASTCONV_THREADS", threads)
+        case = Case("planes", "conv2d", (19, 200, 7, 7), (400, 100, 1, 1), {"groups": 2})
+        way, problem = Way("pointwise", "8x3"), case.problem(dtype=dtype)
+        plan = way.plan(problem)
+        rows, shared = pointwise._divide(problem, plan.tile, plan.device)
+        assert (rows.W, shared.H, shared.W) == (48, 19, 1)
+        make_layer(rng, problem, integers).check(plan)
+        layer = make_layer(rng, problem, normals)
+        layer.check(plan, prepared=True)
+        alone = layer.with_array(
+            problem=dataclasses.replace(problem, N=1), x=layer.x[7:8], residual=layer.residual[7:8]
+        )
+        assert layer.run(plan)[7:8].tobytes() == alone.run(way.plan(alone.problem)).tobytes()
 
     @every_cpu_way
     def test_any_caches(self, way, layer):

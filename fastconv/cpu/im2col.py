@@ -72,11 +72,12 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _geometry(problem: ConvProblem, tile: Tile, device: Device) -> Geometry:
-    """Divide the pixels of an output plane into blocks whose columns take at most half of L2."""
-    width = tile.vectors * device.lanes(problem.compute_dtype)
-    most = max(1, device.l2 // 2 // itemsize(problem) // problem.gemm_k // width) * width
-    return make_geometry(problem, min(most, math.ceil(problem.P * problem.Q / width) * width))
+def _geometry(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Geometry:
+    """Divide output planes evenly into blocks whose columns take half of L2, one per worker or more."""
+    lanes, planes = device.lanes(problem.compute_dtype), problem.N * problem.groups * problem.O
+    most = max(tile.vectors * lanes, device.l2 // 2 // itemsize(problem) // problem.gemm_k)
+    parts = max(math.ceil(problem.P * problem.Q / most), math.ceil(workers / max(1, planes)))
+    return make_geometry(problem, math.ceil(problem.P * problem.Q / parts / lanes) * lanes)
 
 
 def make_geometry(problem: ConvProblem, columns: int) -> Geometry:
@@ -91,7 +92,7 @@ def make_geometry(problem: ConvProblem, columns: int) -> Geometry:
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    g = _geometry(problem, tile, device)
+    g = _geometry(problem, tile, device, 1)
     pixels = problem.P * problem.Q
     multiply = device.multiply_cycles(tile, g.K, pixels, problem.gemm_k, problem.compute_dtype)
     gather = device.copy_cycles(problem, problem.gemm_k * problem.P, problem.Q, problem.stride[2])
@@ -101,8 +102,9 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of columns that all threads hold together."""
-    g = _geometry(problem, tile, device)
-    return threads.thread_count() * itemsize(problem) * problem.gemm_k * g.columns
+    workers = threads.thread_count()
+    g = _geometry(problem, tile, device, workers)
+    return workers * itemsize(problem) * problem.gemm_k * g.columns
 
 
 def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -113,12 +115,13 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
     block = make_block(problem, tile, device)
-    g = _geometry(problem, tile, device)
+    workers = task_threads(problem)
+    g = _geometry(problem, tile, device, workers)
     weight = np.ascontiguousarray(operands.weight)
     a_taps, b_taps = count_offsets(problem.gemm_k, 1), count_offsets(problem.gemm_k, g.columns)
     bias = padded_bias(problem, operands.bias, block.rows)
     _run_blocks(
-        block, problem.N * g.groups * g.O * g.blocks, task_threads(problem), g, a_taps, b_taps,
+        block, problem.N * g.groups * g.O * g.blocks, workers, g, a_taps, b_taps,
         operands.x, weight, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""1x1 convolution: a matrix product of the weight and the pixels, read where they lie."""
+"""1x1 convolution: a matrix product of the weight and the pixels, read where they lie.
+
+Where planes end within a vector, those of a batch share vectors: 16 planes of 7 x 7 pixels are three vectors
+each and one of all their last pixels, 49 in all and not 64. That one is packed, as `direct` packs its bands.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from fastconv.cpu import band, direct
 from fastconv.cpu.simd import Block, Tile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from fastconv.cpu.band import Geometry, Tables
@@ -24,14 +30,16 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     if problem.order == "NHWC" or not _reads_in_place(problem):
         return direct.cost(problem, tile, device)
-    tiles, pixels, lanes = 1, problem.P * problem.Q, device.lanes(problem.compute_dtype)
-    if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
-        tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
-    cycles = device.multiply_cycles(tile, problem.gemm_m, pixels, problem.gemm_k, problem.compute_dtype)
-    return device.seconds(problem, problem.N * problem.groups * problem.O * tiles * cycles)
+    return _cost_of_parts(*_divide(problem, tile, device), tile, device)
 
 
-workspace = direct.workspace  # what is packed of an array whose pixels do not lie together; else nothing is
+def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+    """Return the bytes that are packed of planes that do not lie in one piece, or of their last pixels."""
+    _, shared = _divide(problem, tile, device)
+    whole = direct.workspace(problem, tile, device)
+    return whole if shared is None else max(whole, direct.workspace(shared, tile, device))
+
+
 prepare = direct.prepare
 
 
@@ -39,32 +47,67 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     """Convolve; the weight is prepared or as given."""
     x, out, residual = operands.x, operands.out, operands.residual
     arrays = [x, out] if residual is None else [x, out, residual]
-    plan = None
-    if all(map(_is_one_row, arrays)):
-        plan = _plan_in_place(problem, tile, device, x.strides[1] // x.itemsize, band.task_threads(problem))
-    if plan is None:
+    if problem.order == "NHWC" or not _reads_in_place(problem) or not all(map(_is_one_row, arrays)):
         direct.run(problem, tile, device, operands)
         return
-    rows, block, geometry, tables = plan
-    residual = None if residual is None else _flatten(residual)
-    flat = operands._replace(x=_flatten(x), out=_flatten(out), residual=residual)
-    band.run(rows, block, geometry, tables, flat)
+    workers = band.task_threads(problem)
+    rows, plan, shared = _plan_in_place(problem, tile, device, x.strides[1] // x.itemsize, workers)
+    first = _each(operands, _flatten if shared is None else lambda array: _flatten(array)[..., : rows.W])
+    if plan is None:
+        direct.run(rows, tile, device, first)
+    else:
+        band.run(rows, *plan, first)
+    if shared is not None:
+        last = _each(operands, lambda array: _flatten(array)[..., rows.W :].transpose(3, 1, 2, 0, 4))
+        direct.run(shared, tile, device, last)
+
+
+@lru_cache(maxsize=256)
+def _divide(problem: ConvProblem, tile: Tile, device: Device) -> tuple[ConvProblem, ConvProblem | None]:
+    """Return the problem of what is read in place, as planes of one row, and that of what shares vectors.
+
+    The latter, if any, is one image with a row for the last pixels of each plane.
+    """
+    pixels = problem.H * problem.W
+    rows = replace(problem, H=1, W=pixels)
+    rest = pixels % device.lanes(problem.compute_dtype)
+    if problem.order == "NHWC" or problem.N == 1 or problem.D > 1 or rest in (0, pixels):
+        return rows, None
+    parts = replace(rows, W=pixels - rest), replace(problem, N=1, H=problem.N, W=rest)
+    is_faster = _cost_of_parts(*parts, tile, device) < _cost_of_parts(rows, None, tile, device)
+    return parts if is_faster else (rows, None)
+
+
+def _cost_of_parts(rows: ConvProblem, shared: ConvProblem | None, tile: Tile, device: Device) -> float:
+    """Return the estimated seconds of a division."""
+    dtype, pixels, tiles = rows.compute_dtype, rows.W, 1
+    lanes = device.lanes(dtype)
+    if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
+        tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
+    cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype)
+    seconds = device.seconds(rows, rows.N * rows.groups * rows.O * cycles)
+    return seconds if shared is None else seconds + direct.cost(shared, tile, device)
 
 
 @lru_cache(maxsize=256)
 def _plan_in_place(
     problem: ConvProblem, tile: Tile, device: Device, channel_step: int, workers: int
-) -> tuple[ConvProblem, Block, Geometry, Tables] | None:
-    """Return how planes are read in place, each as one row, or None where they cannot be."""
-    if problem.order == "NHWC" or not _reads_in_place(problem):
-        return None
-    rows, block = replace(problem, H=1, W=problem.H * problem.W), band.make_block(problem, tile, device)
+) -> tuple[ConvProblem, tuple[Block, Geometry, Tables] | None, ConvProblem | None]:
+    """Return the parts of a problem and, between them, how planes are read in place, if they can be."""
+    rows, shared = _divide(problem, tile, device)
+    block = band.make_block(rows, tile, device)
     geometry, tables = band.plan_bands(rows, block, device.l2 // 2, workers)
     last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
     if last_band < block.lanes:  # less than a vector: it would be read past its end
-        return None
+        return rows, None, shared
     channels = band.count_offsets(geometry.C, channel_step)
-    return rows, block, geometry._replace(in_place=1), tables._replace(b_taps=channels)
+    return rows, (block, geometry._replace(in_place=1), tables._replace(b_taps=channels)), shared
+
+
+def _each(operands: Operands, view: Callable[[np.ndarray], np.ndarray]) -> Operands:
+    """Return the operands with a view of the input, the output and the residual in their places."""
+    residual = None if operands.residual is None else view(operands.residual)
+    return operands._replace(x=view(operands.x), out=view(operands.out), residual=residual)
 
 
 def _reads_in_place(problem: ConvProblem) -> bool:
