@@ -13,6 +13,7 @@ Commands = Any  # argparse does not name the type of its subparsers
 
 OUTPUT = Path("bench-results")
 MAIN_SECONDS = 110.0
+OPERATIONS = ("forward", "fused", "grad_input", "grad_weight")
 GPU_PARTS = ("compile", "verify", "repeat", "sanitize", "bench")
 GPU_OUTPUT = Path("bench/results")
 DATA_SETS = ("mnist1d", "digits")
@@ -185,6 +186,12 @@ def _add_compare(commands: Commands) -> None:
     _add_threads(parser, default=1)
     _add_workload(parser, networks="resnet50,vgg16", dtypes=("float32", "float64"))
     parser.add_argument("--baseline", choices=["torch"], default="torch", help="the other library")
+    parser.add_argument(
+        "--operation",
+        choices=OPERATIONS,
+        default="forward",
+        help="fused: relu(convolution + bias + residual), in one call of ours; or a gradient by itself",
+    )
     parser.add_argument("--rounds", type=_positive, default=7, help="turns of each side on each layer")
     parser.add_argument("--algo", default="auto", help="fastconv's; auto takes over where it refuses")
 

@@ -43,7 +43,7 @@ class Oracle:
 
     def judge(self, y: np.ndarray, bound: ErrorBound) -> Verdict:
         """Compare an output with the reference; `bound` is the plan's."""
-        wanted = (self.problem.output_shape, numpy_dtype(self.problem.dtype))
+        wanted = (self.expected.shape, numpy_dtype(self.problem.dtype))
         if (y.shape, y.dtype) != wanted:
             return Verdict(WRONG, f"shape and dtype must be {wanted}, got {(y.shape, y.dtype)}")
         deviation = np.abs(y.astype(np.float64) - self.expected)
@@ -59,10 +59,12 @@ class Oracle:
         found, expected = float(y[worst]), float(self.expected[worst])
         return Verdict(error, f"{error:.3g} times its bound: {found:.9g} for {expected:.9g} at {position}")
 
+    def scale(self, reach: int) -> np.ndarray:
+        """The sum of the terms' magnitudes, for errors that travel so many pixels."""
+        return np.asarray(reference.error_scale(*self.operands, **keywords(self.problem), reach=reach))
+
     def _bound(self, bound: ErrorBound) -> np.ndarray:
         if bound.reach not in self.scales:
-            self.scales[bound.reach] = reference.error_scale(
-                *self.operands, **keywords(self.problem), reach=bound.reach
-            )
+            self.scales[bound.reach] = self.scale(bound.reach)
         rounding = bound.factor * np.finfo(self.problem.compute_dtype).eps * self.scales[bound.reach]
         return rounding + HALF_ULP.get(self.problem.dtype, 0.0) * np.abs(self.expected)

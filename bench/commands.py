@@ -79,12 +79,15 @@ def run_network(options: Namespace, arguments: Sequence[str]) -> int:
 def run_compare(options: Namespace, arguments: Sequence[str]) -> int:
     """The layers of chosen networks beside another library; a loss is a result, not a failure."""
     compare.require(options.baseline, options.threads)
+    if options.prepared and options.operation.startswith("grad"):
+        raise CommandError("--prepared is for forward and fused: a gradient takes its operands as they are")
     cases, impossible = _collect(options)
     session = Session("compare", options.output, arguments, cases[0].problem.compute_dtype)
     session.add(impossible)
     settings = compare.Settings(
-        options.baseline, options.algo, options.prepared, options.rounds, session.stamp["threads"]
-    )
+        options.baseline, options.operation, options.algo, options.prepared, options.rounds,
+        session.stamp["threads"],
+    )  # fmt: skip
     with show.make_progress(session.console) as progress:
         task = progress.add_task("", total=len(cases))
         for row in compare.run_cases(cases, settings):

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.cases import Case
-from bench.check import Oracle
 from bench.machine import usable_cpus
+from bench.operations import OPERATIONS, turn
 from bench.rows import Row
 from bench.session import CommandError
 from bench.side import Failure, serve
 from bench.timing import Times
-from bench.workload import make_arrays
 from fastconv.algorithms import TABLE
 from fastconv.plan import make_plan
 from fastconv.problem import ConvProblem
@@ -31,6 +30,7 @@ class Settings:
     """How the sides are run: `rounds` turns each, both bound to the same `threads` processors."""
 
     baseline: str
+    operation: str
     algo: str
     prepared: bool
     rounds: int
@@ -46,10 +46,11 @@ class Settings:
         """What a reader has to know to believe the numbers."""
         weights = "prepared once" if self.prepared else "given as they are, in every call"
         return (
+            f"What is timed: {OPERATIONS[self.operation].about}. "
             f"Each library in its own process, one at work at a time, turn about over {self.rounds} rounds, "
             f"threads: {self.threads}, bound to processors {self.cpus}. The same arrays are used again and "
             f"again, so they stay in cache where they fit. fastconv's weights are {weights}. "
-            f"{self.baseline} runs eager, in the better of its memory orders, input and weight "
+            f"{self.baseline} runs eager, in the better of its memory orders, all operands "
             f"converted beforehand."
         )
 
@@ -74,22 +75,23 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
 def run_case(case: Case, settings: Settings, ours: Child, theirs: Child) -> Row:
     """Check both sides' results against the reference, then let them take turns."""
     problem = case.problem
-    algo, refusal = _accepted(problem, settings.algo)
-    plan = make_plan(problem, algo=algo)
+    algo, refusal = _accepted(turn(problem, settings.operation), settings.algo)
+    plan = make_plan(turn(problem, settings.operation), algo=algo)
     bound = plan.error_bound()
-    oracle = Oracle(problem, *make_arrays(problem))
+    oracle = OPERATIONS[settings.operation](problem).oracle()
     verdicts = {
         f"{side.library} {order}": oracle.judge(output, bound)
         for side in (ours, theirs)
-        for order, output in side.ask("load", problem, algo, settings.prepared).items()
+        for order, output in side.ask("load", problem, settings.operation, algo, settings.prepared).items()
     }
     worst = max(verdicts, key=lambda name: verdicts[name].error)
     verdict = verdicts[worst]
     mine, baseline = _take_turns(settings.rounds, ours, theirs)
     best = min(baseline, key=lambda order: baseline[order].median)
     return {
-        "kind": "compare", **case.columns(), "algorithm": plan.algorithm.name, "tile": str(plan.tile),
-        "refusal": refusal, "prepared": settings.prepared, "order": problem.order, "dtype": problem.dtype,
+        "kind": "compare", **case.columns(), "operation": settings.operation,
+        "algorithm": plan.algorithm.name, "tile": str(plan.tile), "refusal": refusal,
+        "prepared": settings.prepared, "order": problem.order, "dtype": problem.dtype,
         **_columns("", mine.values()), "baseline": settings.baseline, "baseline_order": best,
         **_columns("baseline_", baseline.values()),
         "baseline_orders": {order: times.median for order, times in baseline.items()},

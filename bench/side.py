@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.operations import OPERATIONS, Forward
 from bench.timing import measure, settle
-from bench.workload import as_torch, make_arrays, make_call
 from fastconv.problem import ConvProblem
 
 Calls = dict[str, Callable[[], Any]]
@@ -50,10 +50,9 @@ class Side:
         except Exception:
             return Failure(traceback.format_exc())
 
-    def load(self, problem: ConvProblem, algo: str, prepared: bool) -> dict[str, np.ndarray]:
+    def load(self, problem: ConvProblem, operation: str, algo: str, prepared: bool) -> dict[str, np.ndarray]:
         """Make the arrays, call once in each memory order, and return the outputs for the parent to check."""
-        x, w = make_arrays(problem)
-        self.calls = self.make_calls(problem, x, w, algo, prepared, self.threads)
+        self.calls = self.make_calls(OPERATIONS[operation](problem), algo, prepared, self.threads)
         return {order: np.asarray(call()) for order, call in self.calls.items()}
 
     def take_turn(self) -> dict[str, tuple[float, ...]]:
@@ -65,37 +64,21 @@ class Side:
         return samples
 
 
-def fastconv_calls(
-    problem: ConvProblem, x: np.ndarray, w: np.ndarray, algo: str, prepared: bool, threads: int
-) -> Calls:
+def fastconv_calls(operation: Forward, algo: str, prepared: bool, threads: int) -> Calls:
     """fastconv's public call; its thread count is in the environment."""
-    return {problem.order: make_call(problem, x, w, algo, prepared)}
+    return {operation.problem.order: operation.ours(algo, prepared)}
 
 
-def torch_calls(
-    problem: ConvProblem, x: np.ndarray, w: np.ndarray, algo: str, prepared: bool, threads: int
-) -> Calls:
-    """torch's eager call in both memory orders, input and weight converted beforehand."""
+def torch_calls(operation: Forward, algo: str, prepared: bool, threads: int) -> Calls:
+    """torch's eager call in both memory orders, all operands converted beforehand."""
     import torch
 
     torch.set_num_threads(threads)
-    function = getattr(torch.nn.functional, problem.op)
-    options, drop = as_torch(problem)
-    tensors = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(w)
-    orders = {"NCHW": torch.contiguous_format}
-    if problem.ndim > 1:
-        orders["NHWC"] = torch.channels_last if problem.ndim == 2 else torch.channels_last_3d
-
-    def make(order: Any) -> Callable[[], Any]:
-        tx, tw = (tensor.contiguous(memory_format=order) for tensor in tensors)
-
-        @torch.inference_mode()
-        def call() -> Any:
-            return drop(function(tx, tw, **options))
-
-        return call
-
-    return {name: make(order) for name, order in orders.items()}
+    orders, ndim = {"NCHW": torch.contiguous_format}, operation.problem.ndim
+    if ndim > 1:
+        orders["NHWC"] = torch.channels_last if ndim == 2 else torch.channels_last_3d
+    without_graph = torch.inference_mode()
+    return {name: without_graph(operation.theirs(torch, order)) for name, order in orders.items()}
 
 
 LIBRARIES = {"fastconv": fastconv_calls, "torch": torch_calls}

@@ -65,12 +65,15 @@ def as_torch(problem: ConvProblem) -> tuple[dict[str, Any], Callable[[Any], Any]
 
 
 def make_call(
-    problem: ConvProblem, x: np.ndarray, w: np.ndarray, algo: str, prepared: bool
+    problem: ConvProblem, x: np.ndarray, w: np.ndarray, algo: str, prepared: bool, **more: Any
 ) -> Callable[..., np.ndarray]:
-    """The public call of a user: the function, or the class that has prepared the weight once."""
-    options = {**keywords(problem), "algo": algo, "precision": problem.precision}
+    """The public call of a user: the function, or the class that has prepared the weight once.
+
+    more  what is fused, by name, as both take it
+    """
+    options = {**keywords(problem), "algo": algo, "precision": problem.precision, **more}
     if prepared:
         convolution = getattr(fastconv, problem.op.capitalize())(w, **options)
-        return lambda **more: convolution(x, **more)
+        return lambda **given: convolution(x, **given)
     function = getattr(fastconv, problem.op)
-    return lambda **more: function(x, w, **options, **more)
+    return lambda **given: function(x, w, **options, **given)

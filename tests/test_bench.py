@@ -12,10 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, check, compare, layers, machine, report, rows, show, side, summary, timing, workload
+from bench import (
+    cases,
+    check,
+    compare,
+    layers,
+    machine,
+    operations,
+    report,
+    rows,
+    show,
+    side,
+    summary,
+    timing,
+    workload,
+)  # fmt: skip
 from bench.__main__ import main
 from fastconv import reference
 from fastconv.algorithms import TABLE, ErrorBound
+from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import make_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -392,6 +407,57 @@ def test_compare_runs_both_sides_and_appends(quick, tmp_path, capsys):
     assert {row["refusal"] for row in found} == {"needs a kernel of extent 1"}
 
 
+@pytest.mark.parametrize("name", operations.OPERATIONS)
+class TestOperations:
+    PROBLEMS = (
+        make_problem("conv2d", (2, 70, 11, 13), (66, 35, 3, 3), padding=1, groups=2),
+        make_problem("conv2d", (2, 6, 11, 13), (8, 6, 3, 3), stride=2, padding=1),
+        make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6),
+        make_problem("conv3d", (2, 6, 5, 6, 7), (8, 6, 3, 3, 3), padding=(1, 0, 2)),
+    )
+
+    @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+    @pytest.mark.parametrize("library", side.LIBRARIES)
+    def test_both_libraries_compute_it(self, name, library, problem):
+        """And the oracle hears of one element that is off, or of rounding errors that are too large."""
+        if library == "torch":
+            pytest.importorskip("torch", reason="the baseline of the comparison")
+        operation = operations.OPERATIONS[name](problem)
+        oracle, bound = operation.oracle(), make_plan(operations.turn(problem, name)).error_bound()
+        for call in side.LIBRARIES[library](operation, "auto", False, 1).values():
+            y = np.asarray(call()).copy()
+            assert oracle.judge(y, bound).passed
+            assert not oracle.judge(y * np.float32(1.001), bound).passed
+            y.flat[-1] += 1
+            assert not oracle.judge(y, bound).passed
+
+    def test_errors_that_travel(self, name):
+        """Winograd's are judged by the largest element nearby, in the gradient of the input too."""
+        plans = possible_plans(operations.turn(self.PROBLEMS[0], name), "winograd")
+        assert bool(plans) == (name != "grad_weight")
+        operation = operations.OPERATIONS[name](self.PROBLEMS[0])
+        for plan in plans:
+            oracle, bound = operation.oracle(), plan.error_bound()
+            assert bound.reach > 0
+            assert oracle.judge(operation.ours("winograd", prepared=False)(), bound).passed
+            assert (oracle.scale(bound.reach) >= oracle.scale(0) * (1 - 1e-12)).all()
+
+    def test_compare(self, name, quick, tmp_path, capsys):
+        pytest.importorskip("torch", reason="the baseline of the comparison")
+        command = ["compare", "--networks", "mnist1d", "--rounds", "1", "--operation", name]
+        assert main([*command, "--output", str(tmp_path)]) == 0
+        found = rows.read(tmp_path / "compare.jsonl")
+        assert {row["operation"] for row in found} == {name}
+        assert operations.OPERATIONS[name].about in " ".join(capsys.readouterr().out.split())
+        assert all(row["passed"] for row in found)
+
+
+def test_a_gradient_takes_no_prepared_weight(capsys):
+    pytest.importorskip("torch", reason="the baseline of the comparison")
+    assert main(["compare", "--operation", "grad_input", "--prepared"]) == 2
+    assert "--prepared is for forward and fused" in capsys.readouterr().err
+
+
 def test_compare_without_its_baseline_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert main(["compare"]) == 2
@@ -401,19 +467,18 @@ def test_compare_without_its_baseline_says_how_to_get_it(monkeypatch, capsys):
 def test_torch_computes_a_causal_convolution():
     pytest.importorskip("torch", reason="the baseline of the comparison")
     problem = make_problem("conv1d", (2, 6, 17), (6, 1, 4), padding=((3, 0),), groups=6)
-    x, w = workload.make_arrays(problem)
-    (call,) = side.torch_calls(problem, x, w, "auto", prepared=False, threads=1).values()
-    expected = reference.conv1d(x, w, padding=((3, 0),), groups=6)
+    (call,) = side.torch_calls(operations.Forward(problem), "auto", prepared=False, threads=1).values()
+    expected = reference.conv1d(*workload.make_arrays(problem), padding=((3, 0),), groups=6)
     np.testing.assert_allclose(call().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_child_that_fails_is_heard(quick):
-    settings = compare.Settings("torch", "auto", prepared=False, rounds=1, threads=1)
+    settings = compare.Settings("torch", "forward", "auto", prepared=False, rounds=1, threads=1)
     with (
         compare.start("fastconv", settings) as child,
         pytest.raises(RuntimeError, match="must be one of"),
     ):
-        child.ask("load", TINY, "fft", False)
+        child.ask("load", TINY, "forward", "fft", False)
 
 
 def test_micro_benchmarks_need_no_torch():
