@@ -283,7 +283,8 @@ def _cheapest(problem: ConvProblem, algo: str, backend: str, bits: Any = None) -
     """Return the plan with the cheapest tile, or nothing.
 
     Where a tile decides the bits of a result, and they are not given, the batch has no say in which bits: the
-    result of a sample then does not depend on its batch.
+    result of a sample then does not depend on its batch. Those are taken with which typical batches cost
+    least, where "auto" takes `direct` for a batch that costs less by it.
     """
     by_bits: dict[Any, list[Plan]] = {}
     for plan in fitting_plans(problem, algo, backend):
@@ -291,14 +292,15 @@ def _cheapest(problem: ConvProblem, algo: str, backend: str, bits: Any = None) -
             by_bits.setdefault(_bits_of(plan), []).append(plan)
     if not by_bits:
         return []
-    best = min(by_bits.values(), key=lambda plans: math.prod(_least_cost(plans, n) for n in TYPICAL_BATCHES))
+    direct = possible_plans(problem, "direct", backend) if len(by_bits) > 1 else []
+    best = min(by_bits.values(), key=lambda plans: _typical_cost([*plans, *direct]))
     return [min(best, key=Plan.cost)]
 
 
-def _least_cost(plans: list[Plan], batch: int) -> float:
-    """Return the seconds of the cheapest plan, if the problem were of so many samples."""
-    problem = replace(plans[0].problem, N=batch)
-    return min(replace(plan, problem=problem).cost() for plan in plans)
+def _typical_cost(plans: list[Plan]) -> float:
+    """Return the product of what typical batches take in seconds, each by the cheapest of the plans."""
+    problems = (replace(plans[0].problem, N=batch) for batch in TYPICAL_BATCHES)
+    return math.prod(min(replace(plan, problem=problem).cost() for plan in plans) for problem in problems)
 
 
 def _bits_of(plan: Plan) -> Any:
