@@ -34,6 +34,9 @@ from fastconv.cpu.simd import (
     copy_padded,
     copy_rows,
     fill,
+    finish_lanes,
+    finish_whole,
+    lane_bits,
     multiply_tile,
     part,
     pointer,
@@ -56,6 +59,9 @@ SERIAL_FLOPS = 500_000  # below this, 5 to 10 us, a second thread costs more tha
 ACTIVATION_CODES = {
     None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
 }  # fmt: skip
+
+
+LAST_CLIP = ACTIVATION_CODES["relu6"]  # codes up to this one only clip
 
 
 class Geometry(NamedTuple):
@@ -306,14 +312,12 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
             if here != held:
                 pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
                 held = here
-        origin = (n, channel, o, p, q)
         multiply(
             block, advance(w, channel * taps), k_count, table(tables.a_taps),
             b, table(tables.b_taps), taps, advance(bias, channel),
             (*_find_strips(g, rows, cols), g.in_place), 0, g.Wb, cols,
-            locate(block, y, origin), (y[2], y[4], y[5]), tile,
+            y, (n, channel, o, p, q), tile, rows, ending,
         )  # fmt: skip
-        finish(block, y, origin, (k_count, rows, cols), ending)
     release(band)
     release(tile)
 
@@ -380,16 +384,35 @@ _find_strips = small_part(count_strips)
 
 
 @part
-def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pitch, cols, y, y_steps, tile):
-    """Multiply weight rows by strips of pixels, tile by tile, and store the pixels that exist.
+def multiply(
+    block,
+    w,
+    k_count,
+    a_taps,
+    b,
+    b_taps,
+    taps,
+    bias,
+    strips,
+    first,
+    pitch,
+    cols,
+    y,
+    origin,
+    tile,
+    rows,
+    ending,
+):
+    """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
     strips   how many, `pitch` apart in B, the pixels of each, one after the other, and whether B, maybe the
              caller's, ends with them: it then holds at least a vector
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
-    y        points at row 0, column 0 of the first channel
-    y_steps  the distances of its channels, rows and columns
+    origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
+    rows     of pixels that exist; with the ending they are finished as soon as they are all there
     """
+    n, channel, o, p, q = origin
     strip_count, pixels, is_exact = strips
     height = block_rows(block)
     live = min(height, k_count)
@@ -403,8 +426,9 @@ def multiply(block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pi
             _multiply_strip(
                 block, advance(w, k * taps), live, a_taps, advance(b, strip * pitch), b_taps, taps,
                 advance(bias, k), pixels, is_exact, first + strip * pitch, pitch, cols,
-                advance(y, k * y_steps[0]), y_steps, tile,
+                locate(block, y, (n, channel + k, o, p, q)), (y[2], y[4], y[5]), tile,
             )  # fmt: skip
+        finish(block, y, (n, channel + k, o, p, q), (live, rows, cols), ending)
     release(spare)
 
 
@@ -479,32 +503,52 @@ def finish(block, y, origin, sizes, ending):
 def _finish_box(block, y, origin, sizes, ending):
     """Do what `finish` does where there is something to do."""
     residual, activation, slope = ending
+    adds, is_last = residual[0] != 0, y[2] == 1  # channels last: they make the inner loop
     target, steps = locate(block, y, origin), (y[2], y[4], y[5])
     more, more_steps = locate(block, residual, origin), (residual[2], residual[4], residual[5])
-    if y[2] == 1:  # channels last: they make the inner loop
+    if is_last:
         sizes = (sizes[1], sizes[2], sizes[0])
         steps = (steps[1], steps[2], steps[0])
         more_steps = (more_steps[1], more_steps[2], more_steps[0])
+    in_vectors = steps[2] == 1 and (not adds or more_steps[2] == 1)
+    if in_vectors and steps[1] == sizes[2] and (not adds or more_steps[1] == sizes[2]):
+        sizes = (sizes[0], 1, sizes[1] * sizes[2])  # rows that follow one another are one
     for i in range(sizes[0]):
         for j in range(sizes[1]):
-            at = i * steps[0] + j * steps[1]
-            if residual[0] != 0:
-                start = i * more_steps[0] + j * more_steps[1]
+            row = advance(target, i * steps[0] + j * steps[1])
+            added = advance(more, i * more_steps[0] + j * more_steps[1])
+            if in_vectors:
+                _finish_row(block, row, added, sizes[2], adds, activation)
+            elif adds:
                 for e in range(sizes[2]):
-                    target[at + e * steps[2]] += more[start + e * more_steps[2]]
-            _activate(target, at, steps[2], sizes[2], activation, slope)
+                    row[e * steps[2]] += added[e * more_steps[2]]
+            if not in_vectors or activation > LAST_CLIP:
+                _activate(row, steps[2], sizes[2], activation, slope)
+
+
+@small_part
+def _finish_row(block, row, added, count, adds, activation):
+    """Add the residual to elements that follow one another, and clip them if the activation only clips."""
+    lanes, clips = block_lanes(block), 0 < activation <= LAST_CLIP
+    most = 6.0 if activation == LAST_CLIP else np.inf
+    whole, every = count - count % lanes, lane_bits(block, 0, lanes)
+    for e in range(0, whole, lanes):
+        finish_whole(block, advance(row, e), advance(added, e), every, adds, clips, most)
+    if whole < count:
+        rest = lane_bits(block, 0, count - whole)
+        finish_lanes(block, advance(row, whole), advance(added, whole), rest, adds, clips, most)
 
 
 @part
-def _activate(y, at, step, count, activation, slope):
+def _activate(y, step, count, activation, slope):
     """Apply an activation, given as its code, to `count` elements of y."""
     if activation == 1:
         for e in range(count):
-            v = y[at + e * step]
-            y[at + e * step] = v if not v < 0 else 0  # NaN passes through
+            v = y[e * step]
+            y[e * step] = v if not v < 0 else 0  # NaN passes through
     elif activation != 0:
         for e in range(count):
-            y[at + e * step] = _activate_one(np.float64(y[at + e * step]), activation, slope)
+            y[e * step] = _activate_one(np.float64(y[e * step]), activation, slope)
 
 
 @part

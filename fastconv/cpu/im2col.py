@@ -144,8 +144,7 @@ def _run_blocks(block, first, last, g, a_taps, b_taps, x, w, bias, y, ending):
         multiply(
             block, advance(w, channel * taps), g.K, table(a_taps),
             columns, table(b_taps), taps, advance(bias, channel),
-            (1, count, 0), pixel, pitch, pitch, locate(block, y, (n, channel, o, 0, 0)), (y[2], y[4], y[5]),
-            tile,
+            (1, count, 0), pixel, pitch, pitch, y, (n, channel, o, 0, 0), tile, 0, ending,
         )  # fmt: skip
         while count > 0:  # one row of pixels at a time
             p, q = divmod(pixel, g.Q)

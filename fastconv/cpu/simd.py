@@ -330,6 +330,10 @@ class Vectors:
     def broadcast(self, p: Any, offset: Any) -> Any:
         return self.splat(self.builder.load(self.builder.gep(p, [offset])))
 
+    def narrow(self, number: Any) -> Any:
+        """Return a float64 in the block's dtype."""
+        return self.builder.fptrunc(number, self.element) if self.bytes == 4 else number
+
     def within(self, column: Any, W: Any) -> Any:
         """Return the mask of the lanes in [0, W), the first lane being in `column`."""
         number = ir.IntType(32)  # half the width of a pointer, and rows are shorter than 2**31
@@ -806,6 +810,46 @@ def copy_whole(typingctx: Any, block: BlockType, target: Any, source: Any) -> An
         return context.get_dummy_value()
 
     return types.void(block, floats, floats), codegen
+
+
+def _finish_vector(is_whole: bool) -> Any:
+    """Return an intrinsic that finishes one vector: it adds `more`, then clips to 0 ... most.
+
+    f(block, target, more, bits, adds, clips, most): of the elements whose bits are set, or of all. Either is
+    done only if `adds` or `clips` says so; else `more` is not read. NaN is not clipped.
+    """
+
+    @intrinsic
+    def apply(
+        typingctx: Any, block: BlockType, target: Any, more: Any, bits: Any, adds: Any, clips: Any, most: Any
+    ) -> Any:
+        floats = types.CPointer(block.float)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            _, target, more, bits, adds, clips, most = args
+            simd, first = Vectors(builder, block.block), INT(0)
+            mask = simd.mask(bits)
+            v = simd.load(target, first) if is_whole else simd.load_masked(target, first, mask)
+            added = simd.load_masked(more, first, simd.mask(builder.select(adds, bits, INT(0))))
+            v = builder.select(adds, builder.fadd(v, added), v)
+            zero, limit = ir.Constant(simd.type, None), simd.splat(simd.narrow(most))
+            clipped = builder.select(builder.fcmp_ordered("<", v, zero), zero, v)
+            clipped = builder.select(builder.fcmp_ordered(">", clipped, limit), limit, clipped)
+            v = builder.select(clips, clipped, v)
+            if is_whole:
+                simd.store(v, target, first)
+            else:
+                simd.store_masked(v, target, mask)
+            return context.get_dummy_value()
+
+        kinds = (block, floats, floats, types.int64, types.boolean, types.boolean, types.float64)
+        return types.void(*kinds), codegen
+
+    return apply
+
+
+finish_lanes = _finish_vector(is_whole=False)
+finish_whole = _finish_vector(is_whole=True)
 
 
 @intrinsic
