@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 View = tuple[int, ...]
 Ending = tuple[View, int, float]
 
+MOST_OFFSETS = 6  # of pixels, channels last: those of a taller tile do not fit the integer registers ...
+SPILLED = 1.25  # ... and take so much longer
 CROSSING_TAPS = 50  # a tile that runs over the end of a row takes longer to store by so many taps of a vector
 SERIAL_FLOPS = 500_000  # below this, 5 to 10 us, a second thread costs more than it saves
 ACTIVATION_CODES = {
@@ -243,6 +245,8 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
         strips, pixels = count_strips(g, g.rows, g.cols)
         sides = (g.K, pixels)
     multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
+    if problem.order == "NHWC" and tile.rows > MOST_OFFSETS:
+        multiply *= SPILLED
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
     return device.seconds(problem, task_count(problem, g) * (multiply + pack))
 
