@@ -41,12 +41,11 @@ class Settings:
         """The last of the usable processors, because the first ones serve most interrupts."""
         return usable_cpus()[-self.threads :]
 
-    @property
-    def conditions(self) -> str:
+    def conditions(self, batch: int) -> str:
         """What a reader has to know to believe the numbers."""
         weights = "prepared once" if self.prepared else "given as they are, in every call"
         return (
-            f"What is timed: {OPERATIONS[self.operation].about}. "
+            f"What is timed: {OPERATIONS[self.operation].about}; samples: {batch}. "
             f"Each library in its own process, one at work at a time, turn about over {self.rounds} rounds, "
             f"threads: {self.threads}, bound to processors {self.cpus}. The same arrays are used again and "
             f"again, so they stay in cache where they fit. fastconv's weights are {weights}. "
@@ -97,7 +96,7 @@ def run_case(case: Case, settings: Settings, ours: Child, theirs: Child) -> Row:
         "baseline_orders": {order: times.median for order, times in baseline.items()},
         "error": verdict.error, "passed": verdict.passed,
         "reason": "" if verdict.passed else f"{worst}, {verdict.reason}",
-        "conditions": settings.conditions,
+        "conditions": settings.conditions(problem.N),
     }  # fmt: skip
 
 

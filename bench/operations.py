@@ -2,8 +2,8 @@
 
 forward       the convolution
 fused         relu(convolution + bias + residual): one call of ours, three of torch's, two in place
-input_grad    the gradient of the input, by itself
-weight_grad   that of the weight
+grad_input    the gradient of the input, by itself
+grad_weight   that of the weight
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class Fused(Forward):
 
 
 class FusedOracle(Oracle):
+    """Judges a convolution with what is fused to it."""
+
     def __init__(self, fused: Fused):
         super().__init__(fused.problem, fused.x, fused.w)
         self.added = fused.bias.reshape(-1, *[1] * fused.problem.ndim), fused.residual
@@ -153,9 +155,12 @@ class WeightGradient(InputGradient):
 
 
 class GradientOracle(Oracle):
+    """Judges a gradient."""
+
     def __init__(self, gradient: InputGradient):
-        self.problem, self.gradient, self.scales = gradient.problem, gradient, {}
-        self.expected = gradient.refer(*(array.astype(np.float64) for array in gradient.operands()))
+        self.gradient = gradient
+        expected = gradient.refer(*(array.astype(np.float64) for array in gradient.operands()))
+        super().__init__(gradient.problem, *gradient.operands(), expected)
 
     def scale(self, reach: int) -> np.ndarray:
         """The sum of the terms' magnitudes, for errors that travel so many pixels of grad_output."""

@@ -13,6 +13,7 @@ from bench.page import Number
 from bench.rows import (
     Row,
     bandwidth,
+    by_conditions,
     count_in,
     gflops,
     latest,
@@ -185,11 +186,13 @@ def _seconds(seconds: float) -> Number:
 
 
 def _compared(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
+    return "".join(_compared_alike(group) for group in by_conditions(rows))
+
+
+def _compared_alike(rows: Sequence[Row]) -> str:
     baseline = rows[0]["baseline"]
     note = f"Ratio: {baseline}'s time over fastconv's, so more than 1 means that fastconv is faster."
-    notes = [page.paragraph(text) for text in dict.fromkeys([note, *(row["conditions"] for row in rows)])]
+    notes = [page.paragraph(text) for text in (note, rows[0]["conditions"])]
     parts = []
     for network in networks_of(rows):
         mine = [row for row in rows if count_in(row, network)]

@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-IDENTITY = ("kind", "key", "filter", "algorithm", "threads", "prepared", "baseline", "reason", "cpu")
+IDENTITY = (
+    "kind",
+    "key",
+    "filter",
+    "algorithm",
+    "threads",
+    "prepared",
+    "baseline",
+    "operation",
+    "reason",
+    "cpu",
+)
 
 
 def stamp(machine: Machine, arguments: Sequence[str]) -> Row:
@@ -130,6 +141,14 @@ def algorithms_of(rows: Iterable[Row]) -> list[str]:
     """The algorithms of the rows, in the order of the table."""
     found = dict.fromkeys(row["algorithm"] for row in rows)
     return [*(name for name in TABLE if name in found), *(name for name in found if name not in TABLE)]
+
+
+def by_conditions(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each set of conditions together, because the ratios of others cannot be averaged."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["conditions"], []).append(row)
+    return list(groups.values())
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:

@@ -46,7 +46,7 @@ class _Stamp(NamedTuple):
     modified: int
 
 
-def lookup(problem: ConvProblem, device: str, backend: str = "cpu") -> Record | None:
+def lookup(problem: ConvProblem, device: str) -> Record | None:
     """Return what was measured fastest for the problem on the device, or None; never raises.
 
     `device` is the name under which it was stored. Nothing is returned that cannot run the problem.

@@ -185,7 +185,7 @@ def forget_plans() -> None:
 
 def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:
     """Return the plan that was measured fastest on this device, if it is possible here and now."""
-    record = measured.lookup(problem, any_plan.device.label(), any_plan.backend)
+    record = measured.lookup(problem, any_plan.device.label())
     if record is None:
         return None
     plans = fitting_plans(problem, record["algorithm"], any_plan.backend)
@@ -284,7 +284,8 @@ def _cheapest(problem: ConvProblem, algo: str, backend: str, bits: Any = None) -
 
     Where a tile decides the bits of a result, and they are not given, the batch has no say in which bits: the
     result of a sample then does not depend on its batch. Those are taken with which typical batches cost
-    least, where "auto" takes `direct` for a batch that costs less by it.
+    least, where "auto" takes `direct` for a batch that costs less by it; by name too, so that the bits are
+    the same.
     """
     by_bits: dict[Any, list[Plan]] = {}
     for plan in fitting_plans(problem, algo, backend):
@@ -293,7 +294,7 @@ def _cheapest(problem: ConvProblem, algo: str, backend: str, bits: Any = None) -
     if not by_bits:
         return []
     direct = possible_plans(problem, "direct", backend) if len(by_bits) > 1 else []
-    best = min(by_bits.values(), key=lambda plans: _typical_cost([*plans, *direct]))
+    best = min(by_bits.values(), key=lambda plans: (_typical_cost([*plans, *direct]), _typical_cost(plans)))
     return [min(best, key=Plan.cost)]
 
 

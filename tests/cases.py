@@ -87,6 +87,7 @@ WIDE = [
     Case("wide_stride_2", "conv2d", (1, 4, 7, 402), (6, 4, 3, 3), {"padding": (1, 2), "stride": 2}),
     Case("wide_dilated", "conv1d", (1, 6, 333), (8, 3, 5), {"dilation": 3, "groups": 2}),
     Case("wide_pixels", "conv2d", (2, 40, 1, 130), (9, 40, 1, 1)),
+    Case("wide_pixels_of_batch", "conv2d", (19, 200, 7, 7), (400, 100, 1, 1), {"groups": 2}),
     Case("wide_pixels_of_rows", "conv2d", (1, 40, 11, 13), (9, 40, 1, 1)),
     Case("wide_pixels_stride_2", "conv2d", (1, 9, 5, 259), (7, 9, 1, 1), {"stride": 2}),
     Case("wide_channels", "conv2d", (1, 35, 4, 150), (35, 1, 3, 3), {"groups": 35, "padding": 1}),

@@ -10,7 +10,7 @@ import pytest
 import fastconv
 from fastconv import reference
 from fastconv.algorithms import TABLE
-from fastconv.cpu import pointwise
+from fastconv.cpu import im2col, pointwise
 from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
@@ -427,6 +427,18 @@ class TestSameBits:
             parts = {"problem": alone, "x": layer.x[sample], "residual": layer.residual[sample]}
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
+
+    def test_a_block_of_columns_for_each_thread(self, rng, monkeypatch):
+        """One output plane, whose columns fit the cache: two threads gather half of them each."""
+        problem = Case("plane", "conv2d", (1, 32, 20, 20), (64, 32, 3, 3)).problem()
+        layer, plan = make_layer(rng, problem, normals), Way("im2col", "8x3").plan(problem)
+        for workers in (1, 2):
+            assert im2col._geometry(problem, plan.tile, plan.device, workers).blocks == workers
+        results = set()
+        for threads in ("1", "2"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            results.add(layer.run(plan).tobytes())
+        assert len(results) == 1
 
     @every_dtype
     @pytest.mark.parametrize("threads", ["1", "2"])

@@ -27,7 +27,7 @@ from bench import (
     timing,
     workload,
 )  # fmt: skip
-from bench.__main__ import main
+from bench.__main__ import OPERATIONS, main
 from fastconv import reference
 from fastconv.algorithms import TABLE, ErrorBound
 from fastconv.plan import make_plan, possible_plans
@@ -450,6 +450,22 @@ class TestOperations:
         assert {row["operation"] for row in found} == {name}
         assert operations.OPERATIONS[name].about in " ".join(capsys.readouterr().out.split())
         assert all(row["passed"] for row in found)
+
+
+def test_operations_are_summed_up_by_themselves(tmp_path):
+    """Rows of one layer, appended to one file: each operation keeps its own, and has means of its own."""
+    conditions = {}
+    for name in OPERATIONS:
+        conditions[name] = compare.Settings("torch", name, "auto", False, 1, 1).conditions(1)
+    found = [compare_row(operation=name, conditions=text) for name, text in conditions.items()]
+    assert rows.latest([*found, *found]) == found
+    assert rows.by_conditions(found) == [[row] for row in found]
+    page = report.render(found, tmp_path)
+    assert page.count("Against torch</h2>") == len(found)
+
+
+def test_the_command_line_knows_the_operations():
+    assert tuple(operations.OPERATIONS) == OPERATIONS
 
 
 def test_a_gradient_takes_no_prepared_weight(capsys):

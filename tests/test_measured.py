@@ -221,14 +221,6 @@ def test_an_algorithm_that_cannot_run_the_problem_is_not_returned(path):
         assert measured.lookup(STRIDED, DEVICE) is None
 
 
-def test_what_only_the_gpu_can_run_is_returned_to_the_gpu(path):
-    row = make_problem("conv1d", (1, 2, 9), (3, 2, 5))
-    measured.store(row, DEVICE, {**RECORD, "algorithm": "winograd"})
-    assert measured.lookup(row, DEVICE, "gpu")["algorithm"] == "winograd"
-    with pytest.warns(UserWarning, match="needs a 3 x 3 kernel"):
-        assert measured.lookup(row, DEVICE) is None
-
-
 def test_a_huge_file_is_not_read(path):
     os.truncate(path, measured.LARGEST_FILE + 1)
     with pytest.warns(UserWarning, match="it has 16777217 bytes, more than 16777216"):

@@ -61,8 +61,6 @@ SERIAL_FLOPS = 500_000  # below this, 5 to 10 us, a second thread costs more tha
 ACTIVATION_CODES = {
     None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
 }  # fmt: skip
-
-
 LAST_CLIP = ACTIVATION_CODES["relu6"]  # codes up to this one only clip
 
 
@@ -233,7 +231,7 @@ def band_elements(g: Geometry, tables: Tables) -> int:
 
 def workspace(problem: ConvProblem, block: Block, cache: int) -> int:
     """Return the bytes of packed bands that all threads hold together."""
-    workers = threads.thread_count()
+    workers = task_threads(problem)
     return workers * itemsize(problem) * band_elements(*plan_bands(problem, block, cache, workers))
 
 
@@ -414,7 +412,7 @@ def multiply(
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
-    rows     of pixels that exist; with the ending they are finished as soon as they are all there
+    rows     of pixels to finish, with the ending, as soon as they are all there; 0 where the caller does
     """
     n, channel, o, p, q = origin
     strip_count, pixels, is_exact = strips

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.cpu import threads
 from fastconv.cpu.band import (
     Geometry,
     columns_inside,
@@ -82,7 +81,7 @@ def _band_elements(g: Geometry) -> int:
 
 def workspace(problem: ConvProblem, block: Block, device: Device) -> int:
     """Return the bytes of packed bands that all threads hold together, and of a packed weight."""
-    workers = threads.thread_count()
+    workers = task_threads(problem)
     g = plan_bands(problem, block, device.l2 // 2, workers)
     width = block.vectors * block.lanes
     panels = g.groups * math.ceil(g.K / width)

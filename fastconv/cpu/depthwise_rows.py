@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import band, threads
+from fastconv.cpu import band
 from fastconv.cpu.band import Geometry, Tables, find_task, find_vectors, finish, locate, pack_band, store_rows
 from fastconv.cpu.device import SUM_CYCLES, TILE_CYCLES, itemsize
 from fastconv.cpu.simd import (
@@ -124,7 +124,7 @@ def cost(problem: ConvProblem, tile: RowsTile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: RowsTile, device: Device) -> int:
     """Return the bytes of packed bands that all threads hold together."""
-    workers = threads.thread_count()
+    workers = band.task_threads(problem)
     _, geometry, tables, _ = _plan(problem, tile, device, workers)
     return workers * itemsize(problem) * band.band_elements(geometry, tables)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import threads
 from fastconv.cpu.band import (
     columns_inside,
     count_offsets,
@@ -73,10 +72,10 @@ class Geometry(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _geometry(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Geometry:
-    """Divide output planes evenly into blocks whose columns take half of L2, one per worker or more."""
+    """Divide output planes evenly into blocks of columns, about half of L2 or less, for all workers."""
     lanes, planes = device.lanes(problem.compute_dtype), problem.N * problem.groups * problem.O
     most = max(tile.vectors * lanes, device.l2 // 2 // itemsize(problem) // problem.gemm_k)
-    parts = max(math.ceil(problem.P * problem.Q / most), math.ceil(workers / max(1, planes)))
+    parts = max(math.ceil(problem.P * problem.Q / most), math.ceil(workers / planes))
     return make_geometry(problem, math.ceil(problem.P * problem.Q / parts / lanes) * lanes)
 
 
@@ -102,7 +101,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of columns that all threads hold together."""
-    workers = threads.thread_count()
+    workers = task_threads(problem)
     g = _geometry(problem, tile, device, workers)
     return workers * itemsize(problem) * problem.gemm_k * g.columns
 

@@ -10,13 +10,13 @@ BLOCK = 64  # elements along an axis: the lines of both sides stay in the caches
 
 
 def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Copy into contiguous memory, a matrix block by block.
+    """Copy into contiguous memory, a transposed matrix block by block.
 
-    NumPy copies row by row, and touches a cache line for each element of a transposed matrix.
+    NumPy copies row by row, which touches a cache line for each of its elements.
     """
     result = np.empty(array.shape, dtype)
     source, target = array.squeeze(), result.squeeze()
-    if source.ndim != 2:
+    if source.ndim != 2 or abs(source.strides[0]) >= abs(source.strides[1]):
         result[...] = array
         return result
     for i in range(0, source.shape[0], BLOCK):

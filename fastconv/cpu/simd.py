@@ -984,8 +984,8 @@ def _emit_sandwich(builder: Any, simd: Vectors, left: Any, right: Any, X: list[l
 
 def _axes(block: Block) -> tuple[Matrices, Matrices]:
     """Return Winograd's matrices for the rows and for the columns of a block's tiles."""
-    rows, columns = (matrices(m, taps) for m, taps in zip(block.sides, block.extents, strict=False))
-    return rows, columns
+    (m_h, m_w, _, _), (R, S) = block.sides, block.extents
+    return matrices(m_h, R), matrices(m_w, S)
 
 
 @intrinsic

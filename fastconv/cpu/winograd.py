@@ -1,12 +1,12 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all four stages while it lies in cache.
 
-    w (K, C, 3, 3)      --filter-->  U (a*a, K, C)             a = m + 2
-    x, a block of tiles  --input-->  V (a*a, C, block)         lanes are neighbouring tiles
-    U, V               --multiply->  M (a*a, k_group, block)   a*a independent products
-    M                   --output-->  y + bias                  m x m pixels per tile; then the epilogue
+    w (K, C, R, S)      --filter-->  U (places, K, C)             places: the inputs of a tile, (m + 2)^2
+    x, a block of tiles  --input-->  V (places, C, block)         lanes are neighbouring tiles
+    U, V               --multiply->  M (places, k_group, block)   as many independent products
+    M                   --output-->  y + bias                     m x m pixels per tile; then the epilogue
 
-Filters of 5 x 5 take F(2 x 2, 5 x 5). Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5) along that axis:
-tiles of 1 x m or m x 1 pixels, a `places` instead of a*a.
+Filters of 5 x 5 take F(2 x 2, 5 x 5), of 36 places. Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5)
+along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places.
 
 Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
 are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import threads
 from fastconv.cpu.band import (
     columns_inside,
     count_offsets,
@@ -161,10 +160,14 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of transformed tensors: U and V once where they are shared, M in every thread."""
-    workers = threads.thread_count()
-    g = _geometry(problem, tile, device, workers, prepared=False)
+    return max(_workspace(problem, tile, device, prepared) for prepared in (False, True))
+
+
+def _workspace(problem: ConvProblem, tile: WinogradTile, device: Device, prepared: bool) -> int:
+    workers = task_threads(problem)
+    g = _geometry(problem, tile, device, workers, prepared)
     width = tile.vectors * device.lanes(problem.compute_dtype)
-    U = g.U_step * (1 if _transforms_filters_first(g.blocks) else workers)
+    U = g.U_step * (1 if prepared or _transforms_filters_first(g.blocks) else workers)
     V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
     M = g.k_group * width * workers
     return itemsize(problem) * g.places * (U + V + M)

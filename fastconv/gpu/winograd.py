@@ -54,7 +54,7 @@ TILES = (
     WinogradTile(64, 32, is_for_double=False, m=2, is_fused=True),
 )
 
-_UNFUSED = WinogradTile(64, 64, m=2)  # in place of the fused one, where the filter is not 3 x 3, ...
+_UNFUSED = WinogradTile(64, 64, m=2)  # in place of a tile that has no kernel for the filter
 
 FUSED_THREADS = 256  # each warp sums two of sixteen places
 FUSED_EFFICIENCY = 0.65  # of the peak: 0.73 of the main loop are multiply-adds, and one block fits an SM

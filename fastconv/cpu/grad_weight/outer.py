@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem
 
-TILES = (Tile(6, 4), Tile(6, 3), Tile(8, 1))  # 8 x 3 would not keep its offsets of rows in registers
+TILES = (Tile(6, 4), Tile(6, 3), Tile(8, 1))  # taller wide ones would be slow, as band.MOST_OFFSETS says
 
 MOST_ROWS = 256  # taps of a task, unless one channel has more: enough to make up for packing grad_y
 MOST_COLUMNS = 128  # output channels of a task
