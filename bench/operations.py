@@ -97,7 +97,7 @@ class FusedOracle(Oracle):
 
 
 class InputGradient(Forward):
-    """The gradient of the input, of the weight and the gradient of the output."""
+    """The gradient of the input, made of the weight and the gradient of the output."""
 
     about = "the gradient of the input"
     direction = "grad_input"
@@ -135,7 +135,7 @@ class InputGradient(Forward):
 
 
 class WeightGradient(InputGradient):
-    """The gradient of the weight, of the input and the gradient of the output."""
+    """The gradient of the weight, made of the input and the gradient of the output."""
 
     about = "the gradient of the weight"
     direction = "grad_weight"

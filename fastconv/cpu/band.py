@@ -387,24 +387,9 @@ _find_strips = small_part(count_strips)
 
 @part
 def multiply(
-    block,
-    w,
-    k_count,
-    a_taps,
-    b,
-    b_taps,
-    taps,
-    bias,
-    strips,
-    first,
-    pitch,
-    cols,
-    y,
-    origin,
-    tile,
-    rows,
-    ending,
-):
+    block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pitch, cols,
+    y, origin, tile, rows, ending,
+):  # fmt: skip
     """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
     strips   how many, `pitch` apart in B, the pixels of each, one after the other, and whether B, maybe the
