@@ -8,7 +8,7 @@ import numpy as np
 
 from fastconv.cpu import device
 from fastconv.cpu.band import address
-from fastconv.cpu.simd import Block, Kernel, block_lanes, multiply_tile, pointer, table
+from fastconv.cpu.simd import Block, Kernel, block_lanes, multiply_tile, pointer
 
 TAPS = 128
 REPEATS = 2000
@@ -21,7 +21,7 @@ def measure_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
     block = Block(dtype, rows, vectors, cpu.lanes(dtype))
     width = vectors * block.lanes
     a, b, c = np.ones(rows * TAPS, dtype), np.ones(TAPS * width, dtype), np.ones(rows * width, dtype)
-    arguments = (address(a), address(b), address(c), np.arange(TAPS), np.arange(TAPS) * width, width)
+    arguments = (address(a), address(b), address(c), width)
     _repeat(block, 1, 1, *arguments)  # compiles
     best, end = float("inf"), perf_counter() + seconds
     while perf_counter() < end:
@@ -32,10 +32,10 @@ def measure_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
 
 
 @Kernel
-def _repeat(block, first, last, a, b, c, a_taps, b_taps, width):
+def _repeat(block, first, last, a, b, c, width):
     target = pointer(block, c)
     for _ in range(first, last):
         multiply_tile(
-            block, width // block_lanes(block), pointer(block, a), a_taps.size, table(a_taps),
-            pointer(block, b), table(b_taps), a_taps.size, target, target, width,
+            block, width // block_lanes(block), pointer(block, a), TAPS, 1,
+            pointer(block, b), width, TAPS, target, target, width,
         )  # fmt: skip

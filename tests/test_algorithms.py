@@ -428,12 +428,13 @@ class TestSameBits:
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
 
-    def test_a_block_of_columns_for_each_thread(self, rng, monkeypatch):
-        """One output plane, whose columns fit the cache: two threads gather half of them each."""
-        problem = Case("plane", "conv2d", (1, 32, 20, 20), (64, 32, 3, 3)).problem()
+    def test_a_block_that_threads_share(self, rng, monkeypatch):
+        """One small output plane: two threads gather all of its panels, and multiply half of K each."""
+        problem = Case("plane", "conv2d", (1, 32, 9, 9), (64, 32, 3, 3)).problem()
         layer, plan = make_layer(rng, problem, normals), Way("im2col", "8x3").plan(problem)
-        for workers in (1, 2):
-            assert im2col._geometry(problem, plan.tile, plan.device, workers).blocks == workers
+        for workers, parts in ((1, 1), (2, 4)):
+            g = im2col._geometry(problem, plan.tile, plan.device, workers)
+            assert (g.blocks, g.k_parts) == (1, parts)
         results = set()
         for threads in ("1", "2"):
             monkeypatch.setenv("FASTCONV_THREADS", threads)

@@ -40,6 +40,12 @@ def call_tile(block, first, last, vectors, a, a_rows, a_taps, b, b_taps, taps, b
 
 
 @Kernel
+def call_tile_in_order(block, first, last, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
+    p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
+    multiply_tile(block, vectors, p[0], a_rows, a_taps, p[1], b_taps, taps, p[2], p[3], c_row)
+
+
+@Kernel
 def call_tile_by_table(block, first, last, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     p = pointer(block, a), pointer(block, b), pointer(block, bias), pointer(block, c)
     multiply_tile(
@@ -50,12 +56,13 @@ def call_tile_by_table(block, first, last, vectors, a, a_rows, a_taps, b, b_taps
 class Product:
     """Operands of one tile in memory with gaps of NaN between all that may be read."""
 
-    def __init__(self, rng, block, vectors, taps=TAPS):
+    def __init__(self, rng, block, vectors, taps=TAPS, in_order=False):
         self.block, self.vectors, self.taps = block, vectors, taps
         self.width, self.rows = vectors * block.lanes, block.rows
         rows, width, dtype = self.rows, self.width, block.dtype
-        self.a_taps = rng.permutation(taps) * (width + 3)  # in any order, none at its own place
-        self.b_taps = rng.permutation(taps) * (width + 5) + 1
+        order = np.arange if in_order else rng.permutation
+        self.a_taps = order(taps) * (width + 3)  # in any order, none at its own place
+        self.b_taps = order(taps) * (width + 5) + 1
         self.a_row = taps * (width + 3) + 2
         self.a = np.full((rows, self.a_row), np.nan, dtype)
         self.b = np.full(taps * (width + 5) + 1, np.nan, dtype)
@@ -79,6 +86,18 @@ class Product:
             self.block, 1, 1, self.vectors, address(self.a), a_rows, self.a_taps, address(self.b),
             self.b_taps, self.taps, address(self.bias), address(self.c), self.c.shape[1],
         )  # fmt: skip
+        self.compare(expected)
+
+    def check_in_order(self):
+        """The taps given by their distances."""
+        call_tile_in_order(
+            self.block, 1, 1, self.vectors, address(self.a), self.a_row, self.width + 3,
+            address(self.b[1:]), self.width + 5, self.taps, address(self.bias), address(self.c),
+            self.c.shape[1],
+        )  # fmt: skip
+        self.compare(self.expected())
+
+    def compare(self, expected):
         assert_exact(self.c[:, : self.width], expected)
         assert np.isnan(self.c[:, self.width :]).all(), "wrote beside the tile"
 
@@ -90,6 +109,11 @@ class TestMultiplyTile:
         block = Block(dtype, *shape, current().lanes(dtype), "rows")
         for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS)):
             Product(rng, block, vectors, taps).check()
+
+    def test_distance_of_taps(self, shape, dtype, rng):
+        block = Block(dtype, *shape, current().lanes(dtype), "rows")
+        for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS)):
+            Product(rng, block, vectors, taps, in_order=True).check_in_order()
 
     @pytest.mark.parametrize("form", ["columns", "elementwise"])
     def test_table_of_rows(self, shape, dtype, form, rng):

@@ -15,6 +15,7 @@ Arrays are seen as views: (address, stride, stride, ...), strides in elements, a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,8 +27,10 @@ from fastconv.cpu.simd import (
     Block,
     Kernel,
     Tile,
+    address_of,
     advance,
     allocate,
+    block_bytes,
     block_columns,
     block_lanes,
     block_rows,
@@ -48,6 +51,8 @@ from fastconv.cpu.simd import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
@@ -101,8 +106,7 @@ class Geometry(NamedTuple):
 class Tables(NamedTuple):
     """Offsets of the taps (c, t, r, s), in elements, and the phases of rows and columns that they read."""
 
-    a_taps: np.ndarray  # in a row of the weight
-    b_taps: np.ndarray  # in the packed band, or in the input
+    b_taps: np.ndarray  # in the packed band, or in the input; in a row of the weight they are neighbours
     row_phases: np.ndarray
     column_phases: np.ndarray
 
@@ -122,6 +126,38 @@ def address(array: np.ndarray) -> int:
 def count_offsets(count: int, step: int) -> np.ndarray:
     """Return the offsets of `count` elements that lie `step` apart; they are only read."""
     return np.arange(count) * step
+
+
+def reads_same_pixels(problem: ConvProblem) -> bool:
+    """Say whether each output reads the input's pixel in the same place, and no other."""
+    taps = problem.T * problem.R * problem.S
+    return taps == 1 and problem.stride[1:] == (1, 1) and not any(map(any, problem.padding))
+
+
+@lru_cache(maxsize=256)
+def flatten(problem: ConvProblem) -> ConvProblem:
+    """Return a problem that reads the same pixels, with every plane as one row."""
+    return replace(problem, H=1, W=problem.H * problem.W)
+
+
+def as_rows(problem: ConvProblem, operands: Operands) -> Operands | None:
+    """Return the operands with every plane as one row, where the same pixels are read and lie so."""
+    arrays = [array for array in (operands.x, operands.out, operands.residual) if array is not None]
+    if reads_same_pixels(problem) and all(map(_is_one_row, arrays)):
+        return each(operands, lambda array: array.reshape(*array.shape[:3], 1, -1))
+    return None
+
+
+def each(operands: Operands, view: Callable[[np.ndarray], np.ndarray]) -> Operands:
+    """Return the operands with a view of the input, the output and the residual in their places."""
+    residual = None if operands.residual is None else view(operands.residual)
+    return operands._replace(x=view(operands.x), out=view(operands.out), residual=residual)
+
+
+def _is_one_row(array: np.ndarray) -> bool:
+    """Say whether the pixels of a plane lie one after the other."""
+    row = array.shape[4] * array.itemsize
+    return array.strides[4] == array.itemsize and (array.shape[3] == 1 or array.strides[3] == row)
 
 
 @lru_cache(maxsize=256)
@@ -219,7 +255,7 @@ def _tap_tables(problem: ConvProblem, g: Geometry, row_phases: list[int], column
     column = np.searchsorted(column_phases, s % sw) * plane + s // sw
     outer = np.arange(g.C * g.T) * len(row_phases) * len(column_phases) * plane
     b_taps = (outer[:, None, None] + row[:, None] + column).reshape(-1)
-    return Tables(np.arange(b_taps.size), b_taps, np.array(row_phases), np.array(column_phases))
+    return Tables(b_taps, np.array(row_phases), np.array(column_phases))
 
 
 def band_elements(g: Geometry, tables: Tables) -> int:
@@ -240,9 +276,11 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
     g, tables = plan_bands(problem, make_block(problem, tile, device), cache, 1)
     strips, sides = 1, (g.rows * g.cols, g.K)
     if problem.order == "NCHW":
-        strips, pixels = count_strips(g, g.rows, g.cols)
-        sides = (g.K, pixels)
-    multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype)
+        pixels, most, step, _ = cut_strips(g, g.rows, g.cols)
+        strips, sides = math.ceil(pixels / step), (g.K, most)
+    multiply = strips * device.multiply_cycles(
+        tile, *sides, problem.gemm_k, problem.compute_dtype, aligned=problem.order == "NHWC"
+    )
     if problem.order == "NHWC" and tile.rows > MOST_OFFSETS:
         multiply *= SPILLED
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
@@ -309,15 +347,16 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         k_count = min(g.k_step, g.K - k_part * g.k_step)
         if g.in_place:
             b = locate(block, x, (n, group * g.C, o * g.stride_d, p, q))
+            lead = 0 if x[2] % block_lanes(block) else count_lead(block, b)
         else:
-            b = band
+            b, lead = band, -1
             if here != held:
                 pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
                 held = here
         multiply(
-            block, advance(w, channel * taps), k_count, table(tables.a_taps),
+            block, advance(w, channel * taps), k_count,
             b, table(tables.b_taps), taps, advance(bias, channel),
-            (*_find_strips(g, rows, cols), g.in_place), 0, g.Wb, cols,
+            _find_strips(g, rows, cols), lead, 0, g.Wb, cols,
             y, (n, channel, o, p, q), tile, rows, ending,
         )  # fmt: skip
     release(band)
@@ -377,30 +416,32 @@ def columns_inside(w, stride, count, W):
     return low, min(max(-((w - W) // stride), low), count)
 
 
-def count_strips(g, rows, cols):
-    """Return in how many strips a band of rows x cols outputs is multiplied, and the pixels of each."""
-    return (rows, cols) if g.by_rows else (1, (rows - 1) * g.Wb + cols)
+def cut_strips(g, rows, cols):
+    """Return the strips in which a band of rows x cols outputs is multiplied, as `multiply` takes them."""
+    pixels = (rows - 1) * g.Wb + cols
+    return (pixels, cols, g.Wb, g.Wb) if g.by_rows else (pixels, pixels, pixels, pixels)
 
 
-_find_strips = small_part(count_strips)
+_find_strips = small_part(cut_strips)
 
 
 @part
 def multiply(
-    block, w, k_count, a_taps, b, b_taps, taps, bias, strips, first, pitch, cols,
+    block, w, k_count, b, b_taps, taps, bias, strips, lead, first, pitch, cols,
     y, origin, tile, rows, ending,
 ):  # fmt: skip
     """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
-    strips   how many, `pitch` apart in B, the pixels of each, one after the other, and whether B, maybe the
-             caller's, ends with them: it then holds at least a vector
+    strips   the pixels of all, those of each, how many pixels apart they begin, and how far apart in B
+    lead     how many pixels lie before the first that begins a vector's worth of memory, in every tap; -1
+             where B goes on behind the pixels. A caller's array does not, but it holds at least a vector
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
     rows     of pixels to finish, with the ending, as soon as they are all there; 0 where the caller does
     """
     n, channel, o, p, q = origin
-    strip_count, pixels, is_exact = strips
+    pixels, most, step, b_step = strips
     height = block_rows(block)
     live = min(height, k_count)
     spare = allocate(block, height * taps if live < height else 0)
@@ -409,10 +450,10 @@ def multiply(
         w = spare
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before
-        for strip in range(strip_count):
+        for begin in range(0, pixels, step):
             _multiply_strip(
-                block, advance(w, k * taps), live, a_taps, advance(b, strip * pitch), b_taps, taps,
-                advance(bias, k), pixels, is_exact, first + strip * pitch, pitch, cols,
+                block, advance(w, k * taps), live, advance(b, begin // step * b_step), b_taps, taps,
+                advance(bias, k), min(most, pixels - begin), lead, first + begin, pitch, cols,
                 locate(block, y, (n, channel + k, o, p, q)), (y[2], y[4], y[5]), tile,
             )  # fmt: skip
         finish(block, y, (n, channel + k, o, p, q), (live, rows, cols), ending)
@@ -421,7 +462,7 @@ def multiply(
 
 @part
 def _multiply_strip(
-    block, w, live, a_taps, b, b_taps, taps, bias, pixels, is_exact, first, pitch, cols, y, y_steps, tile
+    block, w, live, b, b_taps, taps, bias, pixels, lead, first, pitch, cols, y, y_steps, tile
 ):
     """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
     step_k, step_p, step_q = y_steps
@@ -429,18 +470,27 @@ def _multiply_strip(
     done = 0
     p_first, q_first = divmod(first, pitch)
     while done < pixels:
-        vectors, j, count = find_vectors(block, done, pixels, is_exact)
+        vectors, j, count = find_vectors(block, done, pixels, lead >= 0)
         done = j + count
+        if lead > 0 and j == 0 and done < pixels:  # from here on a vector lies in one cache line, not in two
+            done -= (done - lead) % lanes
         p, q = p_first, q_first + j
         if q >= pitch:  # a division takes as long as a few taps
             p, q = divmod(first + j, pitch)
         whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
         c = advance(y, p * step_p + q) if whole else tile
         multiply_tile(
-            block, vectors, w, taps, a_taps, advance(b, j), b_taps, taps, bias, c, step_k if whole else width
+            block, vectors, w, taps, 1, advance(b, j), b_taps, taps, bias, c, step_k if whole else width
         )
         if not whole:
             store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
+
+
+@small_part
+def count_lead(block, p):
+    """Return how many elements from p on lie before the first that begins a vector's worth of memory."""
+    lanes, size = block_lanes(block), block_bytes(block)
+    return -(address_of(p) // size) % lanes
 
 
 @small_part

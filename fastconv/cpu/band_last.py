@@ -20,7 +20,6 @@ import numpy as np
 from fastconv.cpu.band import (
     Geometry,
     columns_inside,
-    count_offsets,
     even_share,
     find_task,
     finish,
@@ -115,10 +114,9 @@ def run(problem: ConvProblem, block: Block, device: Device, operands: Operands) 
     packed = weight if weight.ndim == 4 else prepare(problem, block, weight)
     steps = _steps(g, x)
     a_taps = _tap_offsets(problem, g, steps, depthwise=block.form == "elementwise")
-    b_taps = count_offsets(a_taps.size, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, block.vectors * block.lanes)
     _run_bands(
-        block, task_count(problem, g), workers, g, steps, a_taps, b_taps,
+        block, task_count(problem, g), workers, g, steps, a_taps,
         x, packed, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
@@ -144,7 +142,7 @@ def _tap_offsets(
 
 
 @Kernel
-def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, ending):
+def _run_bands(block, first, last, g, steps, a_taps, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     width = block_columns(block)
     band = allocate(block, 0 if g.in_place else g.T * g.Hb * g.Wb * g.C)
@@ -166,7 +164,7 @@ def _run_bands(block, first, last, g, steps, a_taps, b_taps, x, w, bias, y, endi
         origin = (n, channel, o, p, q)
         _multiply(
             block, a, steps, g, rows, cols, table(a_taps),
-            advance(w, panel * a_taps.size * width), table(b_taps), a_taps.size,
+            advance(w, panel * a_taps.size * width), a_taps.size,
             advance(bias, channel), k_count, locate(block, y, origin), y, tile,
         )  # fmt: skip
         finish(block, y, origin, (k_count, rows, cols), ending)
@@ -200,7 +198,7 @@ def _pack_band(block, band, image, x, g, group, o, p, q, rows):
 
 
 @part
-def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_count, y, y_view, tile):
+def _multiply(block, a, steps, g, rows, cols, a_taps, w, taps, bias, k_count, y, y_view, tile):
     """Multiply the pixels of a band by the packed panels of weights, tile by tile; y points at the first.
 
     steps   of A, as `_steps` returns them; y_view: the view of the output, for its strides
@@ -223,7 +221,7 @@ def _multiply(block, a, steps, g, rows, cols, a_taps, w, b_taps, taps, bias, k_c
             whole = whole and (even or q + height <= cols)
             c, c_row = (advance(y, k + p * y_p + q * y_q), y_q) if whole else (tile, width)
             multiply_tile(
-                block, vectors, a, table(offsets), a_taps, panel, b_taps, taps, advance(bias, k), c, c_row
+                block, vectors, a, table(offsets), a_taps, panel, width, taps, advance(bias, k), c, c_row
             )
             if not whole:
                 for i in range(live):

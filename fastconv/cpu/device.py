@@ -20,7 +20,9 @@ FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most
 BANDWIDTH = 25.0e9  # bytes/s that one core moves to and from memory; a typical server core
 EXPOSED = 0.1  # the part of the shorter of arithmetic and traffic that the longer does not hide
 TILE_CYCLES = 60  # to start a tile and to store it
+CACHE_LINE = 64  # bytes
 L2_CYCLES = 2  # to load a vector from L2
+CROSSING = 1.15  # a tile takes longer whose vectors lie in two cache lines each; of vectors as wide as a line
 SUM_CYCLES = 4  # from one FMA to the next on its result
 ROW_CYCLES = 45  # to start a row that is copied alone
 BOX_ROW_CYCLES = 15  # one of several that are copied together
@@ -62,13 +64,20 @@ class Device:
         """Return the cycles of one tap of a tile: its FMAs, its loads, its B from L2 or one sum's latency."""
         return max(rows * vectors / 2, (rows + vectors + 2) / 2, vectors * L2_CYCLES, SUM_CYCLES)
 
-    def multiply_cycles(self, tile: Any, rows: int, columns: int, taps: int, dtype: str) -> float:
-        """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included."""
+    def multiply_cycles(
+        self, tile: Any, rows: int, columns: int, taps: int, dtype: str, aligned: bool = True
+    ) -> float:
+        """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included.
+
+        aligned  whether the columns are packed so that no vector of them lies in two cache lines
+        """
         vectors = math.ceil(columns / self.lanes(dtype))
         tiles = math.ceil(vectors / tile.vectors)
         narrow, wider = divmod(vectors, tiles)  # 7 vectors: a tile of 3 and two of 2
         tap = (tiles - wider) * self.tap_cycles(tile.rows, narrow)
         tap += wider * self.tap_cycles(tile.rows, narrow + 1)
+        if not aligned and self.vector_bits == 8 * CACHE_LINE:
+            tap *= CROSSING
         return math.ceil(rows / tile.rows) * (taps * tap + tiles * TILE_CYCLES)
 
     def copy_cycles(
@@ -78,6 +87,10 @@ class Device:
         is_scattered = step > 2 or problem.order == "NHWC"
         element = 1 if is_scattered else 2 * step / self.lanes(problem.compute_dtype)
         return rows * (start + length * element)
+
+    def fetch_cycles(self, bytes: int) -> float:
+        """Return the cycles to read what lies beyond L2."""
+        return bytes / BANDWIDTH * CLOCK
 
     def seconds(self, problem: ConvProblem, cycles: float) -> float:
         """Return the seconds of `cycles` of arithmetic and traffic; the longer hides most of the other."""

@@ -15,10 +15,6 @@ from fastconv.cpu import band, direct
 from fastconv.cpu.simd import Block, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-
     from fastconv.cpu.band import Geometry, Tables
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
@@ -28,7 +24,7 @@ TILES = direct.TILES
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    if problem.order == "NHWC" or not _reads_in_place(problem):
+    if problem.order == "NHWC" or not band.reads_same_pixels(problem):
         return direct.cost(problem, tile, device)
     return _cost_of_parts(*_divide(problem, tile, device), tile, device)
 
@@ -45,20 +41,19 @@ prepare = direct.prepare
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
-    x, out, residual = operands.x, operands.out, operands.residual
-    arrays = [x, out] if residual is None else [x, out, residual]
-    if problem.order == "NHWC" or not _reads_in_place(problem) or not all(map(_is_one_row, arrays)):
+    flat = band.as_rows(problem, operands)
+    if problem.order == "NHWC" or flat is None:
         direct.run(problem, tile, device, operands)
         return
-    workers = band.task_threads(problem)
-    rows, plan, shared = _plan_in_place(problem, tile, device, x.strides[1] // x.itemsize, workers)
-    first = _each(operands, _flatten if shared is None else lambda array: _flatten(array)[..., : rows.W])
+    workers, step = band.task_threads(problem), operands.x.strides[1] // operands.x.itemsize
+    rows, plan, shared = _plan_in_place(problem, tile, device, step, workers)
+    first = flat if shared is None else band.each(flat, lambda array: array[..., : rows.W])
     if plan is None:
         direct.run(rows, tile, device, first)
     else:
         band.run(rows, *plan, first)
     if shared is not None:
-        last = _each(operands, lambda array: _flatten(array)[..., rows.W :].transpose(3, 1, 2, 0, 4))
+        last = band.each(flat, lambda array: array[..., rows.W :].transpose(3, 1, 2, 0, 4))
         direct.run(shared, tile, device, last)
 
 
@@ -68,8 +63,8 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device) -> tuple[ConvProbl
 
     The latter, if any, is one image with a row for the last pixels of each plane.
     """
-    pixels = problem.H * problem.W
-    rows = replace(problem, H=1, W=pixels)
+    rows = band.flatten(problem)
+    pixels = rows.W
     rest = pixels % device.lanes(problem.compute_dtype)
     if problem.order == "NHWC" or problem.N == 1 or problem.D > 1 or rest in (0, pixels):
         return rows, None
@@ -84,7 +79,7 @@ def _cost_of_parts(rows: ConvProblem, shared: ConvProblem | None, tile: Tile, de
     lanes = device.lanes(dtype)
     if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
         tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
-    cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype)
+    cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype, aligned=False)
     seconds = device.seconds(rows, rows.N * rows.groups * rows.O * cycles)
     return seconds if shared is None else seconds + direct.cost(shared, tile, device)
 
@@ -102,25 +97,3 @@ def _plan_in_place(
         return rows, None, shared
     channels = band.count_offsets(geometry.C, channel_step)
     return rows, (block, geometry._replace(in_place=1), tables._replace(b_taps=channels)), shared
-
-
-def _each(operands: Operands, view: Callable[[np.ndarray], np.ndarray]) -> Operands:
-    """Return the operands with a view of the input, the output and the residual in their places."""
-    residual = None if operands.residual is None else view(operands.residual)
-    return operands._replace(x=view(operands.x), out=view(operands.out), residual=residual)
-
-
-def _reads_in_place(problem: ConvProblem) -> bool:
-    """Say whether neighbouring outputs read neighbouring inputs."""
-    return problem.stride[1:] == (1, 1)
-
-
-def _is_one_row(array: np.ndarray) -> bool:
-    """Say whether the pixels of a plane lie one after the other."""
-    row = array.shape[4] * array.itemsize
-    return array.strides[4] == array.itemsize and (array.shape[3] == 1 or array.strides[3] == row)
-
-
-def _flatten(array: np.ndarray) -> np.ndarray:
-    """Return a view with every plane as one row."""
-    return array.reshape(*array.shape[:3], 1, -1)

@@ -33,11 +33,11 @@ from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
 from fastconv.cpu import team
+from fastconv.cpu.device import CACHE_LINE
 from fastconv.cpu.team import PART, compile_cached, compile_for, launch
 from fastconv.winograd_math import Matrices, matrices
 
 INT = ir.IntType(64)
-CACHE_LINE = 64  # bytes
 FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
 
 
@@ -220,6 +220,7 @@ def _constants(read: Callable[[Block], tuple[int, ...]]) -> Any:
 block_rows = _constant(lambda block: block.rows)
 block_columns = _constant(lambda block: block.vectors * block.lanes)  # elements in one row of the tile
 block_lanes = _constant(lambda block: block.lanes)
+block_bytes = _constant(lambda block: int(block.dtype[-2:]) // 8)  # of one element
 block_extents = _constants(lambda block: block.extents)
 block_sides = _constants(lambda block: block.sides)
 
@@ -270,6 +271,12 @@ def release(typingctx: Any, p: types.CPointer) -> Any:
 def advance(typingctx: Any, p: types.CPointer, offset: types.Integer) -> Any:
     """Return pointer `p` moved by `offset` elements."""
     return p(p, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
+def address_of(typingctx: Any, p: types.CPointer) -> Any:
+    """Return a pointer as a number."""
+    return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], INT)
 
 
 @intrinsic
@@ -433,8 +440,7 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
     builder.position_at_end(loop)
     tap = builder.phi(INT, "tap")
     sums = [builder.phi(simd.type) for _ in start]
-    a_tap = builder.gep(a, [builder.load(builder.gep(a_taps, [tap]))])
-    b_tap = builder.gep(b, [builder.load(builder.gep(b_taps, [tap]))])
+    a_tap, b_tap = (builder.gep(p, [_offset(builder, taps, tap)]) for p, taps in ((a, a_taps), (b, b_taps)))
     new = _emit_tap(builder, simd, block, column, rows, a_tap, b_tap, sums)
     following = builder.add(tap, INT(1))
     _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, taps), loop, done))
@@ -445,6 +451,13 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
     builder.position_at_end(done)
     for cell, value in zip(cells, new, strict=True):
         simd.store(value, c, cell)
+
+
+def _offset(builder: Any, offsets: Any, tap: Any) -> Any:
+    """Return the offset of a tap from their table, or from the distance of neighbours."""
+    if isinstance(offsets.type, ir.PointerType):
+        return builder.load(builder.gep(offsets, [tap]))
+    return builder.mul(offsets, tap)
 
 
 def _emit_tap(
@@ -465,9 +478,12 @@ def _emit_tap(
 
 @intrinsic
 def _microkernel(typingctx, block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
-    floats, offsets = types.CPointer(block.float), types.CPointer(types.int64)
-    rows = offsets if isinstance(a_rows, types.CPointer) else types.int64
-    operands = (floats, rows, offsets, floats, offsets, types.int64, floats, floats, types.int64)
+    floats = types.CPointer(block.float)
+    rows, a_offsets, b_offsets = (
+        types.CPointer(types.int64) if isinstance(given, types.CPointer) else types.int64
+        for given in (a_rows, a_taps, b_taps)
+    )
+    operands = (floats, rows, a_offsets, floats, b_offsets, types.int64, floats, floats, types.int64)
     return types.void(block, types.int64, *operands), _widths(_emit_tile, block.block)
 
 
@@ -481,7 +497,7 @@ def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c
     vectors  how many vectors wide this tile is, 1 ... block.vectors
     a, b     pointers to the operands
     a_rows   distance of the rows of A, or pointer to the offsets of block.rows rows; all in elements
-    a_taps, b_taps  pointers to the offsets of the taps in A and B
+    a_taps, b_taps  likewise of the taps in A and B: a distance spares a load per tap
     bias     pointer to block.rows values (form "rows") or to one row of the tile (the other forms)
     c, c_row pointer to the tile and the distance of its rows
     """

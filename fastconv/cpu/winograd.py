@@ -24,7 +24,6 @@ import numpy as np
 
 from fastconv.cpu.band import (
     columns_inside,
-    count_offsets,
     finish,
     locate,
     make_ending,
@@ -210,14 +209,13 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
         weight = prepare(problem, tile, device, weight)
     U_given = weight.ndim == 2
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
-    a_taps, b_taps = count_offsets(g.C, 1), count_offsets(g.C, block.vectors * block.lanes)
     bias = padded_bias(problem, operands.bias, 0)
     blocks = g.groups * g.blocks
     V = np.empty((blocks if g.c_parts else 0, g.places * g.V_step), problem.compute_dtype)
     if g.c_parts:
         _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
     _run_blocks(
-        block, blocks * g.k_parts, workers, g, U_given, a_taps, b_taps, V,
+        block, blocks * g.k_parts, workers, g, U_given, V,
         operands.x, filters, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
@@ -267,7 +265,7 @@ def _prepare_inputs(block, first, last, g, x, all_V):
 
 
 @Kernel
-def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, all_V, x, w, bias, y, ending):
+def _run_blocks(block, first, last, g, U_given, all_V, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     width, (R, S) = block_columns(block), block_extents(block)
     own_V = allocate(block, 0 if g.c_parts else g.places * g.V_step)
@@ -292,7 +290,7 @@ def _run_blocks(block, first, last, g, U_given, a_taps, b_taps, all_V, x, w, bia
             U = advance(w, channel * g.C_padded) if U_given else own_U
             coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * R * S
             ahead = advance(w, (channel + k_count) * g.C * R * S)
-            _multiply(block, U, g, k_count, table(a_taps), V, table(b_taps), vectors, M, ahead, coming)
+            _multiply(block, U, g, k_count, V, vectors, M, ahead, coming)
             added = advance(bias, channel)
             _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
             _finish_tiles(block, y, g, segments, count, channel, k_count, ending)
@@ -368,7 +366,7 @@ def _copy_tiles(block, x, g, segment, channel, lines):
 
 
 @part
-def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming):
+def _multiply(block, U, g, k_count, V, vectors, M, ahead, coming):
     """Multiply the matrices of all places: M[e] = U[e] V[e].
 
     Meanwhile fetch the `coming` values of the next filters, whose transform would wait for memory:
@@ -383,8 +381,8 @@ def _multiply(block, U, g, k_count, a_taps, V, b_taps, vectors, M, ahead, coming
         for row in range(0, k_count, height):
             k = max(0, min(row, k_count - height))  # the last tile overlaps the one before
             multiply_tile(
-                block, vectors, advance(U, e * g.U_step + k * g.C_padded), g.C_padded, a_taps,
-                advance(V, e * g.V_step), b_taps, g.C, zeros, advance(M, (e * g.k_group + k) * width), width,
+                block, vectors, advance(U, e * g.U_step + k * g.C_padded), g.C_padded, 1,
+                advance(V, e * g.V_step), width, g.C, zeros, advance(M, (e * g.k_group + k) * width), width,
             )  # fmt: skip
     release(zeros)
 

@@ -78,25 +78,24 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     d, g = _plan(problem, tile, device)
     lanes = device.lanes(problem.compute_dtype)
     block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True, m=lanes)
-    a_rows, b_pixels = _tables(problem, tile, device)
     x, y = view(operands.x), view(operands.weight)
 
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
-    outer.run(problem, block, d, out, _run, g, a_rows, b_pixels, x, y)
+    outer.run(problem, block, d, out, _run, g, _tap_offsets(problem, tile, device), x, y)
 
 
 @lru_cache(maxsize=256)
-def _tables(problem: ConvProblem, tile: Tile, device: Device) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the taps and the pixels of grad_y lie in their packed blocks."""
+def _tap_offsets(problem: ConvProblem, tile: Tile, device: Device) -> np.ndarray:
+    """Return where the taps lie in their packed blocks."""
     d, g = _plan(problem, tile, device)
     t, r, s = (np.arange(extent) for extent in problem.weight_shape5[2:])
     r, s = r * problem.dilation[1], s * problem.dilation[2]
     taps = ((t[:, None, None] * g.Hb + r[:, None]) * g.Wb + s).reshape(-1) * d.k_step
-    return outer.row_offsets(d, taps), np.arange(g.rows * g.cols) * d.k_step
+    return outer.row_offsets(d, taps)
 
 
 @Kernel
-def _run(block, first, last, d, g, a_rows, b_pixels, x, y, sums):
+def _run(block, first, last, d, g, a_rows, x, y, sums):
     width = block_columns(block)
     packed, panels = allocate(block, g.T * g.Hb * g.Wb * width), allocate(block, g.rows * g.cols * width)
     a_pixels = np.empty(g.rows * g.cols, np.int64)
@@ -111,9 +110,7 @@ def _run(block, first, last, d, g, a_rows, b_pixels, x, y, sums):
                 pack_row(block, panels, i * cols, rows * cols, line, d.groups * y[2], y[5], count, cols)
                 for e in range(cols):
                     a_pixels[i * cols + e] = (i * g.stride_h * g.Wb + e * g.stride_w) * width
-            add_products(
-                block, packed, d.rows, a_rows, a_pixels, panels, b_pixels, rows * cols, count, total, width
-            )
+            add_products(block, packed, d.rows, a_rows, a_pixels, panels, rows * cols, count, total, width)
     release(packed)
     release(panels)
 

@@ -50,18 +50,17 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     d, g, tables = _plan(problem, tile, device)
     block = outer.make_sums_block(problem, tile, device)
     rows = outer.row_offsets(d, tables.b_taps)
-    pixels = np.arange(g.rows * g.cols) * block.vectors * block.lanes
     elements = band.band_elements(g, tables)
     x, y = view(operands.x), view(operands.weight)
 
     out = outer.by_group(problem, operands.out)
-    outer.run(problem, block, d, out, _run, g, tables, elements, rows, pixels, x, y)
+    outer.run(problem, block, d, out, _run, g, tables, elements, rows, x, y)
 
 
 @Kernel
-def _run(block, first, last, d, g, tables, elements, a_rows, b_pixels, x, y, sums):
-    packed, panels = allocate(block, elements), allocate(block, b_pixels.size * d.columns)
-    a_pixels = np.empty(b_pixels.size, np.int64)
+def _run(block, first, last, d, g, tables, elements, a_rows, x, y, sums):
+    packed, panels = allocate(block, elements), allocate(block, g.rows * g.cols * d.columns)
+    a_pixels = np.empty(g.rows * g.cols, np.int64)
     for task in range(first, last):
         group, c, k, k_count, first_block, last_block = find_task(d, task)
         total = advance(pointer(block, sums), task * d.rows * d.k_step)
@@ -75,17 +74,7 @@ def _run(block, first, last, d, g, tables, elements, a_rows, b_pixels, x, y, sum
                 for j in range(cols):
                     a_pixels[i * cols + j] = i * g.Wb + j
             add_products(
-                block,
-                packed,
-                d.rows,
-                a_rows,
-                a_pixels,
-                panels,
-                b_pixels,
-                rows * cols,
-                k_count,
-                total,
-                d.k_step,
+                block, packed, d.rows, a_rows, a_pixels, panels, rows * cols, k_count, total, d.k_step
             )
     release(packed)
     release(panels)

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu.band import locate, view
+from fastconv.cpu.band import columns_inside, locate, view
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
-from fastconv.cpu.im2col import Geometry, gather, make_geometry
-from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+from fastconv.cpu.simd import Kernel, Tile, advance, allocate, copy_padded, fill, part, pointer, release
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
 TILES = outer.TILES
+
+
+class Geometry(NamedTuple):
+    """The sizes of an im2col convolution; C and K are those of one group."""
+
+    groups: int
+    C: int
+    K: int
+    D: int
+    H: int
+    W: int
+    O: int
+    P: int
+    Q: int
+    T: int
+    R: int
+    S: int
+    stride_d: int
+    stride_h: int
+    stride_w: int
+    pad_d: int
+    pad_h: int
+    pad_w: int
+    dilation_d: int
+    dilation_h: int
+    dilation_w: int
+    columns: int  # pixels of one block, and how many blocks make a plane of the output
+    blocks: int
+
+
+def make_geometry(problem: ConvProblem, columns: int) -> Geometry:
+    """Return the geometry of blocks of so many pixels."""
+    C, K = problem.C // problem.groups, problem.K // problem.groups
+    return Geometry(
+        problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
+        problem.T, problem.R, problem.S, *problem.stride, *problem.padding_before, *problem.dilation,
+        columns, math.ceil(problem.P * problem.Q / columns),
+    )  # fmt: skip
 
 
 def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry]:
@@ -51,15 +89,14 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     block = outer.make_sums_block(problem, tile, device)
     a_rows = outer.row_offsets(d, np.arange(d.c_step * d.taps) * g.columns)
     a_pixels = np.arange(g.columns)
-    b_pixels = a_pixels * block.vectors * block.lanes
     x, y = view(operands.x), view(operands.weight)
 
     out = outer.by_group(problem, operands.out)
-    outer.run(problem, block, d, out, _run, g, a_rows, a_pixels, b_pixels, x, y)
+    outer.run(problem, block, d, out, _run, g, a_rows, a_pixels, x, y)
 
 
 @Kernel
-def _run(block, first, last, d, g, a_rows, a_pixels, b_pixels, x, y, sums):
+def _run(block, first, last, d, g, a_rows, a_pixels, x, y, sums):
     columns = allocate(block, d.c_step * d.taps * g.columns)
     panels = allocate(block, g.columns * d.columns)
     for task in range(first, last):
@@ -73,8 +110,32 @@ def _run(block, first, last, d, g, a_rows, a_pixels, b_pixels, x, y, sums):
             gather(block, columns, locate(block, x, (n, group * d.C + c, 0, 0, 0)), x, g, o, pixel, count)
             plane = locate(block, y, (n, group * d.K + k, o, 0, 0))
             pack_pixels(block, panels, plane, y, g.Q, pixel, count, k_count)
-            add_products(
-                block, columns, d.rows, a_rows, a_pixels, panels, b_pixels, count, k_count, total, d.k_step
-            )
+            add_products(block, columns, d.rows, a_rows, a_pixels, panels, count, k_count, total, d.k_step)
     release(columns)
     release(panels)
+
+
+@part
+def gather(block, columns, image, x, g, o, pixel, count):
+    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to columns[tap, 0 ... count-1]."""
+    at = 0
+    for c in range(g.C):
+        for t in range(g.T):
+            d = o * g.stride_d + t * g.dilation_d - g.pad_d
+            for r in range(g.R):
+                for s in range(g.S):
+                    j = 0
+                    while j < count:  # one output row, or what of it is in the block, at a time
+                        p, q = divmod(pixel + j, g.Q)
+                        run = min(count - j, g.Q - q)
+                        h = p * g.stride_h + r * g.dilation_h - g.pad_h
+                        w = q * g.stride_w + s * g.dilation_w - g.pad_w
+                        line = advance(columns, at + j)
+                        if d < 0 or d >= g.D or h < 0 or h >= g.H:
+                            fill(block, line, run)
+                        else:
+                            low, high = columns_inside(w, g.stride_w, run, g.W)
+                            source = advance(image, c * x[2] + d * x[3] + h * x[4] + w * x[5])
+                            copy_padded(block, line, source, g.stride_w * x[5], run, low, high)
+                        j += run
+                    at += g.columns

@@ -192,7 +192,7 @@ def pack_row(block, panels, at, pixels, y, y_k, y_q, k_count, count):
 
 
 @part
-def add_products(block, a, rows, a_rows, a_pixels, panels, b_pixels, pixels, k_count, sums, k_step):
+def add_products(block, a, rows, a_rows, a_pixels, panels, pixels, k_count, sums, k_step):
     """Add the products of a block of pixels to the sums of a task: its rows, k_count columns."""
     lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
     for k in range(0, k_count, width):
@@ -202,7 +202,7 @@ def add_products(block, a, rows, a_rows, a_pixels, panels, b_pixels, pixels, k_c
             target = advance(sums, row * k_step + k)
             multiply_tile(
                 block, vectors, a, advance(table(a_rows), row), table(a_pixels),
-                panel, table(b_pixels), pixels, target, target, k_step,
+                panel, width, pixels, target, target, k_step,
             )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
+from fastconv.cpu.grad_weight.im2col import Geometry, make_geometry
 from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
-from fastconv.cpu.im2col import Geometry, make_geometry
 from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
 
 if TYPE_CHECKING:
@@ -45,14 +45,13 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     block = outer.make_sums_block(problem, tile, device)
     x, y = view(operands.x), view(operands.weight)
     a_rows = outer.row_offsets(d, np.arange(d.c_step) * x[2])
-    b_pixels = np.arange(g.columns) * block.vectors * block.lanes
 
     out = outer.by_group(problem, operands.out)
-    outer.run(problem, block, d, out, _run, g, a_rows, b_pixels, x, y)
+    outer.run(problem, block, d, out, _run, g, a_rows, x, y)
 
 
 @Kernel
-def _run(block, first, last, d, g, a_rows, b_pixels, x, y, sums):
+def _run(block, first, last, d, g, a_rows, x, y, sums):
     panels = allocate(block, g.columns * d.columns)
     a_pixels = np.empty(g.columns, np.int64)
     for task in range(first, last):
@@ -69,7 +68,5 @@ def _run(block, first, last, d, g, a_rows, b_pixels, x, y, sums):
             image = locate(block, x, (n, group * d.C + c, o * g.stride_d, 0, 0))
             plane = locate(block, y, (n, group * d.K + k, o, 0, 0))
             pack_pixels(block, panels, plane, y, g.Q, pixel, count, k_count)
-            add_products(
-                block, image, d.rows, a_rows, a_pixels, panels, b_pixels, count, k_count, total, d.k_step
-            )
+            add_products(block, image, d.rows, a_rows, a_pixels, panels, count, k_count, total, d.k_step)
     release(panels)
