@@ -38,7 +38,9 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     copy_rows,
+    copy_whole,
     part,
+    prefetch,
     release,
     table,
     view_of,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
+FETCHED_CHANNELS = 4
 FAR = 1.3  # a panel that leaves no room in L2 for the weight takes so much longer
 
 TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(2, 4))
@@ -219,8 +222,25 @@ def _gather(block, panels, image, x, g, o, pixel, count):
                         w = q * g.stride_w + s * g.dilation_w - g.pad_w
                         low, high = columns_inside(w, g.stride_w, run, W)
                         source = advance(image, d * x[3] + h * x[4] + w * x[5])
-                        copy_rows(
+                        _copy_channels(
                             block, g.C, target, step, source, x[2], g.stride_w * x[5], written, low, high
                         )
                         target = advance(target, width)
             j += run
+
+
+@part
+def _copy_channels(block, channels, target, step, source, channel_step, column_step, count, low, high):
+    """Copy the same pixels of all channels, as `copy_rows` does; whole vectors of them are fetched ahead.
+
+    Channels lie too far apart for the processor to do that by itself.
+    """
+    lanes = block_lanes(block)
+    if column_step != 1 or low > 0 or high < count or count % lanes:
+        copy_rows(block, channels, target, step, source, channel_step, column_step, count, low, high)
+        return
+    for i in range(0, count, lanes):
+        to, of = advance(target, i), advance(source, i)
+        for c in range(channels):
+            prefetch(block, advance(of, (c + FETCHED_CHANNELS) * channel_step))
+            copy_whole(block, advance(to, c * step), advance(of, c * channel_step))
