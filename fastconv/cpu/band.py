@@ -27,10 +27,8 @@ from fastconv.cpu.simd import (
     Block,
     Kernel,
     Tile,
-    address_of,
     advance,
     allocate,
-    block_bytes,
     block_columns,
     block_lanes,
     block_rows,
@@ -347,16 +345,15 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         k_count = min(g.k_step, g.K - k_part * g.k_step)
         if g.in_place:
             b = locate(block, x, (n, group * g.C, o * g.stride_d, p, q))
-            lead = 0 if x[2] % block_lanes(block) else count_lead(block, b)
         else:
-            b, lead = band, -1
+            b = band
             if here != held:
                 pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
                 held = here
         multiply(
             block, advance(w, channel * taps), k_count,
             b, table(tables.b_taps), taps, advance(bias, channel),
-            _find_strips(g, rows, cols), lead, 0, g.Wb, cols,
+            _find_strips(g, rows, cols), g.in_place, 0, g.Wb, cols,
             y, (n, channel, o, p, q), tile, rows, ending,
         )  # fmt: skip
     release(band)
@@ -427,14 +424,13 @@ _find_strips = small_part(cut_strips)
 
 @part
 def multiply(
-    block, w, k_count, b, b_taps, taps, bias, strips, lead, first, pitch, cols,
+    block, w, k_count, b, b_taps, taps, bias, strips, is_exact, first, pitch, cols,
     y, origin, tile, rows, ending,
 ):  # fmt: skip
     """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
     strips   the pixels of all, those of each, how many pixels apart they begin, and how far apart in B
-    lead     how many pixels lie before the first that begins a vector's worth of memory, in every tap; -1
-             where B goes on behind the pixels. A caller's array does not, but it holds at least a vector
+    is_exact whether B, maybe the caller's, ends with the pixels: it then holds at least a vector
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
@@ -453,7 +449,7 @@ def multiply(
         for begin in range(0, pixels, step):
             _multiply_strip(
                 block, advance(w, k * taps), live, advance(b, begin // step * b_step), b_taps, taps,
-                advance(bias, k), min(most, pixels - begin), lead, first + begin, pitch, cols,
+                advance(bias, k), min(most, pixels - begin), is_exact, first + begin, pitch, cols,
                 locate(block, y, (n, channel + k, o, p, q)), (y[2], y[4], y[5]), tile,
             )  # fmt: skip
         finish(block, y, (n, channel + k, o, p, q), (live, rows, cols), ending)
@@ -462,7 +458,7 @@ def multiply(
 
 @part
 def _multiply_strip(
-    block, w, live, b, b_taps, taps, bias, pixels, lead, first, pitch, cols, y, y_steps, tile
+    block, w, live, b, b_taps, taps, bias, pixels, is_exact, first, pitch, cols, y, y_steps, tile
 ):
     """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
     step_k, step_p, step_q = y_steps
@@ -470,10 +466,8 @@ def _multiply_strip(
     done = 0
     p_first, q_first = divmod(first, pitch)
     while done < pixels:
-        vectors, j, count = find_vectors(block, done, pixels, lead >= 0)
+        vectors, j, count = find_vectors(block, done, pixels, is_exact)
         done = j + count
-        if lead > 0 and j == 0 and done < pixels:  # from here on a vector lies in one cache line, not in two
-            done -= (done - lead) % lanes
         p, q = p_first, q_first + j
         if q >= pitch:  # a division takes as long as a few taps
             p, q = divmod(first + j, pitch)
@@ -484,13 +478,6 @@ def _multiply_strip(
         )
         if not whole:
             store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
-
-
-@small_part
-def count_lead(block, p):
-    """Return how many elements from p on lie before the first that begins a vector's worth of memory."""
-    lanes, size = block_lanes(block), block_bytes(block)
-    return -(address_of(p) // size) % lanes
 
 
 @small_part

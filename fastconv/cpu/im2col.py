@@ -184,7 +184,7 @@ def _run_blocks(block, first, last, g, taps, x, w, bias, y, ending):
         k_count, channel = min(g.k_step, g.K - k), group * g.K + k
         multiply(
             block, advance(w, channel * taps), k_count, panels, width, taps, advance(bias, channel),
-            (count, g.panel * lanes, g.panel * lanes, taps * width), -1, pixel, pitch, pitch,
+            (count, g.panel * lanes, g.panel * lanes, taps * width), 0, pixel, pitch, pitch,
             y, (n, channel, o, 0, 0), tile, 0, ending,
         )  # fmt: skip
         while count > 0:  # one row of pixels at a time

@@ -5,12 +5,12 @@ Numba alone does not keep a block of vector accumulators in registers, so the in
                      B: `vectors` vectors of the tap            a_rows   distance of the rows of A, or a table
       A              b[b_taps[t] + j * lanes ...]                        of one offset per row
     row i  ----->  +---------+---------+---------+              a_taps   one offset per tap, added to each row
-    a[i * a_rows   | c[i][0] | c[i][1] | c[i][2] |              b_taps   one offset per tap
-      + a_taps[t]] +---------+---------+---------+
+    a[i * a_rows   | c[i][0] | c[i][1] | c[i][2] |              b_taps   one offset per tap; either may be
+      + a_taps[t]] +---------+---------+---------+                       the distance of neighbours
                      accumulators, in registers                 c[i][j] += A[i, t] * B[t, j], t in order
 
-A tap is one (c, t, r, s) of the weight. The two tables of tap offsets are the idea of the indirect
-convolution algorithm (Dukhan 2019, arXiv:1907.02129): direct, 1x1, im2col and Winograd differ in tables only.
+A tap is one (c, t, r, s) of the weight. The tables of tap offsets are the idea of the indirect convolution
+algorithm (Dukhan 2019, arXiv:1907.02129): direct, 1x1, im2col and Winograd differ in offsets only.
 Each sum runs over the taps in order, one fused multiply-add each, whatever the tile: same input, same bits.
 """
 
@@ -220,7 +220,6 @@ def _constants(read: Callable[[Block], tuple[int, ...]]) -> Any:
 block_rows = _constant(lambda block: block.rows)
 block_columns = _constant(lambda block: block.vectors * block.lanes)  # elements in one row of the tile
 block_lanes = _constant(lambda block: block.lanes)
-block_bytes = _constant(lambda block: int(block.dtype[-2:]) // 8)  # of one element
 block_extents = _constants(lambda block: block.extents)
 block_sides = _constants(lambda block: block.sides)
 
@@ -271,12 +270,6 @@ def release(typingctx: Any, p: types.CPointer) -> Any:
 def advance(typingctx: Any, p: types.CPointer, offset: types.Integer) -> Any:
     """Return pointer `p` moved by `offset` elements."""
     return p(p, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
-
-
-@intrinsic
-def address_of(typingctx: Any, p: types.CPointer) -> Any:
-    """Return a pointer as a number."""
-    return types.int64(p), lambda context, builder, sig, args: builder.ptrtoint(args[0], INT)
 
 
 @intrinsic
