@@ -428,13 +428,14 @@ class TestSameBits:
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
 
-    def test_a_block_that_threads_share(self, rng, monkeypatch):
-        """One small output plane: two threads gather all of its panels, and multiply half of K each."""
-        problem = Case("plane", "conv2d", (1, 32, 9, 9), (64, 32, 3, 3)).problem()
+    @pytest.mark.parametrize(("K", "shares"), [(64, (2, 1)), (128, (1, 2))])
+    def test_a_block_that_threads_share(self, K, shares, rng, monkeypatch):
+        """One small output plane: two threads gather half of it each, or all for half of many channels."""
+        problem = Case("plane", "conv2d", (1, 32, 9, 9), (K, 32, 3, 3)).problem()
         layer, plan = make_layer(rng, problem, normals), Way("im2col", "8x3").plan(problem)
-        for workers, parts in ((1, 1), (2, 4)):
-            g = im2col._geometry(problem, plan.tile, plan.device, workers)
-            assert (g.blocks, g.k_parts) == (1, parts)
+        for workers, expected in ((1, (1, 1)), (2, shares)):
+            d = im2col._divide(problem, plan.tile, plan.device, workers)
+            assert (d.blocks, d.k_parts) == expected
         results = set()
         for threads in ("1", "2"):
             monkeypatch.setenv("FASTCONV_THREADS", threads)

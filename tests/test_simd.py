@@ -61,7 +61,7 @@ class Product:
         self.width, self.rows = vectors * block.lanes, block.rows
         rows, width, dtype = self.rows, self.width, block.dtype
         order = np.arange if in_order else rng.permutation
-        self.a_taps = order(taps) * (width + 3)  # in any order, none at its own place
+        self.a_taps = order(taps) * (width + 3)  # unless in_order, none at its own place
         self.b_taps = order(taps) * (width + 5) + 1
         self.a_row = taps * (width + 3) + 2
         self.a = np.full((rows, self.a_row), np.nan, dtype)

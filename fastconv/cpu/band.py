@@ -127,29 +127,31 @@ def count_offsets(count: int, step: int) -> np.ndarray:
 
 
 def reads_same_pixels(problem: ConvProblem) -> bool:
-    """Say whether each output reads the input's pixel in the same place, and no other."""
+    """Say whether each output reads the pixel in the same place of one plane, and no other."""
     taps = problem.T * problem.R * problem.S
     return taps == 1 and problem.stride[1:] == (1, 1) and not any(map(any, problem.padding))
 
 
 @lru_cache(maxsize=256)
 def flatten(problem: ConvProblem) -> ConvProblem:
-    """Return a problem that reads the same pixels, with every plane as one row."""
+    """Return a problem that `reads_same_pixels`, with every plane as one row."""
     return replace(problem, H=1, W=problem.H * problem.W)
 
 
 def as_rows(problem: ConvProblem, operands: Operands) -> Operands | None:
     """Return the operands with every plane as one row, where the same pixels are read and lie so."""
+    if not reads_same_pixels(problem):
+        return None
     arrays = [array for array in (operands.x, operands.out, operands.residual) if array is not None]
-    if reads_same_pixels(problem) and all(map(_is_one_row, arrays)):
-        return each(operands, lambda array: array.reshape(*array.shape[:3], 1, -1))
-    return None
+    if not all(map(_is_one_row, arrays)):
+        return None
+    return with_views(operands, lambda array: array.reshape(*array.shape[:3], 1, -1))
 
 
-def each(operands: Operands, view: Callable[[np.ndarray], np.ndarray]) -> Operands:
+def with_views(operands: Operands, of: Callable[[np.ndarray], np.ndarray]) -> Operands:
     """Return the operands with a view of the input, the output and the residual in their places."""
-    residual = None if operands.residual is None else view(operands.residual)
-    return operands._replace(x=view(operands.x), out=view(operands.out), residual=residual)
+    residual = None if operands.residual is None else of(operands.residual)
+    return operands._replace(x=of(operands.x), out=of(operands.out), residual=residual)
 
 
 def _is_one_row(array: np.ndarray) -> bool:
@@ -269,16 +271,14 @@ def workspace(problem: ConvProblem, block: Block, cache: int) -> int:
     return workers * itemsize(problem) * band_elements(*plan_bands(problem, block, cache, workers))
 
 
-def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int) -> float:
+def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int, aligned: bool) -> float:
     """Return the estimated seconds of a banded convolution on one core."""
     g, tables = plan_bands(problem, make_block(problem, tile, device), cache, 1)
     strips, sides = 1, (g.rows * g.cols, g.K)
     if problem.order == "NCHW":
         pixels, most, step, _ = cut_strips(g, g.rows, g.cols)
         strips, sides = math.ceil(pixels / step), (g.K, most)
-    multiply = strips * device.multiply_cycles(
-        tile, *sides, problem.gemm_k, problem.compute_dtype, aligned=problem.order == "NHWC"
-    )
+    multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype, aligned)
     if problem.order == "NHWC" and tile.rows > MOST_OFFSETS:
         multiply *= SPILLED
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastconv.cpu import memory
 from fastconv.cpu.band import (
     Geometry,
     columns_inside,
@@ -97,10 +98,11 @@ def prepare(problem: ConvProblem, block: Block, weight: np.ndarray) -> np.ndarra
         groups = problem.groups
         rows = weight.transpose(0, 2, 3, 4, 1).reshape(groups, problem.K // groups, -1)
     panels = math.ceil(rows.shape[1] / width)
-    packed = np.zeros((groups, panels, rows.shape[2], width), problem.compute_dtype)
+    packed = memory.allocate((groups, panels, rows.shape[2], width), problem.compute_dtype)
     for panel in range(panels):
         some = rows[:, panel * width : (panel + 1) * width]
         packed[:, panel, :, : some.shape[1]] = some.transpose(0, 2, 1)
+        packed[:, panel, :, some.shape[1] :] = 0
     return packed
 
 

@@ -86,7 +86,7 @@ def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     if isinstance(tile, RowsTile):
         return depthwise_rows.cost(problem, tile, device)
     if isinstance(tile, Tile):
-        return band.cost(problem, tile, device, device.l1 // 2)
+        return band.cost(problem, tile, device, device.l1 // 2, aligned=True)  # as the other tiles count
     vectors = -(-problem.Q // lanes)
     taps = problem.gemm_k * problem.stride[2] * vectors * PLANE_TAP_CYCLES
     return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + problem.P * taps))

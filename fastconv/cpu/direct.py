@@ -18,7 +18,7 @@ TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(2, 4))
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    return band.cost(problem, tile, device, device.l2 // 2)
+    return band.cost(problem, tile, device, device.l2 // 2, aligned=problem.order == "NHWC")
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:

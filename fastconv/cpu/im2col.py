@@ -50,18 +50,17 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
-FETCHED_CHANNELS = 4
+FETCHED_CHANNELS = 4  # ahead of the channel in hand: 12 were as fast, 4 take less of the cache
+SHARED_CHANNELS = 60  # output channels of each worker that pay for gathering a block once more
 FAR = 1.3  # a panel that leaves no room in L2 for the weight takes so much longer
 
 TILES = (Tile(8, 3), Tile(6, 4), Tile(4, 3), Tile(2, 4))
 
 
-class Geometry(NamedTuple):
-    """The sizes of an im2col convolution; C and K are those of one group."""
+class Windows(NamedTuple):
+    """Where the windows of one group's output pixels lie in its input."""
 
-    groups: int
     C: int
-    K: int
     D: int
     H: int
     W: int
@@ -80,6 +79,13 @@ class Geometry(NamedTuple):
     dilation_d: int
     dilation_h: int
     dilation_w: int
+
+
+class Division(NamedTuple):
+    """How the work is divided; C and K are those of one group."""
+
+    groups: int
+    K: int
     vectors: int  # that the pixels of an output plane fill, and the blocks that share them evenly
     blocks: int
     panels: int  # of a block, and the vectors of each
@@ -88,56 +94,71 @@ class Geometry(NamedTuple):
     k_parts: int
 
 
+def make_windows(problem: ConvProblem) -> Windows:
+    """Return the windows of a problem."""
+    return Windows(
+        problem.C // problem.groups, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
+        problem.T, problem.R, problem.S, *problem.stride, *problem.padding_before, *problem.dilation,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=256)
-def _geometry(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Geometry:
-    """Cut output planes into blocks whose panels take a quarter of L2, or one panel, for all workers."""
-    C, K = problem.C // problem.groups, problem.gemm_m
-    lanes = device.lanes(problem.compute_dtype)
+def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Division:
+    """Cut output planes into blocks whose panels take a quarter of L2, or one panel, for all workers.
+
+    Blocks that are fewer than workers are gathered by each of them, and the output channels are shared, where
+    those are so many that they pay for it; else there are more blocks.
+    """
+    lanes, K = device.lanes(problem.compute_dtype), problem.gemm_m
+    planes = problem.N * problem.groups * problem.O
     vectors = math.ceil(problem.P * problem.Q / lanes)
     room = device.l2 // 4 // itemsize(problem) // problem.gemm_k // lanes
     blocks = math.ceil(vectors / max(room, tile.vectors))
+    is_short = planes * blocks < workers
+    k_parts = workers if is_short and SHARED_CHANNELS * workers <= K else 1
+    while planes * blocks * k_parts % workers and planes * blocks < 8 * workers and blocks < vectors:
+        blocks += 1
     most = math.ceil(vectors / blocks)
     panel = even_share(most, tile.vectors)
-    tasks = problem.N * problem.groups * problem.O * blocks
-    k_step = even_share(K, math.ceil(K / math.ceil(2 * workers / tasks)), tile.rows) if workers > 1 else K
-    return Geometry(
-        problem.groups, C, K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
-        problem.T, problem.R, problem.S, *problem.stride, *problem.padding_before, *problem.dilation,
-        vectors, blocks, math.ceil(most / panel), panel, k_step, math.ceil(K / k_step),
-    )  # fmt: skip
+    k_step = even_share(K, math.ceil(K / k_parts), tile.rows)
+    return Division(
+        problem.groups, K, vectors, blocks, math.ceil(most / panel), panel, k_step, math.ceil(K / k_step)
+    )
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     problem = _as_it_may_lie(problem)
-    g = _geometry(problem, tile, device, 1)
+    d = _divide(problem, tile, device, 1)
     lanes, dtype = device.lanes(problem.compute_dtype), problem.compute_dtype
-    narrow, wider = divmod(g.vectors, g.blocks)
+    narrow, wider = divmod(d.vectors, d.blocks)
     multiply = sum(
-        blocks * device.multiply_cycles(tile, g.K, vectors * lanes, problem.gemm_k, dtype)
-        for blocks, vectors in ((g.blocks - wider, narrow), (wider, narrow + 1))
+        blocks * device.multiply_cycles(tile, d.K, vectors * lanes, problem.gemm_k, dtype, True)
+        for blocks, vectors in ((d.blocks - wider, narrow), (wider, narrow + 1))
     )
-    if g.panel * lanes * problem.gemm_k * itemsize(problem) > device.l2 // 2:
+    if d.panel * lanes * problem.gemm_k * itemsize(problem) > device.l2 // 2:
         multiply *= FAR
-    weight = g.K * problem.gemm_k * itemsize(problem)
-    fetch = device.fetch_cycles(weight * (g.blocks - 1)) if weight > device.l2 else 0
-    runs = g.P + g.vectors / g.panel  # of pixels in a row of the image and in a panel
+    weight = d.K * problem.gemm_k * itemsize(problem)
+    fetch = device.fetch_cycles(weight * (d.blocks - 1)) if weight > device.l2 else 0
+    runs = problem.P + d.vectors / d.panel  # of pixels in a row of the image and in a panel
     rows = runs * problem.gemm_k
-    gather = device.copy_cycles(problem, rows, g.P * g.Q / runs, problem.stride[2], BOX_ROW_CYCLES)
-    scatter = g.K * problem.P * problem.Q if problem.order == "NHWC" else 0  # stored element by element
-    return device.seconds(problem, problem.N * g.groups * g.O * (multiply + fetch + gather + scatter))
+    gather = device.copy_cycles(
+        problem, rows, problem.P * problem.Q / runs, problem.stride[2], BOX_ROW_CYCLES
+    )
+    scatter = d.K * problem.P * problem.Q if problem.order == "NHWC" else 0  # stored element by element
+    return device.seconds(problem, problem.N * d.groups * problem.O * (multiply + fetch + gather + scatter))
 
 
 def _as_it_may_lie(problem: ConvProblem) -> ConvProblem:
     """Return the problem that is run where the arrays are contiguous."""
-    return flatten(problem) if reads_same_pixels(problem) else problem
+    return flatten(problem) if problem.order == "NCHW" and reads_same_pixels(problem) else problem
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of panels that all threads hold together."""
     workers = task_threads(problem)
     lanes = device.lanes(problem.compute_dtype)
-    panels = max(_geometry(each, tile, device, workers).panels for each in (problem, _as_it_may_lie(problem)))
+    panels = _divide(problem, tile, device, workers).panels
     return workers * itemsize(problem) * panels * problem.gemm_k * tile.vectors * lanes
 
 
@@ -153,38 +174,37 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
         problem, operands = flatten(problem), rows
     block = make_block(problem, tile, device)
     workers = task_threads(problem)
-    g = _geometry(problem, tile, device, workers)
+    d = _divide(problem, tile, device, workers)
     weight = np.ascontiguousarray(operands.weight)
     bias = padded_bias(problem, operands.bias, block.rows)
     _run_blocks(
-        block, problem.N * g.groups * g.O * g.blocks * g.k_parts, workers, g, problem.gemm_k,
+        block, problem.N * d.groups * problem.O * d.blocks * d.k_parts, workers, make_windows(problem), d,
         operands.x, weight, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
 
 @Kernel
-def _run_blocks(block, first, last, g, taps, x, w, bias, y, ending):
+def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    lanes, width = block_lanes(block), block_columns(block)
-    panels = allocate(block, g.panels * taps * width)
+    lanes, width, taps = block_lanes(block), block_columns(block), g.C * g.T * g.R * g.S
+    panels = allocate(block, d.panels * taps * width)
     tile = allocate(block, block_rows(block) * width)
+    size = d.panel * lanes
     pitch = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
-    held = -1  # the block in hand; its parts of K follow one another
     for task in range(first, last):
-        here, k_part = divmod(task, g.k_parts)
-        rest, index = divmod(here, g.blocks)
+        rest, k_part = divmod(task, d.k_parts)
+        rest, index = divmod(rest, d.blocks)
         rest, o = divmod(rest, g.O)
-        n, group = divmod(rest, g.groups)
-        pixel = g.vectors * index // g.blocks * lanes
-        count = min(g.vectors * (index + 1) // g.blocks * lanes, g.P * g.Q) - pixel
-        if here != held:
-            _gather(block, panels, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, o, pixel, count)
-            held = here
-        k = k_part * g.k_step
-        k_count, channel = min(g.k_step, g.K - k), group * g.K + k
+        n, group = divmod(rest, d.groups)
+        pixel = d.vectors * index // d.blocks * lanes
+        count = min(d.vectors * (index + 1) // d.blocks * lanes, g.P * g.Q) - pixel
+        image = locate(block, x, (n, group * g.C, 0, 0, 0))
+        gather(block, panels, size, width, image, x, g, o, pixel, count)
+        k = k_part * d.k_step
+        k_count, channel = min(d.k_step, d.K - k), group * d.K + k
         multiply(
             block, advance(w, channel * taps), k_count, panels, width, taps, advance(bias, channel),
-            (count, g.panel * lanes, g.panel * lanes, taps * width), 0, pixel, pitch, pitch,
+            (count, size, size, taps * width), 0, pixel, pitch, pitch,
             y, (n, channel, o, 0, 0), tile, 0, ending,
         )  # fmt: skip
         while count > 0:  # one row of pixels at a time
@@ -197,21 +217,22 @@ def _run_blocks(block, first, last, g, taps, x, w, bias, y, ending):
 
 
 @part
-def _gather(block, panels, image, x, g, o, pixel, count):
+def gather(block, panels, size, width, image, x, g, o, pixel, count):
     """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to panels.
+
+    size, width  pixels of a panel, and how far apart its taps lie
 
     Run by run of pixels in one row, tap by tap, of all channels at once. The lanes beyond the last pixel are
     zeros: what memory holds by chance may be subnormal, and a product with that takes 100 cycles.
     """
-    lanes, width = block_lanes(block), block_columns(block)
-    size, step = g.panel * lanes, g.T * g.R * g.S * width
+    lanes, step = block_lanes(block), g.T * g.R * g.S * width
     for begin in range(0, count, size):
         panel, exist = advance(panels, begin // size * g.C * step), min(size, count - begin)
         j = 0
         while j < exist:
             p, q = divmod(pixel + begin + j, g.Q)
             run = min(exist - j, g.Q - q)
-            written = run if j + run < exist else (exist + lanes - 1) // lanes * lanes - j
+            written = run if j + run < exist else min(width, (exist + lanes - 1) // lanes * lanes) - j
             target = advance(panel, j)
             for t in range(g.T):
                 d = o * g.stride_d + t * g.dilation_d - g.pad_d

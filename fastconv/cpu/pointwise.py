@@ -41,19 +41,19 @@ prepare = direct.prepare
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
-    flat = band.as_rows(problem, operands)
-    if problem.order == "NHWC" or flat is None:
+    flat = band.as_rows(problem, operands) if problem.order == "NCHW" else None
+    if flat is None:
         direct.run(problem, tile, device, operands)
         return
     workers, step = band.task_threads(problem), operands.x.strides[1] // operands.x.itemsize
     rows, plan, shared = _plan_in_place(problem, tile, device, step, workers)
-    first = flat if shared is None else band.each(flat, lambda array: array[..., : rows.W])
+    first = flat if shared is None else band.with_views(flat, lambda array: array[..., : rows.W])
     if plan is None:
         direct.run(rows, tile, device, first)
     else:
         band.run(rows, *plan, first)
     if shared is not None:
-        last = band.each(flat, lambda array: array[..., rows.W :].transpose(3, 1, 2, 0, 4))
+        last = band.with_views(flat, lambda array: array[..., rows.W :].transpose(3, 1, 2, 0, 4))
         direct.run(shared, tile, device, last)
 
 
@@ -66,7 +66,8 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device) -> tuple[ConvProbl
     rows = band.flatten(problem)
     pixels = rows.W
     rest = pixels % device.lanes(problem.compute_dtype)
-    if problem.order == "NHWC" or problem.N == 1 or problem.D > 1 or rest in (0, pixels):
+    reads_rows = problem.order == "NCHW" and band.reads_same_pixels(problem)
+    if not reads_rows or problem.N == 1 or problem.D > 1 or rest in (0, pixels):
         return rows, None
     parts = replace(rows, W=pixels - rest), replace(problem, N=1, H=problem.N, W=rest)
     is_faster = _cost_of_parts(*parts, tile, device) < _cost_of_parts(rows, None, tile, device)

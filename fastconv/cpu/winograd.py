@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fastconv.cpu import memory
 from fastconv.cpu.band import (
     columns_inside,
     finish,
@@ -145,7 +146,7 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
     m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1, prepared=False)
-    products = g.places * device.multiply_cycles(tile, g.K, g.vectors * lanes, g.C, dtype)
+    products = g.places * device.multiply_cycles(tile, g.K, g.vectors * lanes, g.C, dtype, True)
     filters = g.K * math.ceil(g.C / lanes) * (4 * lanes + 4 * g.places)
     runs = 1 + (lanes - math.gcd(lanes, g.tiles_w)) / g.tiles_w  # of tiles in a vector, each a copy
     piece, lines = (
@@ -211,7 +212,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
     bias = padded_bias(problem, operands.bias, 0)
     blocks = g.groups * g.blocks
-    V = np.empty((blocks if g.c_parts else 0, g.places * g.V_step), problem.compute_dtype)
+    V = memory.allocate((blocks if g.c_parts else 0, g.places * g.V_step), problem.compute_dtype)
     if g.c_parts:
         _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
     _run_blocks(

@@ -102,7 +102,7 @@ def _steps(problem: ConvProblem, tile: Tile, device: Device) -> tuple[int, int]:
 def cost(problem: ConvProblem, tile: Tile, device: Device, d: Division, gathered: float) -> float:
     """Return the estimated seconds on one core; `gathered`: the cycles to place A once."""
     multiply = device.multiply_cycles(
-        tile, d.c_step * d.taps, d.k_step, problem.gemm_n, problem.compute_dtype
+        tile, d.c_step * d.taps, d.k_step, problem.gemm_n, problem.compute_dtype, aligned=True
     )
     starts = d.blocks * d.c_parts * d.k_parts * (d.rows // tile.rows) * (d.columns // tile.vectors)
     packed = d.c_parts * device.copy_cycles(problem, problem.gemm_m, problem.gemm_n, 1)

@@ -8,8 +8,9 @@ import numpy as np
 
 from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.im2col import Geometry, make_geometry
+from fastconv.cpu.grad_weight.im2col import Pixels, cut_pixels
 from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
+from fastconv.cpu.im2col import make_windows
 from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
 
 if TYPE_CHECKING:
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 TILES = outer.TILES
 
 
-def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry]:
+def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Pixels]:
     """Divide the pixels into blocks."""
     pixels = outer.pixels_of_block(problem, tile, device, gathered=1)
-    blocks = -(-problem.P * problem.Q // pixels)
-    g = make_geometry(problem, -(-problem.P * problem.Q // blocks))
-    return outer.divide(problem, tile, device, problem.N * problem.O * g.blocks), g
+    cut = cut_pixels(problem, pixels)
+    return outer.divide(problem, tile, device, problem.N * problem.O * cut.blocks), cut
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
@@ -41,27 +41,27 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
-    d, g = _plan(problem, tile, device)
+    d, cut = _plan(problem, tile, device)
     block = outer.make_sums_block(problem, tile, device)
     x, y = view(operands.x), view(operands.weight)
     a_rows = outer.row_offsets(d, np.arange(d.c_step) * x[2])
 
     out = outer.by_group(problem, operands.out)
-    outer.run(problem, block, d, out, _run, g, a_rows, x, y)
+    outer.run(problem, block, d, out, _run, make_windows(problem), cut, a_rows, x, y)
 
 
 @Kernel
-def _run(block, first, last, d, g, a_rows, x, y, sums):
-    panels = allocate(block, g.columns * d.columns)
-    a_pixels = np.empty(g.columns, np.int64)
+def _run(block, first, last, d, g, cut, a_rows, x, y, sums):
+    panels = allocate(block, cut.columns * d.columns)
+    a_pixels = np.empty(cut.columns, np.int64)
     for task in range(first, last):
         group, c, k, k_count, first_block, last_block = find_task(d, task)
         total = advance(pointer(block, sums), task * d.rows * d.k_step)
         for number in range(first_block, last_block):
-            rest, index = divmod(number, g.blocks)
+            rest, index = divmod(number, cut.blocks)
             n, o = divmod(rest, g.O)
-            pixel = index * g.columns
-            count = min(g.columns, g.P * g.Q - pixel)
+            pixel = index * cut.columns
+            count = min(cut.columns, g.P * g.Q - pixel)
             for j in range(count):
                 p, q = divmod(pixel + j, g.Q)
                 a_pixels[j] = p * g.stride_h * x[4] + q * g.stride_w * x[5]
