@@ -11,6 +11,9 @@ import fastconv
 from fastconv import measured
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE
+from fastconv.cpu import im2col, pointwise
+from fastconv.cpu.device import Device
+from fastconv.cpu.simd import Tile
 from fastconv.plan import Plan, explain_problem, fitting_plans, make_plan, possible_plans
 from fastconv.problem import ConvError, make_problem
 from tests.cases import CASES
@@ -468,3 +471,32 @@ class TestExplain:
         monkeypatch.setattr(Plan, "prepare", None)
         for case in CASES:
             assert case.op in str(explain_problem(case.problem()))
+
+
+class TestCpuCost:
+    """What the estimates for the CPU know of caches; the device is any one with vectors as wide as a line."""
+
+    WIDE = Device("any", 512, 32, 48 << 10, 1 << 20)
+    TILE = Tile(8, 3)
+
+    def test_vectors_that_lie_in_two_lines(self):
+        sizes = self.TILE, 64, 3136, 64, "float32"
+        assert self.WIDE.multiply_cycles(*sizes, aligned=True) < self.WIDE.multiply_cycles(
+            *sizes, aligned=False
+        )
+        narrow = dataclasses.replace(self.WIDE, vector_bits=256)
+        assert narrow.multiply_cycles(*sizes, aligned=True) == narrow.multiply_cycles(*sizes, aligned=False)
+
+    def test_many_channels_pay_for_panels(self):
+        """1x1: few output channels read the pixels where they lie, many from panels."""
+        for K, faster, slower in ((16, pointwise, im2col), (1024, im2col, pointwise)):
+            problem = make_problem("conv2d", (1, 128, 28, 28), (K, 128, 1, 1))
+            assert faster.cost(problem, self.TILE, self.WIDE) < slower.cost(problem, self.TILE, self.WIDE)
+
+    def test_a_weight_that_every_block_reads_again(self):
+        """9 MB of weights, in blocks of one panel: twice the pixels take more than twice the time."""
+        costs = [
+            im2col.cost(make_problem("conv2d", (1, 512, 5, W + 2), (512, 512, 3, 3)), self.TILE, self.WIDE)
+            for W in (16, 32)
+        ]
+        assert costs[1] > 2.02 * costs[0]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fastconv.algorithms import TABLE
-from fastconv.cpu import band, simd
-from fastconv.cpu.device import current
+from fastconv.cpu import band, memory, simd
+from fastconv.cpu.device import CACHE_LINE, current
 from fastconv.cpu.simd import Block, Kernel, allocate, multiply_tile, pointer, release, table
 from fastconv.problem import make_problem
 from fastconv.winograd_math import matrices
@@ -347,6 +347,16 @@ class TestCopies:
             call_fill(block, 1, 1, address(target[1:]), count)
             assert not target[1 : count + 1].any()
             assert np.isnan(target).sum() == 200 - count
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(3, 5), (1000,), (0, 7)])
+def test_memory_that_begins_with_a_cache_line(shape, dtype):
+    for _ in range(9):
+        array = memory.allocate(shape, dtype)
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.flags.c_contiguous
+        assert address(array) % CACHE_LINE == 0 or not array.size
 
 
 @simd.intrinsic
