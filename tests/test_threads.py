@@ -1,6 +1,7 @@
 """Tasks on several threads: each done once, from many callers, and in children of a process with threads."""
 
 import ctypes
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from numba.core import types
@@ -316,6 +318,7 @@ class TestConvolutions:
 PREAMBLE = """
 import os, signal, sys, threading, time
 import multiprocessing
+import numba
 import numpy as np
 import fastconv
 from fastconv import reference
@@ -485,3 +488,17 @@ def test_processes(name):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
     assert done.stdout == ("late\n" if name == "main_thread_ends_first" else "")
+
+
+def test_code_that_an_older_version_has_kept(tmp_path, monkeypatch):
+    """Numba's index on disk names the types of arguments; one of a class that is gone cannot be read."""
+    (tmp_path / "kept.py").write_text("def add(a, b):\n    return a + b\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import kept
+
+    signature = (types.int64, types.int64)
+    for _ in range(2):
+        compiled = team.compile_for(team.compile_cached(kept.add), signature)
+        assert compiled.entry_point(3, 4) == 7
+        (index,) = tmp_path.rglob("*.nbi")
+        index.write_bytes(pickle.dumps(numba.__version__) + b"cmath\nclass_that_is_gone\n.")

@@ -61,7 +61,11 @@ def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
 
 def compile_for(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
     """Return what Numba compiles of a function for arguments of these types."""
-    dispatcher.compile(signature)
+    try:
+        dispatcher.compile(signature)
+    except AttributeError:  # an older version has kept code for a class that this one does not have
+        dispatcher._cache.flush()
+        dispatcher.compile(signature)
     if signature not in dispatcher.overloads:  # two processes have written to one file of the cache at once
         dispatcher = numba.njit(**dispatcher.targetoptions)(dispatcher.py_func)
         dispatcher.compile(signature)
