@@ -94,6 +94,7 @@ class Division(NamedTuple):
     k_parts: int
 
 
+@lru_cache(maxsize=256)
 def make_windows(problem: ConvProblem) -> Windows:
     """Return the windows of a problem."""
     return Windows(
