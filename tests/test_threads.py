@@ -318,7 +318,6 @@ class TestConvolutions:
 PREAMBLE = """
 import os, signal, sys, threading, time
 import multiprocessing
-import numba
 import numpy as np
 import fastconv
 from fastconv import reference

@@ -120,12 +120,6 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-@lru_cache(maxsize=256)
-def count_offsets(count: int, step: int) -> np.ndarray:
-    """Return the offsets of `count` elements that lie `step` apart; they are only read."""
-    return np.arange(count) * step
-
-
 def reads_same_pixels(problem: ConvProblem) -> bool:
     """Say whether each output reads the pixel in the same place of one plane, and no other."""
     taps = problem.T * problem.R * problem.S

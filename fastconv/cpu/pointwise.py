@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastconv.cpu import band, direct
 from fastconv.cpu.simd import Block, Tile
 
@@ -96,5 +98,5 @@ def _plan_in_place(
     last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
     if last_band < block.lanes:  # less than a vector: it would be read past its end
         return rows, None, shared
-    channels = band.count_offsets(geometry.C, channel_step)
+    channels = np.arange(geometry.C) * channel_step
     return rows, (block, geometry._replace(in_place=1), tables._replace(b_taps=channels)), shared

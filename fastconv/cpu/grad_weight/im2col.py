@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
+from fastconv.cpu.grad_weight.outer import Division, Pixels, add_products, find_task, pack_pixels
 from fastconv.cpu.im2col import Windows, gather, make_windows
 from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
 
@@ -20,26 +19,12 @@ if TYPE_CHECKING:
 TILES = outer.TILES
 
 
-class Pixels(NamedTuple):
-    """How output planes are cut into blocks of pixels."""
-
-    columns: int  # pixels of one block, and how many blocks make a plane
-    blocks: int
-
-
-def cut_pixels(problem: ConvProblem, most: int) -> Pixels:
-    """Cut the planes of a problem evenly into blocks of so many pixels at most."""
-    pixels = problem.P * problem.Q
-    columns = math.ceil(pixels / math.ceil(pixels / most))
-    return Pixels(columns, math.ceil(pixels / columns))
-
-
 def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Windows, Pixels]:
     """Divide the pixels into blocks, of which a task gathers the taps of some channels."""
     pixels = outer.pixels_of_block(
         problem, tile, device, gathered=problem.gemm_k * problem.groups // problem.C
     )
-    cut = cut_pixels(problem, pixels)
+    cut = outer.cut_pixels(problem, pixels)
     d = outer.divide(problem, tile, device, problem.N * problem.O * cut.blocks)
     return d, make_windows(problem)._replace(C=d.c_step), cut
 

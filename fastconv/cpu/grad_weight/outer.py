@@ -67,11 +67,25 @@ class Division(NamedTuple):
     parts: int
 
 
+class Pixels(NamedTuple):
+    """How output planes are cut into blocks of pixels."""
+
+    columns: int  # pixels of one block, and how many blocks make a plane
+    blocks: int
+
+
 def pixels_of_block(problem: ConvProblem, tile: Tile, device: Device, gathered: int) -> int:
     """Return how many pixels of A and B fit half of L2; `gathered`: the rows of A that each channel takes."""
     channels, columns = _steps(problem, tile, device)
     row = itemsize(problem) * (channels * gathered + columns)
     return max(64, device.l2 // 2 // row)
+
+
+def cut_pixels(problem: ConvProblem, most: int) -> Pixels:
+    """Cut the planes of a problem evenly into blocks of so many pixels at most."""
+    pixels = problem.P * problem.Q
+    columns = math.ceil(pixels / math.ceil(pixels / most))
+    return Pixels(columns, math.ceil(pixels / columns))
 
 
 @lru_cache(maxsize=256)

@@ -8,8 +8,7 @@ import numpy as np
 
 from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.im2col import Pixels, cut_pixels
-from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_pixels
+from fastconv.cpu.grad_weight.outer import Division, Pixels, add_products, find_task, pack_pixels
 from fastconv.cpu.im2col import make_windows
 from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
 
@@ -23,7 +22,7 @@ TILES = outer.TILES
 def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Pixels]:
     """Divide the pixels into blocks."""
     pixels = outer.pixels_of_block(problem, tile, device, gathered=1)
-    cut = cut_pixels(problem, pixels)
+    cut = outer.cut_pixels(problem, pixels)
     return outer.divide(problem, tile, device, problem.N * problem.O * cut.blocks), cut
 
 
