@@ -460,6 +460,26 @@ class TestSameBits:
         )
         assert layer.run(plan)[7:8].tobytes() == alone.run(way.plan(alone.problem)).tobytes()
 
+    @pytest.mark.parametrize("first", [0, 3, 12])
+    @pytest.mark.parametrize("pitch", [8 * 28, 8 * 28 + 16, 8 * 28 + 5])
+    def test_planes_that_begin_anywhere(self, first, pitch, rng):
+        """Wherever vectors begin for the sake of cache lines: what lies around the planes stays."""
+        problem = Case("planes", "conv2d", (2, 12, 8, 28), (20, 12, 1, 1)).problem()
+        layer, plan = make_layer(rng, problem, integers), Way("pointwise", "8x3").plan(problem)
+        (x, _), (out, memory) = (self._spread(channels, pitch, first) for channels in (12, 20))
+        x[...] = layer.x
+        y = layer.with_array(x=x).run(plan, out=out)
+        layer.judge(plan, y)
+        assert np.isnan(memory).sum() == memory.size - y.size
+
+    def _spread(self, channels: int, pitch: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two samples of 8 x 28 pixels, their planes so far apart in memory full of NaN; and that memory."""
+        memory = np.full(first + 2 * channels * pitch, np.nan, np.float32)
+        planes = memory[first:].reshape(2, channels, pitch)[..., : 8 * 28]
+        return np.lib.stride_tricks.as_strided(
+            planes, (2, channels, 8, 28), (*planes.strides[:2], 28 * 4, 4)
+        ), memory
+
     @every_cpu_way
     def test_any_caches(self, way, layer):
         plan = way.plan(layer.problem)

@@ -27,6 +27,7 @@ from fastconv.cpu.simd import (
     Block,
     Kernel,
     Tile,
+    address_of,
     advance,
     allocate,
     block_columns,
@@ -49,8 +50,6 @@ from fastconv.cpu.simd import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
@@ -127,31 +126,21 @@ def reads_same_pixels(problem: ConvProblem) -> bool:
 
 
 @lru_cache(maxsize=256)
-def flatten(problem: ConvProblem) -> ConvProblem:
-    """Return a problem that `reads_same_pixels`, with every plane as one row."""
-    return replace(problem, H=1, W=problem.H * problem.W)
+def flatten(problem: ConvProblem) -> ConvProblem | None:
+    """Return the problem with every plane as one row, or None where windows are more than a pixel."""
+    return replace(problem, H=1, W=problem.H * problem.W) if reads_same_pixels(problem) else None
 
 
-def as_rows(problem: ConvProblem, operands: Operands) -> Operands | None:
-    """Return the operands with every plane as one row, where the same pixels are read and lie so."""
-    if not reads_same_pixels(problem):
-        return None
-    arrays = [array for array in (operands.x, operands.out, operands.residual) if array is not None]
-    if not all(map(_is_one_row, arrays)):
-        return None
-    return with_views(operands, lambda array: array.reshape(*array.shape[:3], 1, -1))
-
-
-def with_views(operands: Operands, of: Callable[[np.ndarray], np.ndarray]) -> Operands:
-    """Return the operands with a view of the input, the output and the residual in their places."""
-    residual = None if operands.residual is None else of(operands.residual)
-    return operands._replace(x=of(operands.x), out=of(operands.out), residual=residual)
+def lie_in_rows(operands: Operands) -> bool:
+    """Say whether the pixels of every plane lie one after the other."""
+    x, residual, out = operands.x, operands.residual, operands.out
+    return _is_one_row(x) and _is_one_row(out) and (residual is None or _is_one_row(residual))
 
 
 def _is_one_row(array: np.ndarray) -> bool:
-    """Say whether the pixels of a plane lie one after the other."""
-    row = array.shape[4] * array.itemsize
-    return array.strides[4] == array.itemsize and (array.shape[3] == 1 or array.strides[3] == row)
+    *_, row, pixel = array.strides
+    *_, H, W = array.shape
+    return pixel == array.itemsize and (row == pixel * W or H == 1)
 
 
 @lru_cache(maxsize=256)
@@ -254,8 +243,6 @@ def _tap_tables(problem: ConvProblem, g: Geometry, row_phases: list[int], column
 
 def band_elements(g: Geometry, tables: Tables) -> int:
     """Return the elements of packed band that each thread holds."""
-    if g.in_place:
-        return 0
     return g.C * g.T * len(tables.row_phases) * len(tables.column_phases) * g.Hb * g.Wb
 
 
@@ -289,9 +276,9 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
     weight = np.ascontiguousarray(operands.weight)
     bias = padded_bias(problem, operands.bias, block.rows)
     slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
-    elements = 0 if geometry.in_place else band_elements(geometry, tables) + slack
     _run_bands(
-        block, task_count(problem, geometry), task_threads(problem), geometry, tables, elements,
+        block, task_count(problem, geometry), task_threads(problem), geometry, tables,
+        band_elements(geometry, tables) + slack,
         operands.x, weight, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
@@ -337,17 +324,13 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
         here, k_part, n, group, o, p, q, rows, cols = find_task(g, task)
         channel = group * g.K + k_part * g.k_step
         k_count = min(g.k_step, g.K - k_part * g.k_step)
-        if g.in_place:
-            b = locate(block, x, (n, group * g.C, o * g.stride_d, p, q))
-        else:
-            b = band
-            if here != held:
-                pack_band(block, b, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
-                held = here
+        if here != held:
+            pack_band(block, band, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
+            held = here
         multiply(
             block, advance(w, channel * taps), k_count,
-            b, table(tables.b_taps), taps, advance(bias, channel),
-            _find_strips(g, rows, cols), g.in_place, 0, g.Wb, cols,
+            band, table(tables.b_taps), taps, advance(bias, channel),
+            _find_strips(g, rows, cols), 0, 0, g.Wb, cols,
             y, (n, channel, o, p, q), tile, rows, ending,
         )  # fmt: skip
     release(band)
@@ -418,13 +401,14 @@ _find_strips = small_part(cut_strips)
 
 @part
 def multiply(
-    block, w, k_count, b, b_taps, taps, bias, strips, is_exact, first, pitch, cols,
+    block, w, k_count, b, b_taps, taps, bias, strips, line, first, pitch, cols,
     y, origin, tile, rows, ending,
 ):  # fmt: skip
     """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
     strips   the pixels of all, those of each, how many pixels apart they begin, and how far apart in B
-    is_exact whether B, maybe the caller's, ends with the pixels: it then holds at least a vector
+    line     0, or elements, if B, maybe the caller's, ends with the pixels, of which it then holds at least a
+             vector: every tile but the first begins where the address of B, in elements, is a multiple of it
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
@@ -443,7 +427,7 @@ def multiply(
         for begin in range(0, pixels, step):
             _multiply_strip(
                 block, advance(w, k * taps), live, advance(b, begin // step * b_step), b_taps, taps,
-                advance(bias, k), min(most, pixels - begin), is_exact, first + begin, pitch, cols,
+                advance(bias, k), min(most, pixels - begin), line, first + begin, pitch, cols,
                 locate(block, y, (n, channel + k, o, p, q)), (y[2], y[4], y[5]), tile,
             )  # fmt: skip
         finish(block, y, (n, channel + k, o, p, q), (live, rows, cols), ending)
@@ -452,7 +436,7 @@ def multiply(
 
 @part
 def _multiply_strip(
-    block, w, live, b, b_taps, taps, bias, pixels, is_exact, first, pitch, cols, y, y_steps, tile
+    block, w, live, b, b_taps, taps, bias, pixels, line, first, pitch, cols, y, y_steps, tile
 ):
     """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
     step_k, step_p, step_q = y_steps
@@ -460,8 +444,10 @@ def _multiply_strip(
     done = 0
     p_first, q_first = divmod(first, pitch)
     while done < pixels:
-        vectors, j, count = find_vectors(block, done, pixels, is_exact)
+        vectors, j, count = find_vectors(block, done, pixels, line > 0)
         done = j + count
+        if line > 1 and done < pixels:
+            done -= address_of(advance(b, done)) % line
         p, q = p_first, q_first + j
         if q >= pitch:  # a division takes as long as a few taps
             p, q = divmod(first + j, pitch)

@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu.band import (
-    as_rows,
     columns_inside,
     even_share,
     finish,
     flatten,
+    lie_in_rows,
     locate,
     make_block,
     make_ending,
     multiply,
     padded_bias,
-    reads_same_pixels,
     task_threads,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
@@ -152,7 +151,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 def _as_it_may_lie(problem: ConvProblem) -> ConvProblem:
     """Return the problem that is run where the arrays are contiguous."""
-    return flatten(problem) if problem.order == "NCHW" and reads_same_pixels(problem) else problem
+    return flatten(problem) or problem if problem.order == "NCHW" else problem
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
@@ -170,9 +169,9 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
-    rows = as_rows(problem, operands)
-    if rows is not None:
-        problem, operands = flatten(problem), rows
+    rows = flatten(problem)
+    if rows is not None and lie_in_rows(operands):
+        problem = rows
     block = make_block(problem, tile, device)
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)

@@ -1,5 +1,7 @@
 """1x1 convolution: a matrix product of the weight and the pixels, read where they lie.
 
+Tiles of rows that all begin alike, as those of 28 x 28 pixels do, begin with a cache line.
+
 Where planes end within a vector, those of a batch share vectors: 16 planes of 7 x 7 pixels are three vectors
 each and one of all their last pixels, 49 in all and not 64. That one is packed, as `direct` packs its bands.
 """
@@ -9,24 +11,60 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import band, direct
-from fastconv.cpu.simd import Block, Tile
+from fastconv.cpu import direct
+from fastconv.cpu.band import (
+    even_share,
+    flatten,
+    lie_in_rows,
+    locate,
+    make_block,
+    make_ending,
+    multiply,
+    padded_bias,
+    task_threads,
+)
+from fastconv.cpu.device import itemsize
+from fastconv.cpu.simd import (
+    Kernel,
+    Tile,
+    advance,
+    allocate,
+    block_columns,
+    block_lanes,
+    block_rows,
+    release,
+    table,
+    view_of,
+)
 
 if TYPE_CHECKING:
-    from fastconv.cpu.band import Geometry, Tables
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
 TILES = direct.TILES
 
 
+class Cut(NamedTuple):
+    """How planes of one row are cut into bands, and the output channels into parts; C and K of one group."""
+
+    groups: int
+    C: int
+    K: int
+    O: int
+    stride_d: int
+    pixels: int
+    bands: int
+    k_step: int
+    k_parts: int
+
+
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    if problem.order == "NHWC" or not band.reads_same_pixels(problem):
+    if problem.order == "NHWC" or flatten(problem) is None:
         return direct.cost(problem, tile, device)
     return _cost_of_parts(*_divide(problem, tile, device), tile, device)
 
@@ -43,20 +81,24 @@ prepare = direct.prepare
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
-    flat = band.as_rows(problem, operands) if problem.order == "NCHW" else None
-    if flat is None:
+    if problem.order == "NHWC" or flatten(problem) is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)
         return
-    workers, step = band.task_threads(problem), operands.x.strides[1] // operands.x.itemsize
-    rows, plan, shared = _plan_in_place(problem, tile, device, step, workers)
-    first = flat if shared is None else band.with_views(flat, lambda array: array[..., : rows.W])
-    if plan is None:
-        direct.run(rows, tile, device, first)
-    else:
-        band.run(rows, *plan, first)
+    rows, shared = _divide(problem, tile, device)
+    is_short = device.lanes(rows.compute_dtype) > rows.W  # a vector of it cannot be read
+    (direct.run if is_short else _run_rows)(rows, tile, device, operands)
     if shared is not None:
-        last = band.with_views(flat, lambda array: array[..., rows.W :].transpose(3, 1, 2, 0, 4))
-        direct.run(shared, tile, device, last)
+        direct.run(shared, tile, device, _last_pixels(operands, rows.W))
+
+
+def _last_pixels(operands: Operands, first: int) -> Operands:
+    """Return operands of one image: a row per plane, of its pixels from `first` on."""
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*array.shape[:3], 1, -1)[..., first:].transpose(3, 1, 2, 0, 4)
+
+    residual = None if operands.residual is None else cut(operands.residual)
+    return operands._replace(x=cut(operands.x), out=cut(operands.out), residual=residual)
 
 
 @lru_cache(maxsize=256)
@@ -65,13 +107,13 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device) -> tuple[ConvProbl
 
     The latter, if any, is one image with a row for the last pixels of each plane.
     """
-    rows = band.flatten(problem)
-    pixels = rows.W
-    rest = pixels % device.lanes(problem.compute_dtype)
-    reads_rows = problem.order == "NCHW" and band.reads_same_pixels(problem)
-    if not reads_rows or problem.N == 1 or problem.D > 1 or rest in (0, pixels):
+    rows = flatten(problem)
+    if rows is None:
+        return problem, None
+    rest = rows.W % device.lanes(problem.compute_dtype)
+    if problem.order == "NHWC" or problem.N == 1 or problem.D > 1 or rest in (0, rows.W):
         return rows, None
-    parts = replace(rows, W=pixels - rest), replace(problem, N=1, H=problem.N, W=rest)
+    parts = replace(rows, W=rows.W - rest), replace(problem, N=1, H=problem.N, W=rest)
     is_faster = _cost_of_parts(*parts, tile, device) < _cost_of_parts(rows, None, tile, device)
     return parts if is_faster else (rows, None)
 
@@ -80,23 +122,61 @@ def _cost_of_parts(rows: ConvProblem, shared: ConvProblem | None, tile: Tile, de
     """Return the estimated seconds of a division."""
     dtype, pixels, tiles = rows.compute_dtype, rows.W, 1
     lanes = device.lanes(dtype)
+    aligned = shared is None and pixels % lanes == 0  # of the rows of all channels one vector or none
     if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
         tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
-    cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype, aligned=False)
+    cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype, aligned)
     seconds = device.seconds(rows, rows.N * rows.groups * rows.O * cycles)
     return seconds if shared is None else seconds + direct.cost(shared, tile, device)
 
 
 @lru_cache(maxsize=256)
-def _plan_in_place(
-    problem: ConvProblem, tile: Tile, device: Device, channel_step: int, workers: int
-) -> tuple[ConvProblem, tuple[Block, Geometry, Tables] | None, ConvProblem | None]:
-    """Return the parts of a problem and, between them, how planes are read in place, if they can be."""
-    rows, shared = _divide(problem, tile, device)
-    block = band.make_block(rows, tile, device)
-    geometry, tables = band.plan_bands(rows, block, device.l2 // 2, workers)
-    last_band = rows.W - (geometry.col_bands - 1) * geometry.cols
-    if last_band < block.lanes:  # less than a vector: it would be read past its end
-        return rows, None, shared
-    channels = np.arange(geometry.C) * channel_step
-    return rows, (block, geometry._replace(in_place=1), tables._replace(b_taps=channels)), shared
+def _cut(rows: ConvProblem, tile: Tile, device: Device, workers: int) -> Cut:
+    """Cut planes of one row, each of a vector at least, into bands of about half of L2."""
+    lanes = device.lanes(rows.compute_dtype)
+    most = max(device.l2 // 2 // itemsize(rows) // rows.gemm_k, tile.vectors * lanes)
+    planes, longest = rows.N * rows.groups * rows.O, max(1, rows.W // (2 * lanes))
+    bands = min(math.ceil(rows.W / most), longest)
+    while 1 < bands < longest and planes * bands % workers and planes * bands < 8 * workers:
+        bands += 1
+    parts = math.ceil(2 * workers / (planes * bands)) if workers > 1 else 1
+    k_step = even_share(rows.gemm_m, math.ceil(rows.gemm_m / parts), tile.rows)
+    return Cut(
+        rows.groups, rows.gemm_k, rows.gemm_m, rows.O, rows.stride[0], rows.W, bands,
+        k_step, math.ceil(rows.gemm_m / k_step),
+    )  # fmt: skip
+
+
+def _run_rows(rows: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+    """Convolve planes of one row, read where they lie."""
+    block, workers = make_block(rows, tile, device), task_threads(rows)
+    cut = _cut(rows, tile, device, workers)
+    weight = np.ascontiguousarray(operands.weight)
+    bias = padded_bias(rows, operands.bias, block.rows)
+    _run_bands(
+        block, rows.N * cut.groups * cut.O * cut.bands * cut.k_parts, workers, cut,
+        operands.x, weight, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
+
+
+@Kernel
+def _run_bands(block, first, last, g, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
+    lanes = block_lanes(block)
+    tile = allocate(block, block_rows(block) * block_columns(block))
+    line = lanes if x[2] % lanes == 0 else 1  # else not all rows begin a vector at once
+    for task in range(first, last):
+        rest, k_part = divmod(task, g.k_parts)
+        rest, index = divmod(rest, g.bands)
+        rest, o = divmod(rest, g.O)
+        n, group = divmod(rest, g.groups)
+        channel = group * g.K + k_part * g.k_step
+        q = g.pixels // lanes * index // g.bands * lanes  # each band has a vector at least
+        end = g.pixels // lanes * (index + 1) // g.bands * lanes if index + 1 < g.bands else g.pixels
+        multiply(
+            block, advance(w, channel * g.C), min(g.k_step, g.K - k_part * g.k_step),
+            locate(block, x, (n, group * g.C, o * g.stride_d, 0, q)), x[2], g.C, advance(bias, channel),
+            (end - q, end - q, end - q, end - q), line, 0, end - q, end - q,
+            y, (n, channel, o, 0, q), tile, 1, ending,
+        )  # fmt: skip
+    release(tile)

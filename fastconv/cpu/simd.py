@@ -273,6 +273,17 @@ def advance(typingctx: Any, p: types.CPointer, offset: types.Integer) -> Any:
 
 
 @intrinsic
+def address_of(typingctx: Any, p: types.CPointer) -> Any:
+    """Return a pointer as a number, in elements."""
+    size = p.dtype.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.udiv(builder.ptrtoint(args[0], INT), INT(size))
+
+    return types.int64(p), codegen
+
+
+@intrinsic
 def view_of(typingctx: Any, array: types.Array) -> Any:
     """Return an array as (address, strides in elements...)."""
     item = array.dtype.bitwidth // 8
