@@ -1,7 +1,7 @@
 """The public operations: the caller's arrays enter, a plan runs, an array of the caller's kind leaves.
 
-The steps of every call: adapt the arrays, state the problem (remembered per shape), let plan.make_plan choose
-an algorithm, run it into the output.
+The steps of every call: adapt the arrays, state the problem, let plan.make_plan choose an algorithm, run it
+into the output. All but the last are remembered for the next call of the same form.
 """
 
 from __future__ import annotations
@@ -220,18 +220,65 @@ def convolve(
     out: Any,
 ) -> Any:
     """The one implementation of conv1d, conv2d, conv3d and the transposed ones."""
+    form = _find_form(_as_key(op, algo, activation, options), (input, weight, bias, residual, out))
+    route = _routes.get(form)
+    if route is not None:
+        plan, frame, epilogue = route
+        given = _given({"input": input, "weight": weight}, bias=bias, residual=residual, out=out)
+        call = Call(arrays.NUMPY, given, frame, epilogue)
+        return _run(op, plan, arrays.NUMPY, given, frame, *call.filters(), epilogue)
     if arrays.is_dask(input) and op in OPERATIONS:
         return _convolve_lazily(op, input, weight, bias, options, algo, activation, residual, out)
     call = bind(op, input, weight, bias, options, activation, residual, out)
-    result = _compute(op, call, algo)
+    result = _compute(op, call, algo, form=form)
     return call.kind.wrap(result, input) if out is None else out
 
 
-def _compute(op: str, call: Call, algo: str, bits: Any = None) -> np.ndarray:
+def _compute(op: str, call: Call, algo: str, bits: Any = None, form: Any = None) -> np.ndarray:
     kind, given, frame, epilogue = call
     with kind.serve(given.values()):
         plan = planning.make_plan(frame.problem, algo, kind.backend, bits=bits)
+        _remember(form, plan, frame, epilogue)
         return _run(op, plan, kind, given, frame, *call.filters(), epilogue)
+
+
+class _Route(NamedTuple):
+    """What a call comes to before anything is computed."""
+
+    plan: planning.Plan
+    frame: Frame
+    epilogue: Epilogue
+
+
+# By form: a call like one that was checked before is not checked again, which takes 10 to 20 us.
+_routes: dict[Any, _Route] = {}
+_MOST_ROUTES = 4096
+_ARRAYS = {np.ndarray, type(None)}
+
+
+def _find_form(key: Any, given: tuple[Array, ...]) -> Any:
+    """Return all that a route depends on, or None where there is no key or another kind of array.
+
+    The elements of arrays, whether they are aligned and whether they overlap have no part in it.
+    """
+    if key is None or not set(map(type, given)) <= _ARRAYS:
+        return None
+    forms = [None if array is None else (array.shape, array.strides, array.dtype) for array in given]
+    return key, *forms, planning.settings("cpu")
+
+
+def _as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
+    """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
+    *numbers, flip = options
+    return _plain((op, algo, "" if activation is None else activation, *numbers)) if flip is False else None
+
+
+def _remember(form: Any, plan: planning.Plan, frame: Frame, epilogue: Epilogue) -> None:
+    """Keep the route of a form, and not too many of them."""
+    if form is not None:
+        if len(_routes) >= _MOST_ROUTES:
+            _routes.clear()
+        _routes[form] = _Route(plan, frame, epilogue)
 
 
 class Call(NamedTuple):
@@ -629,10 +676,22 @@ class _Conv:
             self._weight5 = self._kind.copy(given["weight"][frame.weight_insert], frame.compute)
             self._bias = None if bias is None else self._kind.copy(bias, frame.compute)
         self._prepared: dict[Any, Any] = {}
+        key = _as_key(op, algo, activation, self._options)
+        weight_form = self._kind.name, self._dtype, self._weight_shape, _shape(bias)
+        self._key = None if key is None else (*key, weight_form)
 
     def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
         """Convolve an input; all arrays are of the weight's kind and dtype."""
         op = self._op
+        form = _find_form(self._key, (input, residual, out))
+        route = _routes.get(form)
+        if route is not None:
+            plan, frame, epilogue = route
+            given = _given({"input": input}, residual=residual, out=out)
+            result: Any = _run(
+                op, plan, arrays.NUMPY, given, frame, self._prepare(plan), self._bias, epilogue
+            )
+            return result
         if arrays.is_dask(input):
             return self._call_lazily(input, residual, out)
         given = _given({"input": input}, residual=residual, out=out)
@@ -645,6 +704,7 @@ class _Conv:
         frame = _frame_of(op, "forward", given["input"], shapes, dtype, self._settled, kind.backend)
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
+            _remember(form, plan, frame, self._epilogue)
             result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
         return kind.wrap(result, input) if out is None else out
 

@@ -113,9 +113,12 @@ _environ = getattr(os.environ, "_data", os.environ)
 _keys = _SETTINGS if _environ is os.environ else tuple(map(os.environ.encodekey, _SETTINGS))
 
 
-def _settings(backend: str) -> tuple[Any, ...]:
+_forgotten = 0  # how often `forget_plans` was called
+
+
+def settings(backend: str) -> tuple[Any, ...]:
     """Return what a plan depends on beside its problem: _SETTINGS as they are now, and the current GPU."""
-    return *map(_environ.get, _keys), None if backend == "cpu" else _device(backend)
+    return *map(_environ.get, _keys), None if backend == "cpu" else _device(backend), _forgotten
 
 
 def make_plan(
@@ -136,7 +139,7 @@ def make_plan(
     where nothing that can run it keeps to the workspace limit.
     """
     check_algorithm(problem.op, algo)
-    return _make_plan(problem, problem.op, algo, backend, tile, bits, _settings(backend))
+    return _make_plan(problem, problem.op, algo, backend, tile, bits, settings(backend))
 
 
 def check_algorithm(op: str, algo: str) -> None:
@@ -180,7 +183,8 @@ def _check_sizes(problem: ConvProblem, op: str) -> None:
 
 def forget_plans() -> None:
     """Let the next plan of every problem be made anew, because more has been measured."""
-    _make_plan.cache_clear()
+    global _forgotten
+    _forgotten += 1
 
 
 def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:

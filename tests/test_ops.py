@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fastconv
 from fastconv import ops, reference
 from fastconv.plan import possible_plans
-from fastconv.problem import make_problem
+from fastconv.problem import ConvError, make_problem
 from tests.cases import CASES, operands, options_of
 from tests.compare import (
     assert_bounded,
@@ -506,6 +506,107 @@ class TestOut:
         out = tagged(np.full((2, 6, 5, 5), np.nan, np.float32))
         assert call("conv2d", x, w, bias, out=out) is out
         assert_exact(np.asarray(out), expect("conv2d", x, w, bias), "float32")
+
+
+class TestForms:
+    """A call of a form that was checked before goes straight to its plan."""
+
+    @pytest.fixture
+    def seen(self, rng, monkeypatch):
+        """Operands of a function and of a layer which have been called with the like."""
+        monkeypatch.setattr(ops, "_routes", {})
+        x, w, bias = small(rng, "conv2d")
+        layer = fastconv.Conv2d(w, bias, padding=1, algo="direct")
+        for other in (x + 1, x):
+            call("conv2d", other, w + 1, bias, padding=1)
+            layer(other)
+        assert len(ops._routes) == 2
+        return x, w, bias, layer
+
+    def test_is_not_checked_again(self, seen, monkeypatch):
+        x, w, bias, layer = seen
+        expected = expect("conv2d", x, w, bias, padding=1)
+        monkeypatch.setattr(ops, "_frame_of", None)
+        assert_exact(call("conv2d", x, w, bias, padding=1), expected, "float32")
+        assert_exact(layer(x), expected, "float32")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"padding": True},
+            {"padding": 1.0},
+            {"padding": (1.0, 1)},
+            {"groups": True},
+            {"flip": 0},
+            {"algo": 1},
+        ],
+        ids=str,
+    )
+    def test_a_wrong_value_that_equals_a_right_one(self, options, seen):
+        x, w, bias, _ = seen
+        call("conv2d", x, w, bias, padding=(1, 1))
+        with pytest.raises(TypeError):
+            call("conv2d", x, w, bias, **{"padding": 1, **options})
+
+    @pytest.mark.parametrize("is_layer", [False, True])
+    def test_out_is_looked_at(self, is_layer, seen):
+        x, w, bias, layer = seen
+        convolve = layer if is_layer else lambda x, out: call("conv2d", x, w, bias, padding=1, out=out)
+        memory = np.zeros(2 * 6 * 7 * 7 + x.size, np.float32)
+        out = memory[: 2 * 6 * 7 * 7].reshape(2, 6, 7, 7)
+        convolve(x, out=out)
+        with pytest.raises(ConvError, match="out must not share memory"):
+            convolve(memory[4 : 4 + x.size].reshape(x.shape), out=out)
+        out.flags.writeable = False
+        with pytest.raises(ConvError, match="writeable"):
+            convolve(x, out=out)
+
+    def test_what_is_given_beside(self, seen, rng):
+        x, w, bias, layer = seen
+        residual = integers(rng, (2, 6, 7, 7), np.float32)
+        expected = expect("conv2d", x, w, bias, padding=1)
+        for _ in range(2):
+            assert_exact(call("conv2d", x, w, padding=1), expected - bias[:, None, None], "float32")
+            assert_exact(layer(x, residual), expected + residual, "float32")
+            assert_exact(
+                call("conv2d", x, w, bias, padding=1, activation="relu"), np.maximum(expected, 0), "float32"
+            )
+            assert_exact(
+                call("conv2d", x.transpose(0, 1, 3, 2), w, bias, padding=1),
+                expect("conv2d", x.transpose(0, 1, 3, 2), w, bias, padding=1),
+                "float32",
+            )
+
+    def test_another_kind(self, seen, torch):
+        x, w, bias, layer = seen
+        assert type(layer(tagged(x))) is type(tagged(x))
+        of_tensors = fastconv.Conv2d(torch.from_numpy(w), torch.from_numpy(bias), padding=1, algo="direct")
+        with pytest.raises(TypeError, match="like weight"):
+            of_tensors(x)
+
+    def test_settings_and_measurements_count(self, seen, monkeypatch):
+        x, w, bias, _ = seen
+        names = []
+        run = ops.planning.Plan.run
+        monkeypatch.setattr(
+            ops.planning.Plan,
+            "run",
+            lambda self, *arrays: (names.append(self.algorithm.name), run(self, *arrays)),
+        )
+        for algo in ("direct", "im2col", "direct"):
+            monkeypatch.setenv("FASTCONV_ALGO", algo)
+            fastconv.conv2d(x, w, bias, padding=1)
+        assert names == ["direct", "im2col", "direct"]
+        count = len(ops._routes)
+        ops.planning.forget_plans()
+        fastconv.conv2d(x, w, bias, padding=1)
+        assert len(ops._routes) == count + 1
+
+    def test_not_too_many_are_kept(self, seen, rng, monkeypatch):
+        monkeypatch.setattr(ops, "_MOST_ROUTES", 3)
+        for size in range(3, 12):
+            call("conv2d", normals(rng, (1, 2, size, size)), np.ones((1, 2, 1, 1), np.float32))
+        assert 1 <= len(ops._routes) <= 3
 
 
 class TestTorch:

@@ -22,9 +22,9 @@ def store(tmp_path, monkeypatch):
     """A store and choices of the test's own, and little time to measure."""
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "BUDGET", 0.01)
-    planning._make_plan.cache_clear()
+    planning.forget_plans()
     yield tmp_path
-    planning._make_plan.cache_clear()
+    planning.forget_plans()
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_store_that_cannot_be_written_is_a_warning(layer, store, monkeypatch):
 def test_a_kept_tile_that_is_unknown_is_passed_over(layer):
     result = tune(*layer)
     measured.store(result.problem, result.device, {"algorithm": "direct", "tile": "99x99", "seconds": 1e-9})
-    planning._make_plan.cache_clear()
+    planning.forget_plans()
     assert fastconv.conv2d(*layer).shape == (1, 6, 7, 7)
 
 

@@ -138,9 +138,8 @@ def lie_in_rows(operands: Operands) -> bool:
 
 
 def _is_one_row(array: np.ndarray) -> bool:
-    *_, row, pixel = array.strides
-    *_, H, W = array.shape
-    return pixel == array.itemsize and (row == pixel * W or H == 1)
+    item, shape, strides = array.itemsize, array.shape, array.strides
+    return strides[4] == item and (strides[3] == item * shape[4] or shape[3] == 1)
 
 
 @lru_cache(maxsize=256)

@@ -29,6 +29,7 @@ from fastconv.cpu.band import (
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
+    Block,
     Kernel,
     Tile,
     advance,
@@ -172,15 +173,20 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     rows = flatten(problem)
     if rows is not None and lie_in_rows(operands):
         problem = rows
-    block = make_block(problem, tile, device)
-    workers = task_threads(problem)
-    d = _divide(problem, tile, device, workers)
+    plan = _plan(problem, tile, device, task_threads(problem))
     weight = np.ascontiguousarray(operands.weight)
-    bias = padded_bias(problem, operands.bias, block.rows)
-    _run_blocks(
-        block, problem.N * d.groups * problem.O * d.blocks * d.k_parts, workers, make_windows(problem), d,
-        operands.x, weight, bias, operands.out, make_ending(operands),
-    )  # fmt: skip
+    bias = padded_bias(problem, operands.bias, tile.rows)
+    _run_blocks(*plan, operands.x, weight, bias, operands.out, make_ending(operands))
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    problem: ConvProblem, tile: Tile, device: Device, workers: int
+) -> tuple[Block, int, int, Windows, Division]:
+    """Return what of the arguments of `_run_blocks` does not change from call to call."""
+    d = _divide(problem, tile, device, workers)
+    tasks = problem.N * d.groups * problem.O * d.blocks * d.k_parts
+    return make_block(problem, tile, device), tasks, workers, make_windows(problem), d
 
 
 @Kernel

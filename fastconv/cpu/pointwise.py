@@ -29,6 +29,7 @@ from fastconv.cpu.band import (
 )
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
+    Block,
     Kernel,
     Tile,
     advance,
@@ -62,6 +63,16 @@ class Cut(NamedTuple):
     k_parts: int
 
 
+class Plan(NamedTuple):
+    """What is run of planes that are read in place; `shared`: of pixels that are not."""
+
+    block: Block
+    cut: Cut
+    tasks: int
+    workers: int
+    shared: ConvProblem | None
+
+
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     if problem.order == "NHWC" or flatten(problem) is None:
@@ -81,14 +92,18 @@ prepare = direct.prepare
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
-    if problem.order == "NHWC" or flatten(problem) is None or not lie_in_rows(operands):
+    plan = _plan_in_place(problem, tile, device, task_threads(problem))
+    if plan is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)
         return
-    rows, shared = _divide(problem, tile, device)
-    is_short = device.lanes(rows.compute_dtype) > rows.W  # a vector of it cannot be read
-    (direct.run if is_short else _run_rows)(rows, tile, device, operands)
-    if shared is not None:
-        direct.run(shared, tile, device, _last_pixels(operands, rows.W))
+    weight = np.ascontiguousarray(operands.weight)
+    bias = padded_bias(problem, operands.bias, tile.rows)
+    _run_bands(
+        plan.block, plan.tasks, plan.workers, plan.cut,
+        operands.x, weight, bias, operands.out, make_ending(operands),
+    )  # fmt: skip
+    if plan.shared is not None:
+        direct.run(plan.shared, tile, device, _last_pixels(operands, plan.cut.pixels))
 
 
 def _last_pixels(operands: Operands, first: int) -> Operands:
@@ -131,32 +146,22 @@ def _cost_of_parts(rows: ConvProblem, shared: ConvProblem | None, tile: Tile, de
 
 
 @lru_cache(maxsize=256)
-def _cut(rows: ConvProblem, tile: Tile, device: Device, workers: int) -> Cut:
-    """Cut planes of one row, each of a vector at least, into bands of about half of L2."""
-    lanes = device.lanes(rows.compute_dtype)
+def _plan_in_place(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Plan | None:
+    """Cut planes into bands of about half of L2; None where no vector of them can be read in place."""
+    rows, shared = _divide(problem, tile, device)
+    lanes, K = device.lanes(rows.compute_dtype), rows.gemm_m
+    if problem.order == "NHWC" or flatten(problem) is None or lanes > rows.W:
+        return None
     most = max(device.l2 // 2 // itemsize(rows) // rows.gemm_k, tile.vectors * lanes)
     planes, longest = rows.N * rows.groups * rows.O, max(1, rows.W // (2 * lanes))
     bands = min(math.ceil(rows.W / most), longest)
     while 1 < bands < longest and planes * bands % workers and planes * bands < 8 * workers:
         bands += 1
     parts = math.ceil(2 * workers / (planes * bands)) if workers > 1 else 1
-    k_step = even_share(rows.gemm_m, math.ceil(rows.gemm_m / parts), tile.rows)
-    return Cut(
-        rows.groups, rows.gemm_k, rows.gemm_m, rows.O, rows.stride[0], rows.W, bands,
-        k_step, math.ceil(rows.gemm_m / k_step),
-    )  # fmt: skip
-
-
-def _run_rows(rows: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
-    """Convolve planes of one row, read where they lie."""
-    block, workers = make_block(rows, tile, device), task_threads(rows)
-    cut = _cut(rows, tile, device, workers)
-    weight = np.ascontiguousarray(operands.weight)
-    bias = padded_bias(rows, operands.bias, block.rows)
-    _run_bands(
-        block, rows.N * cut.groups * cut.O * cut.bands * cut.k_parts, workers, cut,
-        operands.x, weight, bias, operands.out, make_ending(operands),
-    )  # fmt: skip
+    k_step = even_share(K, math.ceil(K / parts), tile.rows)
+    k_parts = math.ceil(K / k_step)
+    cut = Cut(rows.groups, rows.gemm_k, K, rows.O, rows.stride[0], rows.W, bands, k_step, k_parts)
+    return Plan(make_block(rows, tile, device), cut, planes * bands * k_parts, workers, shared)
 
 
 @Kernel
