@@ -488,7 +488,7 @@ class TestCpuCost:
         assert narrow.multiply_cycles(*sizes, aligned=True) == narrow.multiply_cycles(*sizes, aligned=False)
 
     def test_many_channels_pay_for_panels(self):
-        """1x1: few output channels read the pixels where they lie, many from panels, unless rows begin alike."""
+        """1x1: many output channels read pixels from panels, few where they lie; all, if rows begin alike."""
         for size, K, faster, slower in (
             (27, 16, pointwise, im2col),
             (27, 1024, im2col, pointwise),
