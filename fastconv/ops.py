@@ -1,7 +1,7 @@
 """The public operations: the caller's arrays enter, a plan runs, an array of the caller's kind leaves.
 
 The steps of every call: adapt the arrays, state the problem, let plan.make_plan choose an algorithm, run it
-into the output. All but the last are remembered for the next call of the same form.
+into the output. For NumPy arrays and plain options all but the last are remembered by the form of the call.
 """
 
 from __future__ import annotations
@@ -223,23 +223,16 @@ def convolve(
     form = _find_form(_as_key(op, algo, activation, options), (input, weight, bias, residual, out))
     route = _routes.get(form)
     if route is not None:
-        plan, frame, epilogue = route
         given = _given({"input": input, "weight": weight}, bias=bias, residual=residual, out=out)
-        call = Call(arrays.NUMPY, given, frame, epilogue)
-        return _run(op, plan, arrays.NUMPY, given, frame, *call.filters(), epilogue)
+        return Call(arrays.NUMPY, given, route.frame, route.epilogue).run(op, route.plan)
     if arrays.is_dask(input) and op in OPERATIONS:
         return _convolve_lazily(op, input, weight, bias, options, algo, activation, residual, out)
     call = bind(op, input, weight, bias, options, activation, residual, out)
-    result = _compute(op, call, algo, form=form)
+    with call.kind.serve(call.given.values()):
+        plan = planning.make_plan(call.frame.problem, algo, call.kind.backend)
+        _remember(form, plan, call.frame, call.epilogue)
+        result = call.run(op, plan)
     return call.kind.wrap(result, input) if out is None else out
-
-
-def _compute(op: str, call: Call, algo: str, bits: Any = None, form: Any = None) -> np.ndarray:
-    kind, given, frame, epilogue = call
-    with kind.serve(given.values()):
-        plan = planning.make_plan(frame.problem, algo, kind.backend, bits=bits)
-        _remember(form, plan, frame, epilogue)
-        return _run(op, plan, kind, given, frame, *call.filters(), epilogue)
 
 
 class _Route(NamedTuple):
@@ -269,8 +262,12 @@ def _find_form(key: Any, given: tuple[Array, ...]) -> Any:
 
 def _as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
     """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
-    *numbers, flip = options
-    return _plain((op, algo, "" if activation is None else activation, *numbers)) if flip is False else None
+    *numbers, layout, flip = options
+    names = (op, algo, layout) if activation is None else (op, algo, layout, activation)
+    if flip is not False or set(map(type, names)) != {str}:
+        return None
+    plain = _plain(numbers)
+    return None if plain is None else (names, plain)
 
 
 def _remember(form: Any, plan: planning.Plan, frame: Frame, epilogue: Epilogue) -> None:
@@ -294,6 +291,10 @@ class Call(NamedTuple):
         compute, bias = self.frame.compute, self.given.get("bias")
         weight = arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert]
         return weight, None if bias is None else arrays.to_computable(bias, compute)
+
+    def run(self, op: str, plan: planning.Plan) -> np.ndarray:
+        """Return what a plan computes of the arguments."""
+        return _run(op, plan, self.kind, self.given, self.frame, *self.filters(), self.epilogue)
 
 
 def bind(
@@ -399,7 +400,9 @@ def _convolve_chunk(
     frame = _make_frame(
         op, problem.direction, _shapes(given), dtype, problem.order, is_last, flip, numbers, kind.backend
     )
-    result = _compute(op, Call(kind, given, frame, epilogue), recipe.algorithm, recipe.bits)
+    with kind.serve(given.values()):
+        plan = planning.make_plan(frame.problem, recipe.algorithm, kind.backend, bits=recipe.bits)
+        result = Call(kind, given, frame, epilogue).run(op, plan)
     return kind.wrap(result, chunk)
 
 
@@ -676,9 +679,9 @@ class _Conv:
             self._weight5 = self._kind.copy(given["weight"][frame.weight_insert], frame.compute)
             self._bias = None if bias is None else self._kind.copy(bias, frame.compute)
         self._prepared: dict[Any, Any] = {}
-        key = _as_key(op, algo, activation, self._options)
         weight_form = self._kind.name, self._dtype, self._weight_shape, _shape(bias)
-        self._key = None if key is None else (*key, weight_form)
+        key = op, algo, self._epilogue.activation, self._epilogue.slope, self._settled, weight_form
+        self._key = key if self._settled.is_plain else None
 
     def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
         """Convolve an input; all arrays are of the weight's kind and dtype."""
@@ -686,12 +689,8 @@ class _Conv:
         form = _find_form(self._key, (input, residual, out))
         route = _routes.get(form)
         if route is not None:
-            plan, frame, epilogue = route
             given = _given({"input": input}, residual=residual, out=out)
-            result: Any = _run(
-                op, plan, arrays.NUMPY, given, frame, self._prepare(plan), self._bias, epilogue
-            )
-            return result
+            return self._run(Call(arrays.NUMPY, given, route.frame, route.epilogue), route.plan)
         if arrays.is_dask(input):
             return self._call_lazily(input, residual, out)
         given = _given({"input": input}, residual=residual, out=out)
@@ -705,8 +704,13 @@ class _Conv:
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             _remember(form, plan, frame, self._epilogue)
-            result = _run(op, plan, kind, given, frame, self._prepare(plan), self._bias, self._epilogue)
+            result = self._run(Call(kind, given, frame, self._epilogue), plan)
         return kind.wrap(result, input) if out is None else out
+
+    def _run(self, call: Call, plan: planning.Plan) -> Any:
+        """Return what a plan computes of a call and the layer's own weight and bias."""
+        kind, given, frame, epilogue = call
+        return _run(self._op, plan, kind, given, frame, self._prepare(plan), self._bias, epilogue)
 
     def _call_lazily(self, input: Any, residual: Any, out: Any) -> Any:
         """Convolve a Dask array; its workers get the weight as it was given, but for a flip that is done."""

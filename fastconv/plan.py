@@ -117,7 +117,7 @@ _forgotten = 0  # how often `forget_plans` was called
 
 
 def settings(backend: str) -> tuple[Any, ...]:
-    """Return what a plan depends on beside its problem: _SETTINGS as they are now, and the current GPU."""
+    """Return what a plan depends on beside its problem: _SETTINGS, the current GPU and what was measured."""
     return *map(_environ.get, _keys), None if backend == "cpu" else _device(backend), _forgotten
 
 
@@ -185,6 +185,7 @@ def forget_plans() -> None:
     """Let the next plan of every problem be made anew, because more has been measured."""
     global _forgotten
     _forgotten += 1
+    _make_plan.cache_clear()
 
 
 def _remembered_plan(problem: ConvProblem, any_plan: Plan) -> Plan | None:

@@ -27,6 +27,7 @@ from tests.compare import (
     normals,
     poisoned,
 )
+from tests.kernels import in_order
 from tests.strategies import problems
 from tests.test_arrays import Tagged, tagged
 
@@ -538,14 +539,18 @@ class TestForms:
             {"padding": (1.0, 1)},
             {"groups": True},
             {"flip": 0},
-            {"algo": 1},
+            {"algo": np.array("direct")},
+            {"layout": np.array("NCHW")},
+            {"activation": np.array("relu")},
+            {"activation": ""},
         ],
         ids=str,
     )
     def test_a_wrong_value_that_equals_a_right_one(self, options, seen):
         x, w, bias, _ = seen
-        call("conv2d", x, w, bias, padding=(1, 1))
-        with pytest.raises(TypeError):
+        for right in ({"padding": (1, 1)}, {"padding": 1, "activation": "relu"}):
+            call("conv2d", x, w, bias, **right)
+        with pytest.raises((TypeError, ConvError), match="^conv2d: "):
             call("conv2d", x, w, bias, **{"padding": 1, **options})
 
     @pytest.mark.parametrize("is_layer", [False, True])
@@ -571,11 +576,9 @@ class TestForms:
             assert_exact(
                 call("conv2d", x, w, bias, padding=1, activation="relu"), np.maximum(expected, 0), "float32"
             )
-            assert_exact(
-                call("conv2d", x.transpose(0, 1, 3, 2), w, bias, padding=1),
-                expect("conv2d", x.transpose(0, 1, 3, 2), w, bias, padding=1),
-                "float32",
-            )
+            y = call("conv2d", in_order(x, "NHWC"), w, bias, padding=1)
+            assert_exact(y, expected, "float32")
+            assert y.strides == in_order(expected.astype(np.float32), "NHWC").strides
 
     def test_another_kind(self, seen, torch):
         x, w, bias, layer = seen

@@ -97,13 +97,13 @@ class Geometry(NamedTuple):
     k_step: int  # output channels of one task, and how many tasks make a group
     k_parts: int
     by_rows: int  # channels first: 1 where each row of outputs is a vector of its own
-    in_place: int  # 1 where the input itself is read: nothing is packed
+    in_place: int  # channels last: 1 where the input itself is read and nothing is packed
 
 
 class Tables(NamedTuple):
     """Offsets of the taps (c, t, r, s), in elements, and the phases of rows and columns that they read."""
 
-    b_taps: np.ndarray  # in the packed band, or in the input; in a row of the weight they are neighbours
+    b_taps: np.ndarray  # in the packed band; in a row of the weight they are neighbours
     row_phases: np.ndarray
     column_phases: np.ndarray
 
@@ -119,16 +119,14 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def reads_same_pixels(problem: ConvProblem) -> bool:
-    """Say whether each output reads the pixel in the same place of one plane, and no other."""
-    taps = problem.T * problem.R * problem.S
-    return taps == 1 and problem.stride[1:] == (1, 1) and not any(map(any, problem.padding))
-
-
 @lru_cache(maxsize=256)
 def flatten(problem: ConvProblem) -> ConvProblem | None:
-    """Return the problem with every plane as one row, or None where windows are more than a pixel."""
-    return replace(problem, H=1, W=problem.H * problem.W) if reads_same_pixels(problem) else None
+    """Return the problem with every plane as one row, if channels come first and a window is one pixel."""
+    taps = problem.T * problem.R * problem.S
+    is_padded = any(map(any, problem.padding))
+    if problem.order == "NHWC" or taps > 1 or problem.stride[1:] != (1, 1) or is_padded:
+        return None
+    return replace(problem, H=1, W=problem.H * problem.W)
 
 
 def lie_in_rows(operands: Operands) -> bool:
@@ -407,7 +405,7 @@ def multiply(
 
     strips   the pixels of all, those of each, how many pixels apart they begin, and how far apart in B
     line     0, or elements, if B, maybe the caller's, ends with the pixels, of which it then holds at least a
-             vector: every tile but the first begins where the address of B, in elements, is a multiple of it
+             vector: tiles between the first and the last begin at addresses that are a multiple of it
     first    number of the first pixel: pixel j is column j % pitch of row j // pitch, where column < cols
     origin   n, channel, o, p, q in y of the first channel's row 0, column 0
     tile     memory for one tile
@@ -445,7 +443,7 @@ def _multiply_strip(
     while done < pixels:
         vectors, j, count = find_vectors(block, done, pixels, line > 0)
         done = j + count
-        if line > 1 and done < pixels:
+        if line > 1 and pixels - done > block_columns(block):  # else the last tile follows, which ends with B
             done -= address_of(advance(b, done)) % line
         p, q = p_first, q_first + j
         if q >= pitch:  # a division takes as long as a few taps

@@ -69,7 +69,7 @@ class Device:
     ) -> float:
         """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included.
 
-        aligned  whether the columns are packed so that no vector of them lies in two cache lines
+        aligned  whether no vector of the columns lies in two cache lines
         """
         vectors = math.ceil(columns / self.lanes(dtype))
         tiles = math.ceil(vectors / tile.vectors)

@@ -2,8 +2,8 @@
 
     x[n, group]  --gather-->  panels[i, (c, t, r, s), pixels]        w[k, (c, t, r, s)]  --multiply-->  y
 
-A panel is as wide as a tile and begins with a cache line, so that no vector of it lies in two lines, as most
-do that are read where they lie: two loads each, for which some processors have no time.
+A panel is as wide as a tile and begins with a cache line, so that no vector of it lies in two lines. As a
+rule most do that are read where they lie: two loads each, for which some processors have no time.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> D
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    problem = _as_it_may_lie(problem)
+    problem = flatten(problem) or problem  # as it lies in contiguous arrays
     d = _divide(problem, tile, device, 1)
     lanes, dtype = device.lanes(problem.compute_dtype), problem.compute_dtype
     narrow, wider = divmod(d.vectors, d.blocks)
@@ -148,11 +148,6 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     )
     scatter = d.K * problem.P * problem.Q if problem.order == "NHWC" else 0  # stored element by element
     return device.seconds(problem, problem.N * d.groups * problem.O * (multiply + fetch + gather + scatter))
-
-
-def _as_it_may_lie(problem: ConvProblem) -> ConvProblem:
-    """Return the problem that is run where the arrays are contiguous."""
-    return flatten(problem) or problem if problem.order == "NCHW" else problem
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:

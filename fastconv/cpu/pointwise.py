@@ -1,6 +1,6 @@
 """1x1 convolution: a matrix product of the weight and the pixels, read where they lie.
 
-Tiles of rows that all begin alike, as those of 28 x 28 pixels do, begin with a cache line.
+Where all rows begin alike, as those of 28 x 28 pixels do, tiles begin with a cache line, but for the ends.
 
 Where planes end within a vector, those of a batch share vectors: 16 planes of 7 x 7 pixels are three vectors
 each and one of all their last pixels, 49 in all and not 64. That one is packed, as `direct` packs its bands.
@@ -27,7 +27,7 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
-from fastconv.cpu.device import itemsize
+from fastconv.cpu.device import CACHE_LINE, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -61,6 +61,7 @@ class Cut(NamedTuple):
     bands: int
     k_step: int
     k_parts: int
+    line: int  # elements of a cache line, if that is a vector, else 1
 
 
 class Plan(NamedTuple):
@@ -75,7 +76,7 @@ class Plan(NamedTuple):
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    if problem.order == "NHWC" or flatten(problem) is None:
+    if flatten(problem) is None:
         return direct.cost(problem, tile, device)
     return _cost_of_parts(*_divide(problem, tile, device), tile, device)
 
@@ -126,7 +127,7 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device) -> tuple[ConvProbl
     if rows is None:
         return problem, None
     rest = rows.W % device.lanes(problem.compute_dtype)
-    if problem.order == "NHWC" or problem.N == 1 or problem.D > 1 or rest in (0, rows.W):
+    if problem.N == 1 or problem.D > 1 or rest in (0, rows.W):
         return rows, None
     parts = replace(rows, W=rows.W - rest), replace(problem, N=1, H=problem.N, W=rest)
     is_faster = _cost_of_parts(*parts, tile, device) < _cost_of_parts(rows, None, tile, device)
@@ -137,8 +138,9 @@ def _cost_of_parts(rows: ConvProblem, shared: ConvProblem | None, tile: Tile, de
     """Return the estimated seconds of a division."""
     dtype, pixels, tiles = rows.compute_dtype, rows.W, 1
     lanes = device.lanes(dtype)
-    aligned = shared is None and pixels % lanes == 0  # of the rows of all channels one vector or none
-    if pixels % lanes and lanes < pixels < tile.vectors * lanes:  # two tiles that overlap, within the input
+    most = tile.vectors * lanes
+    aligned = shared is None and pixels % lanes == 0 and pixels > 2 * most  # all tiles but the ends
+    if pixels % lanes and lanes < pixels < most:  # two tiles that overlap, within the input
         tiles, pixels = 2, math.ceil(pixels / lanes / 2) * lanes
     cycles = tiles * device.multiply_cycles(tile, rows.gemm_m, pixels, rows.gemm_k, dtype, aligned)
     seconds = device.seconds(rows, rows.N * rows.groups * rows.O * cycles)
@@ -150,17 +152,18 @@ def _plan_in_place(problem: ConvProblem, tile: Tile, device: Device, workers: in
     """Cut planes into bands of about half of L2; None where no vector of them can be read in place."""
     rows, shared = _divide(problem, tile, device)
     lanes, K = device.lanes(rows.compute_dtype), rows.gemm_m
-    if problem.order == "NHWC" or flatten(problem) is None or lanes > rows.W:
+    if flatten(problem) is None or lanes > rows.W:
         return None
-    most = max(device.l2 // 2 // itemsize(rows) // rows.gemm_k, tile.vectors * lanes)
-    planes, longest = rows.N * rows.groups * rows.O, max(1, rows.W // (2 * lanes))
-    bands = min(math.ceil(rows.W / most), longest)
-    while 1 < bands < longest and planes * bands % workers and planes * bands < 8 * workers:
+    pixels = max(device.l2 // 2 // itemsize(rows) // rows.gemm_k, tile.vectors * lanes)
+    planes, most_bands = rows.N * rows.groups * rows.O, max(1, rows.W // (2 * lanes))
+    bands = min(math.ceil(rows.W / pixels), most_bands)
+    while 1 < bands < most_bands and planes * bands % workers and planes * bands < 8 * workers:
         bands += 1
     parts = math.ceil(2 * workers / (planes * bands)) if workers > 1 else 1
     k_step = even_share(K, math.ceil(K / parts), tile.rows)
     k_parts = math.ceil(K / k_step)
-    cut = Cut(rows.groups, rows.gemm_k, K, rows.O, rows.stride[0], rows.W, bands, k_step, k_parts)
+    line = lanes if device.vector_bits == 8 * CACHE_LINE else 1
+    cut = Cut(rows.groups, rows.gemm_k, K, rows.O, rows.stride[0], rows.W, bands, k_step, k_parts, line)
     return Plan(make_block(rows, tile, device), cut, planes * bands * k_parts, workers, shared)
 
 
@@ -169,7 +172,7 @@ def _run_bands(block, first, last, g, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     lanes = block_lanes(block)
     tile = allocate(block, block_rows(block) * block_columns(block))
-    line = lanes if x[2] % lanes == 0 else 1  # else not all rows begin a vector at once
+    line = g.line if x[2] % g.line == 0 else 1  # else rows do not all begin a line at once
     for task in range(first, last):
         rest, k_part = divmod(task, g.k_parts)
         rest, index = divmod(rest, g.bands)
