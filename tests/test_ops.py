@@ -550,7 +550,7 @@ class TestForms:
         x, w, bias, _ = seen
         for right in ({"padding": (1, 1)}, {"padding": 1, "activation": "relu"}):
             call("conv2d", x, w, bias, **right)
-        with pytest.raises((TypeError, ConvError), match="^conv2d: "):
+        with pytest.raises((TypeError, ConvError), match=r"^conv2d: "):
             call("conv2d", x, w, bias, **{"padding": 1, **options})
 
     @pytest.mark.parametrize("is_layer", [False, True])

@@ -171,9 +171,22 @@ def _cut(extent: int, most: int, others: int, workers: int, multiple: int = 1) -
     others  how often the axis is cut
     """
     parts = math.ceil(extent / most)
-    while 1 < parts < extent and parts * others % workers and parts * others < 8 * workers:
-        parts += 1
+    if parts > 1:
+        parts = count_parts(parts, extent, others, workers)
     return even_share(extent, math.ceil(extent / parts), multiple)
+
+
+def count_parts(least: int, most: int, others: int, workers: int) -> int:
+    """Return into how many parts to cut `others` things each, so that workers get as many parts, or many."""
+    parts = least
+    while parts < most and parts * others % workers and parts * others < 8 * workers:
+        parts += 1
+    return parts
+
+
+def share_channels(K: int, bands: int, workers: int, multiple: int) -> int:
+    """Return the output channels of one task: all, unless there are fewer than two bands per worker."""
+    return K if workers == 1 else even_share(K, math.ceil(K / math.ceil(2 * workers / bands)), multiple)
 
 
 def _prefers_rows(g: Geometry, block: Block, taps: int) -> bool:
@@ -212,7 +225,7 @@ def make_geometry(
     """Return the geometry of packed bands of rows x cols outputs, K cut where there are few of them."""
     row_bands, col_bands = math.ceil(problem.P / rows), math.ceil(problem.Q / cols)
     bands = problem.N * groups * problem.O * row_bands * col_bands
-    k_step = even_share(K, math.ceil(K / math.ceil(2 * workers / bands)), k_multiple) if workers > 1 else K
+    k_step = share_channels(K, bands, workers, k_multiple)
     return Geometry(
         groups, C, K, problem.C, problem.K, problem.D, problem.H, problem.W, problem.O, problem.P, problem.Q,
         problem.T, *problem.stride, *problem.padding_before, problem.dilation[0],

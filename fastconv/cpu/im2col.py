@@ -16,6 +16,7 @@ import numpy as np
 
 from fastconv.cpu.band import (
     columns_inside,
+    count_parts,
     even_share,
     finish,
     flatten,
@@ -117,8 +118,7 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> D
     blocks = math.ceil(vectors / max(room, tile.vectors))
     is_short = planes * blocks < workers
     k_parts = workers if is_short and SHARED_CHANNELS * workers <= K else 1
-    while planes * blocks * k_parts % workers and planes * blocks < 8 * workers and blocks < vectors:
-        blocks += 1
+    blocks = count_parts(blocks, vectors, planes * k_parts, workers)
     most = math.ceil(vectors / blocks)
     panel = even_share(most, tile.vectors)
     k_step = even_share(K, math.ceil(K / k_parts), tile.rows)

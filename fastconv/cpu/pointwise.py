@@ -17,7 +17,7 @@ import numpy as np
 
 from fastconv.cpu import direct
 from fastconv.cpu.band import (
-    even_share,
+    count_parts,
     flatten,
     lie_in_rows,
     locate,
@@ -25,6 +25,7 @@ from fastconv.cpu.band import (
     make_ending,
     multiply,
     padded_bias,
+    share_channels,
     task_threads,
 )
 from fastconv.cpu.device import CACHE_LINE, itemsize
@@ -157,10 +158,9 @@ def _plan_in_place(problem: ConvProblem, tile: Tile, device: Device, workers: in
     pixels = max(device.l2 // 2 // itemsize(rows) // rows.gemm_k, tile.vectors * lanes)
     planes, most_bands = rows.N * rows.groups * rows.O, max(1, rows.W // (2 * lanes))
     bands = min(math.ceil(rows.W / pixels), most_bands)
-    while 1 < bands < most_bands and planes * bands % workers and planes * bands < 8 * workers:
-        bands += 1
-    parts = math.ceil(2 * workers / (planes * bands)) if workers > 1 else 1
-    k_step = even_share(K, math.ceil(K / parts), tile.rows)
+    if bands > 1:
+        bands = count_parts(bands, most_bands, planes, workers)
+    k_step = share_channels(K, planes * bands, workers, tile.rows)
     k_parts = math.ceil(K / k_step)
     line = lanes if device.vector_bits == 8 * CACHE_LINE else 1
     cut = Cut(rows.groups, rows.gemm_k, K, rows.O, rows.stride[0], rows.W, bands, k_step, k_parts, line)
