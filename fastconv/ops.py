@@ -292,9 +292,9 @@ class Call(NamedTuple):
         weight = arrays.to_computable(self.given["weight"], compute)[self.frame.weight_insert]
         return weight, None if bias is None else arrays.to_computable(bias, compute)
 
-    def run(self, op: str, plan: planning.Plan) -> np.ndarray:
+    def run(self, op: str, plan: planning.Plan) -> Any:
         """Return what a plan computes of the arguments."""
-        return _run(op, plan, self.kind, self.given, self.frame, *self.filters(), self.epilogue)
+        return _run(op, plan, self, *self.filters())
 
 
 def bind(
@@ -437,14 +437,12 @@ def _shape(array: np.ndarray | None) -> Shape | None:
 def _run(
     op: str,
     plan: planning.Plan,
-    kind: arrays.Kind,
-    given: arrays.Given,
-    frame: Frame,
+    call: Call,
     weight: Any,
     bias: np.ndarray | None,
-    epilogue: Epilogue,
-) -> np.ndarray:
+) -> Any:
     """Run a plan into `out`, or into a new array of the input's dtype, shape letters and memory order."""
+    kind, given, frame, epilogue = call
     input, residual, out = given["input"], given.get("residual"), given.get("out")
     compute = frame.compute
     if out is not None:
@@ -690,7 +688,8 @@ class _Conv:
         route = _routes.get(form)
         if route is not None:
             given = _given({"input": input}, residual=residual, out=out)
-            return self._run(Call(arrays.NUMPY, given, route.frame, route.epilogue), route.plan)
+            call = Call(arrays.NUMPY, given, route.frame, route.epilogue)
+            return _run(op, route.plan, call, self._prepare(route.plan), self._bias)
         if arrays.is_dask(input):
             return self._call_lazily(input, residual, out)
         given = _given({"input": input}, residual=residual, out=out)
@@ -704,13 +703,9 @@ class _Conv:
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
             _remember(form, plan, frame, self._epilogue)
-            result = self._run(Call(kind, given, frame, self._epilogue), plan)
+            call = Call(kind, given, frame, self._epilogue)
+            result = _run(op, plan, call, self._prepare(plan), self._bias)
         return kind.wrap(result, input) if out is None else out
-
-    def _run(self, call: Call, plan: planning.Plan) -> Any:
-        """Return what a plan computes of a call and the layer's own weight and bias."""
-        kind, given, frame, epilogue = call
-        return _run(self._op, plan, kind, given, frame, self._prepare(plan), self._bias, epilogue)
 
     def _call_lazily(self, input: Any, residual: Any, out: Any) -> Any:
         """Convolve a Dask array; its workers get the weight as it was given, but for a flip that is done."""

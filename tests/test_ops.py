@@ -580,9 +580,12 @@ class TestForms:
             assert_exact(y, expected, "float32")
             assert y.strides == in_order(expected.astype(np.float32), "NHWC").strides
 
-    def test_another_kind(self, seen, torch):
-        x, w, bias, layer = seen
+    def test_a_subclass(self, seen):
+        x, _, _, layer = seen
         assert type(layer(tagged(x))) is type(tagged(x))
+
+    def test_a_layer_of_tensors(self, seen, torch):
+        x, w, bias, _ = seen
         of_tensors = fastconv.Conv2d(torch.from_numpy(w), torch.from_numpy(bias), padding=1, algo="direct")
         with pytest.raises(TypeError, match="like weight"):
             of_tensors(x)

@@ -283,14 +283,20 @@ def task_count(problem: ConvProblem, g: Geometry) -> int:
 
 def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, operands: Operands) -> None:
     """Convolve band by band; the weight is of rank 5."""
-    weight = np.ascontiguousarray(operands.weight)
-    bias = padded_bias(problem, operands.bias, block.rows)
     slack = block.vectors * block.lanes  # the last vectors of pixels read past the end
     _run_bands(
         block, task_count(problem, geometry), task_threads(problem), geometry, tables,
-        band_elements(geometry, tables) + slack,
-        operands.x, weight, bias, operands.out, make_ending(operands),
+        band_elements(geometry, tables) + slack, *arguments_of(problem, operands, block.rows),
     )  # fmt: skip
+
+
+def arguments_of(
+    problem: ConvProblem, operands: Operands, slack: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Ending]:
+    """Return x, weight, bias, y and ending, as kernels take them; `slack` as in `padded_bias`."""
+    weight = np.ascontiguousarray(operands.weight)
+    bias = padded_bias(problem, operands.bias, slack)
+    return operands.x, weight, bias, operands.out, make_ending(operands)
 
 
 def task_threads(problem: ConvProblem) -> int:

@@ -173,10 +173,9 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
 
 def _run_in_place(problem: ConvProblem, block: Block, g: Geometry, operands: Operands) -> None:
     """Convolve plane by plane."""
-    weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
     _run_planes(
         block, problem.N * problem.K, band.task_threads(problem), g,
-        operands.x, weight, bias, operands.out, band.make_ending(operands),
+        *band.arguments_of(problem, operands, 0),
     )  # fmt: skip
 
 

@@ -134,10 +134,9 @@ def run(problem: ConvProblem, tile: RowsTile, device: Device, operands: Operands
     workers = band.task_threads(problem)
     block, g, tables, f = _plan(problem, tile, device, workers)
     elements = band.band_elements(g, tables) + block.vectors * block.lanes  # read past the end
-    weight, bias = np.ascontiguousarray(operands.weight), band.padded_bias(problem, operands.bias, 0)
     _run_bands(
         block, band.task_count(problem, g), workers, g, tables, elements, f,
-        operands.x, weight, bias, operands.out, band.make_ending(operands),
+        *band.arguments_of(problem, operands, 0),
     )  # fmt: skip
 
 

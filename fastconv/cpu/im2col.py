@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu.band import (
+    arguments_of,
     columns_inside,
     count_parts,
     even_share,
@@ -23,9 +24,7 @@ from fastconv.cpu.band import (
     lie_in_rows,
     locate,
     make_block,
-    make_ending,
     multiply,
-    padded_bias,
     task_threads,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
@@ -169,9 +168,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if rows is not None and lie_in_rows(operands):
         problem = rows
     plan = _plan(problem, tile, device, task_threads(problem))
-    weight = np.ascontiguousarray(operands.weight)
-    bias = padded_bias(problem, operands.bias, tile.rows)
-    _run_blocks(*plan, operands.x, weight, bias, operands.out, make_ending(operands))
+    _run_blocks(*plan, *arguments_of(problem, operands, tile.rows))
 
 
 @lru_cache(maxsize=256)

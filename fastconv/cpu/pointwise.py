@@ -17,14 +17,13 @@ import numpy as np
 
 from fastconv.cpu import direct
 from fastconv.cpu.band import (
+    arguments_of,
     count_parts,
     flatten,
     lie_in_rows,
     locate,
     make_block,
-    make_ending,
     multiply,
-    padded_bias,
     share_channels,
     task_threads,
 )
@@ -98,12 +97,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if plan is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)
         return
-    weight = np.ascontiguousarray(operands.weight)
-    bias = padded_bias(problem, operands.bias, tile.rows)
-    _run_bands(
-        plan.block, plan.tasks, plan.workers, plan.cut,
-        operands.x, weight, bias, operands.out, make_ending(operands),
-    )  # fmt: skip
+    _run_bands(plan.block, plan.tasks, plan.workers, plan.cut, *arguments_of(problem, operands, tile.rows))
     if plan.shared is not None:
         direct.run(plan.shared, tile, device, _last_pixels(operands, plan.cut.pixels))
 
@@ -181,10 +175,11 @@ def _run_bands(block, first, last, g, x, w, bias, y, ending):
         channel = group * g.K + k_part * g.k_step
         q = g.pixels // lanes * index // g.bands * lanes  # each band has a vector at least
         end = g.pixels // lanes * (index + 1) // g.bands * lanes if index + 1 < g.bands else g.pixels
+        count = end - q
         multiply(
             block, advance(w, channel * g.C), min(g.k_step, g.K - k_part * g.k_step),
             locate(block, x, (n, group * g.C, o * g.stride_d, 0, q)), x[2], g.C, advance(bias, channel),
-            (end - q, end - q, end - q, end - q), line, 0, end - q, end - q,
+            (count, count, count, count), line, 0, count, count,
             y, (n, channel, o, 0, q), tile, 1, ending,
         )  # fmt: skip
     release(tile)
