@@ -166,59 +166,67 @@ def call_filters(block, first, last, w, U, U_step):
 
 
 @Kernel
-def call_input(block, first, last, lines, V, V_step):
-    simd.transform_input(block, pointer(block, lines), pointer(block, V), V_step)
+def call_input(block, first, last, d, d_row, V, V_step):
+    simd.transform_input(block, pointer(block, d), d_row, pointer(block, V), V_step)
 
 
 @Kernel
-def call_output(block, first, last, M, M_step, bias, lines):
-    simd.transform_output(block, pointer(block, M), M_step, pointer(block, bias), pointer(block, lines))
+def call_output(block, first, last, M, M_step, bias, y, y_row):
+    simd.transform_output(block, pointer(block, M), M_step, pointer(block, bias), pointer(block, y), y_row)
 
 
 @every_dtype
 @pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1), (3, 1), (1, 5)])
 @every_m
 class TestTransforms:
-    """Y = L X R^T in every lane, one tile each; exact where floats hold the matrices L and R."""
+    """Y = L X R^T in every lane, a channel each; exact where floats hold the matrices L and R."""
 
     def test_filters(self, m, extents, dtype, rng):
-        """Of filters that follow one another; what follows them does not matter."""
         block = block_of(m, extents, dtype)
-        U_step = block.lanes + 2
-        w = integers(rng, (block.lanes, *extents), dtype)
-        source = np.append(w, np.full(block.lanes, np.nan, dtype))
-        U = np.full((places(block), U_step), np.nan, dtype)
-        call_filters(block, 1, 1, address(source), address(U), U_step)
+        w = integers(rng, (*extents, block.lanes), dtype)
+        U = Gapped((places(block),), block)
+        call_filters(block, 1, 1, address(w), U.address, U.step)
         left, right = axes("G", block)
         scale = sandwich(np.abs(left), np.abs(w), np.abs(right))
         bound = 4 * np.finfo(dtype).eps * scale
-        assert_bounded(U[:, : block.lanes], sandwich(left, w, right), bound, dtype)
-        assert np.isnan(U[:, block.lanes :]).all(), "wrote beside the vectors"
+        assert_bounded(U.vectors(), sandwich(left, w, right), bound, dtype)
 
     def test_input(self, m, extents, dtype, rng):
-        """Neighbouring tiles share columns, but those of two runs do not: the pieces are not related."""
+        """Of rows longer than those of a tile."""
         block = block_of(m, extents, dtype)
-        _, m_w, a_h, a_w = block.sides
-        pieces = integers(rng, (a_h, -(-a_w // m_w), block.lanes, m_w), dtype)
-        V = np.full((places(block), block.lanes + 2), np.nan, dtype)
-        call_input(block, 1, 1, address(pieces), address(V), block.lanes + 2)
-        d = pieces.transpose(2, 0, 1, 3).reshape(block.lanes, a_h, -1)[..., :a_w]
+        _, _, a_h, a_w = block.sides
+        d = integers(rng, (a_h, a_w + 1, block.lanes), dtype)
+        d[:, a_w] = np.nan
+        V = Gapped((places(block),), block)
+        call_input(block, 1, 1, address(d), (a_w + 1) * block.lanes, V.address, V.step)
         left, right = axes("BT", block)
-        assert_exact(V[:, : block.lanes], sandwich(left, d, right), dtype)
-        assert np.isnan(V[:, block.lanes :]).all(), "wrote beside the vectors"
+        assert_exact(V.vectors(), sandwich(left, d[:, :a_w], right), dtype)
 
     def test_output(self, m, extents, dtype, rng):
         block = block_of(m, extents, dtype)
-        (m_h, m_w, a_h, a_w), lanes = block.sides, block.lanes
-        M = np.full((places(block), lanes + 1), np.nan, dtype)
-        M[:, :lanes] = rng.integers(-1, 2, (places(block), lanes))
-        bias, lines = np.full(1, 3, dtype), np.full(m_h * m_w * lanes + 1, np.nan, dtype)
-        call_output(block, 1, 1, address(M), lanes + 1, address(bias), address(lines))
+        m_h, m_w, a_h, a_w = block.sides
+        M = Gapped((a_h * a_w,), block)
+        M.array[:, : block.lanes] = rng.integers(-1, 2, (a_h * a_w, block.lanes))
+        bias, y = integers(rng, block.lanes, dtype), Gapped((m_h, m_w * block.lanes), block)
+        call_output(block, 1, 1, M.address, M.step, address(bias), y.address, y.step)
         left, right = axes("AT", block)
-        y = 3 + sandwich(left, M[:, :lanes].T.reshape(lanes, a_h, a_w), right)
-        expected = y.reshape(m_h, m_w, lanes).transpose(0, 2, 1)
-        assert_exact(lines[:-1].reshape(m_h, lanes, m_w), expected, dtype)
-        assert np.isnan(lines[-1])
+        products = M.vectors().reshape(a_h, a_w, block.lanes)
+        expected = bias + sandwich(left, products, right)
+        assert_exact(y.vectors().reshape(m_h * m_w, block.lanes), expected, dtype)
+
+
+class Gapped:
+    """Rows of vectors with NaN between them, which has to stay there."""
+
+    def __init__(self, shape, block):
+        rows, length = (*shape, block.lanes)[:2]
+        self.length, self.step = length, length + 2
+        self.array = np.full((rows, self.step), np.nan, block.dtype)
+        self.address = address(self.array)
+
+    def vectors(self):
+        assert np.isnan(self.array[:, self.length :]).all(), "wrote beside the vectors"
+        return self.array[:, : self.length]
 
 
 def block_of(m, extents, dtype):
@@ -236,8 +244,8 @@ def axes(name, block):
 
 
 def sandwich(left, X, right):
-    """The elements of L X R^T, row by row, for every lane, the first axis of X."""
-    return np.einsum("ij,vjk,lk->ilv", left, X.astype(float), right).reshape(-1, len(X))
+    """The elements of L X R^T, row by row, for every lane, the last axis of X."""
+    return np.einsum("ij,jkv,lk->ilv", left, X.astype(float), right).reshape(-1, X.shape[2])
 
 
 @Kernel
@@ -256,6 +264,38 @@ class TestRegrouping:
         call_split(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(line), lanes, address(split), lanes + 1)
         assert np.array_equal(split[:, :lanes], line.reshape(lanes, m).T)
         assert np.isnan(split[:, lanes]).all()
+
+
+@Kernel
+def call_transpose(
+    block, first, last, source, source_step, rows, read, target, target_step, columns, written
+):
+    p = pointer(block, source), pointer(block, target)
+    simd.transpose(block, p[0], source_step, rows, read, p[1], target_step, columns, written)
+
+
+@every_dtype
+def test_transpose(dtype, rng):
+    """What is not to be read is NaN, or not there; what is not to be written keeps its value."""
+    lanes = current().lanes(dtype)
+    block = Block(dtype, 1, 1, lanes)
+    counts = (1, lanes - 1, lanes, lanes + 3)
+    for rows, columns, (low, high), length in product(counts, counts, ((0, lanes), (1, lanes - 1)), counts):
+        source = integers(rng, (min(rows, lanes), lanes + 1), dtype)
+        square = np.zeros((lanes, lanes), dtype)
+        square[: len(source), low:high] = source[:, low:high]
+        source[:, :low], source[:, high:] = np.nan, np.nan
+        target = np.full((lanes + 1, lanes + 2), 99, dtype)
+        expected = target.copy()
+        written = min(columns, lanes), min(length, lanes)
+        expected[: written[0], : written[1]] = square.T[: written[0], : written[1]]
+        read, kept = (1 << high) - (1 << low), (1 << length) - 1
+        call_transpose(
+            block, 1, 1, address(source), lanes + 1, rows, read, address(target), lanes + 2, columns, kept
+        )
+        exists = np.ones(target.shape, bool)
+        exists[:lanes, len(source) : lanes] = False  # of rows that do not exist anything may be written
+        assert_exact(target[exists], expected[exists], dtype)
 
 
 @Kernel

@@ -143,7 +143,7 @@ class Block:
              "plane"        no A: one row of outputs of a plane, under one filter (`convolve_plane`)
              "ragged"       A is one filter, a row of which meets other rows of B in every row of the tile
                             (`multiply_filter`)
-    adds     whether a tile adds to what is in C, in place of a bias
+    adds     whether a tile begins with what lies in memory as C does, in place of a bias
     m        Winograd: outputs of a tile along an axis of several taps; of `split_columns`, how many vectors
              are regrouped
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
@@ -431,7 +431,7 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
         rows = [builder.mul(a_rows, INT(i)) for i in range(block.rows)]
     cells = [builder.add(builder.mul(c_row, INT(i)), offset) for i in range(block.rows) for offset in column]
     if block.adds:
-        start = [simd.load(c, cell) for cell in cells]
+        start = [simd.load(bias, cell) for cell in cells]
     elif block.form == "rows":
         start = [simd.broadcast(bias, INT(i)) for i in range(block.rows) for _ in range(vectors)]
     else:
@@ -495,7 +495,7 @@ def _microkernel(typingctx, block, vectors, a, a_rows, a_taps, b, b_taps, taps, 
 def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row):
     """Compute one tile: c[i * c_row + j] = bias + sum over the taps (at least one) of A[i, t] * B[t, j].
 
-    If block.adds, the tile itself takes the place of the bias.
+    If block.adds, sums begin with a tile at `bias` whose rows lie c_row apart: C itself, to add to it.
 
     block    Block; its rows, and at most its vectors, make the tile
     vectors  how many vectors wide this tile is, 1 ... block.vectors
@@ -1010,9 +1010,9 @@ def _axes(block: Block) -> tuple[Matrices, Matrices]:
 
 @intrinsic
 def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any, target_step: Any) -> Any:
-    """Winograd: U = G w G^T of a vector of filters, which follow one another.
+    """Winograd: U = G w G^T of a vector of filters.
 
-    source  pointer to the taps of the first
+    source  pointer to the filters: of each tap one vector, one after the other
     target  pointer to U: element e of its rows, one after the other, is the vector at e * target_step
     """
     floats = types.CPointer(block.float)
@@ -1021,13 +1021,7 @@ def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, target, target_step = args
         simd = Vectors(builder, block.block)
-        taps: list[Any] = []
-        for first in range(0, R * S, simd.lanes):  # filter by filter, then tap by tap
-            count = min(simd.lanes, R * S - first)
-            some = simd.first_lanes(INT(count))
-            filters = [simd.load_masked(source, INT(i * R * S + first), some) for i in range(simd.lanes)]
-            taps += _emit_split(builder, filters, simd.lanes)[:count]
-        w = [taps[r * S : (r + 1) * S] for r in range(R)]
+        w = _load_rows(builder, simd, source, INT(simd.lanes), (R, S))
         U = _emit_sandwich(builder, simd, rows.G, columns.G, w)
         _store_columns(builder, simd, U, target, target_step)
         return context.get_dummy_value()
@@ -1036,65 +1030,125 @@ def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any
 
 
 @intrinsic
-def transform_input(typingctx: Any, block: BlockType, lines: Any, target: Any, target_step: Any) -> Any:
-    """Winograd: V = B^T d B of a vector of tiles, neighbours m columns apart.
+def transform_input(
+    typingctx: Any, block: BlockType, source: Any, source_row: Any, target: Any, target_step: Any
+) -> Any:
+    """Winograd: V = B^T d B of one tile, for a vector of channels.
 
-    lines   pointer to the lines of the tiles' inputs: of each m * lanes columns from the first tile's first
-            on, then as many from its column m on, and so on for all columns of a tile
+    source  pointer to the tile's inputs: rows `source_row` apart, of one vector for each pixel
     target  pointer to V: element e of its rows, one after the other, is the vector at e * target_step
     """
-    floats, (_, m, a_h, a_w) = types.CPointer(block.float), block.block.sides
-    pieces = -(-a_w // m)
+    floats, (_, _, a_h, a_w) = types.CPointer(block.float), block.block.sides
     rows, columns = _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, lines, target, target_step = args
+        _, source, source_row, target, target_step = args
         simd = Vectors(builder, block.block)
-        d = []
-        for i in range(a_h):
-            line = [simd.load(lines, INT((i * pieces * m + j) * simd.lanes)) for j in range(pieces * m)]
-            split = [_emit_split(builder, line[j : j + m], simd.lanes) for j in range(0, len(line), m)]
-            d.append([vector for piece in split for vector in piece][:a_w])
+        lines = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(a_h)]
+        d = [[simd.load(line, INT(j * simd.lanes)) for j in range(a_w)] for line in lines]
         V = _emit_sandwich(builder, simd, rows.BT, columns.BT, d)
         _store_columns(builder, simd, V, target, target_step)
         return context.get_dummy_value()
 
-    return types.void(block, floats, floats, types.int64), codegen
+    return types.void(block, floats, types.int64, floats, types.int64), codegen
 
 
 @intrinsic
 def transform_output(
-    typingctx: Any, block: BlockType, source: Any, source_step: Any, bias: Any, lines: Any
+    typingctx: Any, block: BlockType, source: Any, source_step: Any, bias: Any, target: Any, target_row: Any
 ) -> Any:
-    """Winograd: y = A^T M A + bias of a vector of tiles.
+    """Winograd: y = A^T M A + bias of one tile, for a vector of output channels.
 
     source  pointer to M: element e of its rows, one after the other, is the vector at e * source_step
-    lines   pointer to the lines of the tiles' outputs, m * lanes columns each
+    bias    pointer to the bias of these channels
+    target  pointer to the tile's outputs: rows `target_row` apart, of one vector for each pixel
     """
-    floats, (_, m, a_h, a_w) = types.CPointer(block.float), block.block.sides
+    floats, (_, _, a_h, a_w) = types.CPointer(block.float), block.block.sides
     rows, columns = _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, source_step, bias, lines = args
+        _, source, source_step, bias, target, target_row = args
         simd = Vectors(builder, block.block)
-        at = [[builder.mul(source_step, INT(i * a_w + j)) for j in range(a_w)] for i in range(a_h)]
-        products = [[simd.load(source, offset) for offset in row] for row in at]
-        y = _emit_sandwich(builder, simd, rows.AT, columns.AT, products)
-        added = simd.broadcast(bias, INT(0))
-        for i, row in enumerate(zip(*y, strict=True)):
-            merged = _emit_merge(builder, [builder.fadd(value, added) for value in row], simd.lanes)
-            for j, vector in enumerate(merged):
-                simd.store(vector, lines, INT((i * m + j) * simd.lanes))
+        products = _load_rows(builder, simd, source, source_step, (a_h, a_w))
+        added = simd.load(bias, INT(0))
+        for j, column in enumerate(_emit_sandwich(builder, simd, rows.AT, columns.AT, products)):
+            for i, value in enumerate(column):
+                line = builder.gep(target, [builder.mul(target_row, INT(i))])
+                simd.store(builder.fadd(value, added), line, INT(j * simd.lanes))
         return context.get_dummy_value()
 
-    return types.void(block, floats, types.int64, floats, floats), codegen
+    return types.void(block, floats, types.int64, floats, floats, types.int64), codegen
+
+
+def _load_rows(
+    builder: Any, simd: Vectors, source: Any, step: Any, shape: tuple[int, int]
+) -> list[list[Any]]:
+    """Load the vectors of a matrix, row after row, `step` apart."""
+    rows: list[list[Any]] = []
+    for _ in range(shape[0]):
+        rows.append([])
+        for _ in range(shape[1]):
+            source = _hide(builder, source)
+            rows[-1].append(simd.load(source, INT(0)))
+            source = builder.gep(source, [step])
+    return rows
 
 
 def _store_columns(builder: Any, simd: Vectors, columns: list[list[Any]], target: Any, step: Any) -> None:
     """Store the vectors of a matrix, row after row, `step` apart."""
-    for j, column in enumerate(columns):
-        for i, value in enumerate(column):
-            simd.store(value, target, builder.mul(step, INT(i * len(columns) + j)))
+    for row in zip(*columns, strict=True):
+        for value in row:
+            target = _hide(builder, target)
+            simd.store(value, target, INT(0))
+            target = builder.gep(target, [step])
+
+
+def _hide(builder: Any, p: Any) -> Any:
+    """Return the same pointer, but LLVM does not know that it is the same.
+
+    Else it keeps all places of a matrix in memory, and adds to all of them from one matrix to the next.
+    """
+    return builder.asm(ir.FunctionType(p.type, [p.type]), "", "=r,0", [p], False)
+
+
+@intrinsic
+def transpose(
+    typingctx: Any,
+    block: BlockType,
+    source: Any,
+    source_step: Any,
+    rows: Any,
+    read: Any,
+    target: Any,
+    target_step: Any,
+    columns: Any,
+    written: Any,
+) -> Any:
+    """Copy a square of block.lanes rows, `source_step` apart, column by column to rows `target_step` apart.
+
+    Of the rows only the first `rows` exist, and the elements whose bits are set in `read`; the others are
+    taken for zeros, rows for the first one. Only the first `columns` columns are written, and of those the
+    elements whose bits are set in `written`.
+    """
+    floats, number = types.CPointer(block.float), types.int64
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, source_step, rows, read, target, target_step, columns, written = args
+        simd = Vectors(builder, block.block)
+        lanes = range(simd.lanes)
+
+        def place(i: int, step: Any, count: Any) -> Any:
+            return builder.select(builder.icmp_signed("<", INT(i), count), builder.mul(step, INT(i)), INT(0))
+
+        mask = simd.mask(read)
+        loaded = [simd.load_masked(source, place(i, source_step, rows), mask) for i in lanes]
+        turned, mask = _emit_split(builder, loaded, simd.lanes), simd.mask(written)
+        for i in reversed(lanes):  # what does not exist is written where the first column will be
+            simd.store_masked(turned[i], builder.gep(target, [place(i, target_step, columns)]), mask)
+        return context.get_dummy_value()
+
+    kinds = (block, floats, number, number, number, floats, number, number, number)
+    return types.void(*kinds), codegen
 
 
 def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
@@ -1112,20 +1166,6 @@ def _emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     odd = [_shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
     halves = _emit_split(builder, even, lanes), _emit_split(builder, odd, lanes)
     return [v for pair in zip(*halves, strict=True) for v in pair]
-
-
-def _emit_merge(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
-    """Undo `_emit_split`."""
-    if len(vectors) == 1:
-        return vectors
-    even = _emit_merge(builder, vectors[0::2], lanes)
-    odd = _emit_merge(builder, vectors[1::2], lanes)
-    merged = []
-    for a, b in zip(even, odd, strict=True):
-        for first in (0, lanes // 2):
-            indices = [i for e in range(first, first + lanes // 2) for i in (e, e + lanes)]
-            merged.append(_shuffle(builder, a, b, indices))
-    return merged
 
 
 @intrinsic

@@ -1,17 +1,21 @@
-"""Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all four stages while it lies in cache.
+"""Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all stages while it lies in cache.
 
-    w (K, C, R, S)      --filter-->  U (places, K, C)             places: the inputs of a tile, (m + 2)^2
-    x, a block of tiles  --input-->  V (places, C, block)         lanes are neighbouring tiles
-    U, V               --multiply->  M (places, k_group, block)   as many independent products
-    M                   --output-->  y + bias                     m x m pixels per tile; then the epilogue
+    w (K, C, R, S)       --filters-->  U (places, C, K)             places: the inputs of a tile, (m + 2)^2
+    x, a block of tiles  --inputs-->   V (places, tiles, C)
+    V, U                 --multiply->  M (places, tiles, K panel)   as many independent products
+    M                    --outputs->   y + bias                     m x m pixels per tile; then the epilogue
 
 Filters of 5 x 5 take F(2 x 2, 5 x 5), of 36 places. Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5)
 along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places.
 
-Tiles are numbered through batch, rows and columns, so small maps of a batch share their vectors. The filters
-are transformed once before the tiles, or, where there are so few tiles that U would be read only once or
-twice (and is larger than the caches: 36 x 512 x 512 floats are 38 MB), one group of channels at a time.
-Where there are fewer blocks of tiles than threads, these share the output channels, and V is made before.
+Lanes are channels in all stages, so that one tile fills vectors as well as many do, and a transform needs
+no shuffles. Arrays with channels first are transposed where they are read and written, a square of
+registers at a time. Tiles are numbered through batch, rows and columns.
+
+U takes four times the memory of w (36 x 512 x 512 floats: 38 MB). It is made before all else only where
+three blocks or more will read it. Else each panel of K is made when its turn comes, some channels at a time,
+and multiplied while it lies in L2. Where blocks are fewer than threads, these share the panels of K, and V is
+made before.
 """
 
 from __future__ import annotations
@@ -25,35 +29,37 @@ import numpy as np
 from fastconv.cpu import memory
 from fastconv.cpu.band import (
     columns_inside,
+    count_parts,
     finish,
     locate,
     make_ending,
     padded_bias,
     task_threads,
 )
-from fastconv.cpu.device import BOX_ROW_CYCLES, ROW_CYCLES, itemsize
+from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
     advance,
     allocate,
-    block_columns,
     block_extents,
     block_lanes,
     block_rows,
     block_sides,
-    copy_padded,
     copy_rows,
     fill,
+    lane_bits,
     multiply_tile,
     part,
     prefetch,
     release,
+    small_part,
     spread_rows,
     table,
     transform_filters,
     transform_input,
     transform_output,
+    transpose,
     view_of,
 )
 
@@ -61,9 +67,13 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
+SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
+GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows are 24 KB, half of L1
+BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
+
 
 class WinogradTile(NamedTuple):
-    """F(m x m, R x S) with a register tile of `rows` channels times `vectors` vectors of tiles."""
+    """F(m x m, R x S) with a register tile of `rows` tiles times `vectors` vectors of output channels."""
 
     m: int
     rows: int
@@ -74,11 +84,15 @@ class WinogradTile(NamedTuple):
         """What decides the bits of a result."""
         return self.m
 
+    @property
+    def packing(self) -> None:
+        """What decides the form of a prepared weight: it is the same for all tiles."""
+
     def __str__(self) -> str:
         return f"f{self.m}_{self.rows}x{self.vectors}"
 
 
-TILES = tuple(WinogradTile(m, *tile) for m in (4, 2) for tile in ((6, 4), (4, 3), (8, 1)))
+TILES = tuple(WinogradTile(m, *tile) for m in (4, 2) for tile in ((6, 4), (4, 3)))
 
 
 class Geometry(NamedTuple):
@@ -93,49 +107,52 @@ class Geometry(NamedTuple):
     Q: int
     pad_h: int
     pad_w: int
-    tiles_h: int  # tiles of one image along each side, those of the whole batch, the vectors that they fill
+    tiles_h: int  # tiles of one image along each side, and those of the whole batch
     tiles_w: int
     tiles: int
-    vectors: int
-    blocks: int  # that share the vectors evenly
-    c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
+    blocks: int  # that share the tiles evenly
+    height: int  # rows of V and M: the tiles of a block, in whole register tiles
     C_padded: int  # to whole vectors
-    k_step: int  # output channels of one task, and how many tasks make a group
+    c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
+    panel: int  # output channels of a panel; the panels of one task; how many tasks and panels make K
+    k_step: int
     k_parts: int
-    k_group: int  # output channels multiplied before their output transform, so that M lies in L2
-    places: int  # in a tile of inputs: each has a matrix of U and one of V
-    U_step: int  # distance of those of U and of V, in elements: one vector more than they need,
-    V_step: int  # because a power of two would put all places' lines into one set of the cache
-    fetches_ahead: int  # 1 where an image is too large for L2, so that its lines would be waited for
+    panels: int
+    c_step: int  # input channels of U that are made at a time
+    U_first: int  # 1 where U is made before all else
+    places: int  # in a tile of inputs: each has a matrix of U, of V and of M
+    U_step: int  # distance of those, in elements: one vector more than they need, because a power of two
+    V_step: int  # would put all places' lines into one set of the cache
+    M_step: int
 
 
 @lru_cache(maxsize=256)
-def _geometry(
-    problem: ConvProblem, tile: WinogradTile, device: Device, workers: int, prepared: bool
-) -> Geometry:
-    """Divide a problem into blocks of tiles and groups of output channels."""
+def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int) -> Geometry:
+    """Divide a problem into blocks of tiles, panels of output channels and steps of input channels."""
     lanes = device.lanes(problem.compute_dtype)
     m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
-    C, K = problem.C // problem.groups, problem.K // problem.groups
+    groups, C, K = problem.groups, problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
     tiles = problem.N * tiles_h * tiles_w
-    width, vectors = tile.vectors * lanes, math.ceil(tiles / lanes)
-    per_group = math.ceil(workers / problem.groups)
-    blocks = min(vectors, math.ceil(vectors / tile.vectors / per_group) * per_group)
-    shares_V = 0 < blocks * problem.groups < workers
-    k_parts = math.ceil(2 * workers / (blocks * problem.groups)) if shares_V else 1
-    k_step = min(K, math.ceil(K / k_parts / tile.rows) * tile.rows)
-    C_padded = math.ceil(C / lanes) * lanes
-    U_ready = prepared or _transforms_filters_first(blocks)
-    channel = a_h * a_w * itemsize(problem) * (width if U_ready else width + C_padded)
-    k_group = max(1, min(math.ceil(k_step / tile.rows), device.l2 // 2 // channel // tile.rows)) * tile.rows
-    U_rows = problem.K + tile.rows if U_ready else k_group  # a last, partial tile reads rows beyond K
+    blocks = math.ceil(tiles / BLOCK_TILES)
+    shares_V = 0 < blocks * groups < workers
+    if not shares_V:
+        blocks = count_parts(blocks, tiles, groups, workers)
+    height = math.ceil(tiles / max(1, blocks) / tile.rows) * tile.rows
+    vectors, C_vectors = math.ceil(K / lanes), math.ceil(C / lanes)
+    least = math.ceil(workers / (blocks * groups)) if shares_V else 1
+    panel = math.ceil(vectors / max(math.ceil(vectors / tile.vectors), min(vectors, least))) * lanes
+    panels = math.ceil(K / panel)
+    k_step = math.ceil(panels / min(panels, 2 * least)) if shares_V else panels
+    U_first, places = blocks > 2, a_h * a_w
+    room = device.l2 // 4 // itemsize(problem) // (places * panel)
+    c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
     return Geometry(
-        problem.groups, C, K, problem.H, problem.W, problem.P, problem.Q,
-        *problem.padding_before[1:], tiles_h, tiles_w, tiles, vectors, blocks,
-        min(C, 2 * workers) if shares_V else 0, C_padded, k_step, math.ceil(K / k_step), k_group,
-        a_h * a_w, U_rows * C_padded + lanes, C * width + lanes,
-        int(problem.order == "NCHW" and problem.C * problem.H * problem.W * itemsize(problem) > device.l2),
+        groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
+        tiles_h, tiles_w, tiles, blocks, height, C_vectors * lanes,
+        min(C_vectors, 2 * workers) if shares_V else 0, panel, k_step, math.ceil(panels / k_step), panels,
+        c_step, int(U_first), places,
+        c_step * panel + lanes, height * C_vectors * lanes + lanes, height * panel + lanes,
     )  # fmt: skip
 
 
@@ -145,32 +162,26 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
         return float("inf")
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
     m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
-    g = _geometry(problem, tile, device, 1, prepared=False)
-    products = g.places * device.multiply_cycles(tile, g.K, g.vectors * lanes, g.C, dtype, True)
-    filters = g.K * math.ceil(g.C / lanes) * (4 * lanes + 4 * g.places)
-    runs = 1 + (lanes - math.gcd(lanes, g.tiles_w)) / g.tiles_w  # of tiles in a vector, each a copy
-    piece, lines = (
-        runs * ROW_CYCLES + device.copy_cycles(problem, rows, lanes * m_w, 1, BOX_ROW_CYCLES)
-        for rows in (a_h, m_h)
-    )
-    inputs = g.vectors * g.C * (math.ceil(a_w / m_w) * piece + 6 * g.places)
-    outputs = g.vectors * g.K * (4 * g.places + lines)
+    g = _geometry(problem, tile, device, 1)
+    C_vectors, K_vectors = g.C_padded // lanes, math.ceil(g.K / lanes)
+    tiles = math.ceil(g.tiles / g.blocks)
+    products = g.blocks * g.places * device.multiply_cycles(tile, tiles, K_vectors * lanes, g.C, dtype, True)
+    filters = (1 if g.U_first else g.blocks) * K_vectors * g.C * (4 * lanes + 6 * g.places)
+    square = SQUARE_CYCLES * lanes if problem.order == "NCHW" else BOX_ROW_CYCLES * lanes
+    gathered = g.tiles / g.tiles_w * a_h * math.ceil((g.tiles_w * m_w + a_w - m_w) / lanes)
+    inputs = C_vectors * (g.tiles * 12 * g.places + gathered * square)
+    scattered = g.tiles / g.tiles_w * m_h * math.ceil(g.tiles_w * m_w / lanes)
+    outputs = K_vectors * (g.tiles * 12 * g.places + scattered * square)
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
 
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of transformed tensors: U and V once where they are shared, M in every thread."""
-    return max(_workspace(problem, tile, device, prepared) for prepared in (False, True))
-
-
-def _workspace(problem: ConvProblem, tile: WinogradTile, device: Device, prepared: bool) -> int:
     workers = task_threads(problem)
-    g = _geometry(problem, tile, device, workers, prepared)
-    width = tile.vectors * device.lanes(problem.compute_dtype)
-    U = g.U_step * (1 if prepared or _transforms_filters_first(g.blocks) else workers)
+    g = _geometry(problem, tile, device, workers)
+    U = g.U_step * (g.groups * g.panels if g.U_first else workers)
     V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
-    M = g.k_group * width * workers
-    return itemsize(problem) * g.places * (U + V + M)
+    return itemsize(problem) * g.places * (U + V + g.M_step * workers)
 
 
 def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
@@ -178,19 +189,18 @@ def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
     return tile._replace(m=2) if problem.R == problem.S == 5 else tile
 
 
-def _transforms_filters_first(blocks: int) -> bool:
-    """Say whether U is made before the tiles: where more than two blocks of tiles read it."""
-    return blocks > 2
-
-
 def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
-    """Return the transformed filters U: a row for each of its matrices (K, C padded), and a vector more."""
+    """Return the filters as their transform reads them: of each vector of K a row (C, taps, lanes).
+
+    Not U, which is four times as large: to read that takes longer than to make it, where it is read once.
+    """
     block = _block(problem, tile, device)
-    g = _geometry(problem, tile, device, 1, prepared=True)
+    g = _geometry(problem, tile, device, 1)
+    rows = g.groups * math.ceil(g.K / block.lanes)
+    regrouped = memory.allocate((rows, g.C * problem.R * problem.S * block.lanes), problem.compute_dtype)
     filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
-    U = np.empty((g.places, g.U_step), problem.compute_dtype)
-    _prepare_filters(block, problem.K, task_threads(problem), g, filters, U)
-    return U
+    _regroup_filters(block, rows, task_threads(problem), g, filters, regrouped)
+    return regrouped
 
 
 @lru_cache(maxsize=256)
@@ -198,225 +208,280 @@ def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     """Return a tile as the microkernel and the transforms take it."""
     dtype, m = problem.compute_dtype, _possible(problem, tile).m
     extents = (problem.R, problem.S)
-    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), m=m, extents=extents)
+    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), adds=True, m=m, extents=extents)
 
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared (rank 2) or as given (rank 5)."""
-    block, weight = _block(problem, tile, device), operands.weight
-    workers = task_threads(problem)
-    g = _geometry(problem, tile, device, workers, prepared=weight.ndim == 2)
-    if weight.ndim == 5 and _transforms_filters_first(g.blocks):
-        weight = prepare(problem, tile, device, weight)
-    U_given = weight.ndim == 2
-    filters = weight if U_given else np.ascontiguousarray(weight).reshape(problem.K, -1)
-    bias = padded_bias(problem, operands.bias, 0)
-    blocks = g.groups * g.blocks
-    V = memory.allocate((blocks if g.c_parts else 0, g.places * g.V_step), problem.compute_dtype)
+    weight, dtype = operands.weight, problem.compute_dtype
+    block, workers, g = _plan(problem, tile, device, task_threads(problem))
+    is_regrouped = weight.ndim == 2
+    w = weight if is_regrouped else np.ascontiguousarray(weight).reshape(problem.K, -1)
+    blocks, panels = g.groups * g.blocks, g.groups * g.panels
+    U = V = w  # not read, unless it is made here
+    if g.U_first:
+        U = memory.allocate((panels, g.places * g.U_step), dtype)
+        _prepare_filters(block, panels, workers, g, is_regrouped, w, U)
     if g.c_parts:
+        V = memory.allocate((blocks, g.places * g.V_step), dtype)
         _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
+    bias = padded_bias(problem, operands.bias, block.lanes)
     _run_blocks(
-        block, blocks * g.k_parts, workers, g, U_given, V,
-        operands.x, filters, bias, operands.out, make_ending(operands),
+        block, blocks * g.k_parts, workers, g, is_regrouped, U, V,
+        operands.x, w, bias, operands.out, make_ending(operands),
     )  # fmt: skip
 
 
-@part
-def _zeros(block, elements):
-    """Allocate zeros."""
-    memory = allocate(block, elements)
-    fill(block, memory, elements)
-    return memory
-
-
-@part
-def _transform_filters(block, g, w, first, count, U, at):
-    """Transform the filters of output channels first ... first+count-1 to rows at ... of U's matrices."""
-    lanes, (R, S) = block_lanes(block), block_extents(block)
-    last = _zeros(block, lanes * R * S)  # the last filters of an output channel, followed by zeros
-    for k in range(count):
-        filters = advance(w, (first + k) * g.C * R * S)
-        for c in range(0, g.C, lanes):
-            source = advance(filters, c * R * S)
-            if g.C - c < lanes:
-                copy_padded(block, last, source, 1, (g.C - c) * R * S, 0, (g.C - c) * R * S)
-                source = last
-            transform_filters(block, source, advance(U, (at + k) * g.C_padded + c), g.U_step)
-    release(last)
+@lru_cache(maxsize=256)
+def _plan(
+    problem: ConvProblem, tile: WinogradTile, device: Device, workers: int
+) -> tuple[Block, int, Geometry]:
+    """Return what of the arguments of kernels does not change from call to call."""
+    return _block(problem, tile, device), workers, _geometry(problem, tile, device, workers)
 
 
 @Kernel
-def _prepare_filters(block, first, last, g, w, U):
-    """Transform the filters of output channels first ... last-1 to the same rows of U's matrices."""
-    _transform_filters(block, g, table(w), first, last - first, table(U), first)
+def _regroup_filters(block, first, last, g, w, regrouped):
+    """Bring vectors first ... last-1 of filters into the order in which they are transformed."""
+    w, target, (R, S) = table(w), table(regrouped), block_extents(block)
+    size = R * S * block_lanes(block)
+    for vector in range(first, last):
+        for c in range(g.C):
+            _regroup(block, g, w, vector, c, advance(target, (vector * g.C + c) * size))
+
+
+@small_part
+def _regroup(block, g, w, vector, c, target):
+    """Make one vector of each tap of the filters of channel c and of a vector of output channels."""
+    lanes, (R, S) = block_lanes(block), block_extents(block)
+    group, k = divmod(vector, (g.K + lanes - 1) // lanes)
+    k *= lanes
+    filters = advance(w, ((group * g.K + k) * g.C + c) * R * S)
+    for tap in range(0, R * S, lanes):
+        taps = R * S - tap
+        transpose(
+            block, advance(filters, tap), g.C * R * S, g.K - k, lane_bits(block, 0, taps),
+            advance(target, tap * lanes), lanes, taps, lane_bits(block, 0, lanes),
+        )  # fmt: skip
+
+
+@Kernel
+def _prepare_filters(block, first, last, g, is_regrouped, w, all_U):
+    """Transform the filters of panels first ... last-1."""
+    for task in range(first, last):
+        group, panel = divmod(task, g.panels)
+        U = advance(table(all_U), task * g.places * g.U_step)
+        _transform_filters(block, g, is_regrouped, table(w), group, panel, 0, g.C, U)
+
+
+@part
+def _transform_filters(block, g, is_regrouped, w, group, panel, c_first, c_count, U):
+    """Transform the filters of a panel and of c_count channels: U[e, c, k] = (G w G^T)[e]."""
+    lanes, (R, S) = block_lanes(block), block_extents(block)
+    size, vectors = R * S * lanes, (g.K + lanes - 1) // lanes
+    taps = allocate(block, size)
+    k = panel * g.panel
+    for j in range(0, min(g.panel, g.K - k), lanes):
+        vector = group * vectors + (k + j) // lanes
+        for c in range(c_count):
+            filters = taps
+            if is_regrouped:
+                filters = advance(w, (vector * g.C + c_first + c) * size)
+            else:
+                _regroup(block, g, w, vector, c_first + c, taps)
+            transform_filters(block, filters, advance(U, c * g.panel + j), g.U_step)
+    release(taps)
 
 
 @Kernel
 def _prepare_inputs(block, first, last, g, x, all_V):
     """Transform the tiles of all blocks, some channels a task."""
-    x = view_of(x)
-    segments = np.empty((block_columns(block), 5), np.int64)
+    x, lanes = view_of(x), block_lanes(block)
     for task in range(first, last):
         here, c_part = divmod(task, g.c_parts)
         group, tile_block = divmod(here, g.blocks)
-        count, vectors = _find_segments(block, g, tile_block, segments)
-        c, c_end = g.C * c_part // g.c_parts, g.C * (c_part + 1) // g.c_parts
+        vectors = g.C_padded // lanes
+        c, c_end = vectors * c_part // g.c_parts * lanes, vectors * (c_part + 1) // g.c_parts * lanes
         V = advance(table(all_V), here * g.places * g.V_step)
-        _transform_inputs(block, x, g, group, segments, count, vectors, c, c_end, V)
+        _transform_inputs(block, x, g, group, tile_block, c, c_end, V)
 
 
 @Kernel
-def _run_blocks(block, first, last, g, U_given, all_V, x, w, bias, y, ending):
+def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    width, (R, S) = block_columns(block), block_extents(block)
     own_V = allocate(block, 0 if g.c_parts else g.places * g.V_step)
-    M = allocate(block, g.places * g.k_group * width)
-    own_U = allocate(block, 0 if U_given else g.places * g.U_step)
-    segments = np.empty((width, 5), np.int64)
+    own_U = allocate(block, 0 if g.U_first else g.places * g.U_step)
+    M = allocate(block, g.places * g.M_step)
+    zeros = allocate(block, block_rows(block) * g.panel)  # what sums begin with
+    fill(block, zeros, block_rows(block) * g.panel)
     held = -1  # the group and block of tiles whose V is in hand
     for task in range(first, last):
         here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
         V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
-        if here != held:
-            count, vectors = _find_segments(block, g, tile_block, segments)
-            if not g.c_parts:
-                _transform_inputs(block, x, g, group, segments, count, vectors, 0, g.C, V)
+        if here != held and not g.c_parts:
+            _transform_inputs(block, x, g, group, tile_block, 0, g.C_padded, V)
             held = here
-        k_end = min(g.K, (k_part + 1) * g.k_step)
-        for k in range(k_part * g.k_step, k_end, g.k_group):
-            k_count, channel = min(g.k_group, k_end - k), group * g.K + k
-            if not U_given:
-                _transform_filters(block, g, w, channel, k_count, own_U, 0)
-            U = advance(w, channel * g.C_padded) if U_given else own_U
-            coming = 0 if U_given else min(k_count, k_end - k - k_count) * g.C * R * S
-            ahead = advance(w, (channel + k_count) * g.C * R * S)
-            _multiply(block, U, g, k_count, V, vectors, M, ahead, coming)
-            added = advance(bias, channel)
-            _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, added, y)
-            _finish_tiles(block, y, g, segments, count, channel, k_count, ending)
+        for panel in range(k_part * g.k_step, min((k_part + 1) * g.k_step, g.panels)):
+            U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step)
+            for c in range(0, g.C, g.c_step):
+                c_count = min(g.c_step, g.C - c)
+                if not g.U_first:
+                    U = own_U
+                    _transform_filters(block, g, is_regrouped, w, group, panel, c, c_count, U)
+                _multiply(block, g, tile_block, panel, c_count, advance(V, c), U, c > 0, zeros, M)
+            _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending)
     release(own_V)
-    release(M)
     release(own_U)
-
-
-@part
-def _find_segments(block, g, tile_block, segments):
-    """List the runs of a block's tiles that lie in one vector and one row: (lane, run, n, row, column).
-
-    Return how many runs and how many vectors there are; the blocks share the vectors evenly.
-    """
-    lanes = block_lanes(block)
-    begin, end = g.vectors * tile_block // g.blocks, g.vectors * (tile_block + 1) // g.blocks
-    first = begin * lanes
-    count, j = 0, 0
-    tiles = min(end * lanes, g.tiles) - first
-    while j < tiles:
-        rest, column = divmod(first + j, g.tiles_w)
-        n, row = divmod(rest, g.tiles_h)
-        run = min(g.tiles_w - column, tiles - j, lanes - j % lanes)
-        segments[count, 0], segments[count, 1] = j, run
-        segments[count, 2], segments[count, 3], segments[count, 4] = n, row, column
-        count += 1
-        j += run
-    return count, end - begin
-
-
-@part
-def _transform_inputs(block, x, g, group, segments, count, vectors, c_first, c_end, V):
-    """Gather the tiles of a block and transform them: V[e, c, tile] = (B^T d B)[e], c_first <= c < c_end."""
-    lanes, width, (_, m, a_h, a_w) = block_lanes(block), block_columns(block), block_sides(block)
-    pieces = (a_w + m - 1) // m  # of each line: columns 0 ... m-1 of all tiles, then m ... 2m-1
-    lines = _zeros(block, a_h * pieces * m * lanes)
-    for c in range(c_first, c_end):
-        s = 0
-        for vector in range(vectors):
-            while s < count and segments[s, 0] < (vector + 1) * lanes:
-                line = advance(lines, segments[s, 0] % lanes * m)
-                _copy_tiles(block, x, g, segments[s], group * g.C + c, line)
-                s += 1
-            transform_input(block, lines, advance(V, c * width + vector * lanes), g.V_step)
-    release(lines)
-
-
-@part
-def _copy_tiles(block, x, g, segment, channel, lines):
-    """Copy the lines under a run of tiles, columns 0 ... m-1, then m ... 2m-1 ..., zeros for padding.
-
-    Neighbouring tiles are m columns apart, so all are copies of one piece of the line.
-    """
-    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
-    pieces, step, columns = (a_w + m - 1) // m, m * lanes, segment[1] * m
-    h = segment[3] * m_h - g.pad_h
-    top, bottom = columns_inside(h, 1, a_h, g.H)
-    for piece in range(pieces):
-        w = (segment[4] + piece) * m - g.pad_w
-        low, high = columns_inside(w, 1, columns, g.W)
-        source = locate(block, x, (segment[2], channel, 0, h, w))
-        for i in range(a_h):
-            if i < top or i >= bottom:
-                fill(block, advance(lines, (pieces * i + piece) * step), columns)
-        copy_rows(
-            block, bottom - top, advance(lines, (pieces * top + piece) * step), pieces * step,
-            advance(source, top * x[4]), x[4], x[5], columns, low, high,
-        )  # fmt: skip
-        if piece == 0 and g.fetches_ahead:  # the same piece of the next channel
-            for i in range(top, bottom):
-                for j in range(0, columns + m, lanes):
-                    prefetch(block, advance(source, x[2] + i * x[4] + j * x[5]))
-
-
-@part
-def _multiply(block, U, g, k_count, V, vectors, M, ahead, coming):
-    """Multiply the matrices of all places: M[e] = U[e] V[e].
-
-    Meanwhile fetch the `coming` values of the next filters, whose transform would wait for memory:
-    512 -> 512 channels at 14 x 14 take 3.9 ms with it, 4.9 without.
-    """
-    height, width = block_rows(block), block_columns(block)
-    zeros = _zeros(block, height)
-    share = (coming + g.places - 1) // g.places
-    for e in range(g.places):
-        for i in range(e * share, min(coming, (e + 1) * share), block_lanes(block)):
-            prefetch(block, advance(ahead, i))
-        for row in range(0, k_count, height):
-            k = max(0, min(row, k_count - height))  # the last tile overlaps the one before
-            multiply_tile(
-                block, vectors, advance(U, e * g.U_step + k * g.C_padded), g.C_padded, 1,
-                advance(V, e * g.V_step), width, g.C, zeros, advance(M, (e * g.k_group + k) * width), width,
-            )  # fmt: skip
+    release(M)
     release(zeros)
 
 
-@part
-def _transform_outputs(block, M, g, segments, count, vectors, channel, k_count, bias, y):
-    """Transform the products and store the pixels that exist: y = A^T M A + bias."""
-    lanes, width, (m_h, m, _, _) = block_lanes(block), block_columns(block), block_sides(block)
-    lines = allocate(block, m_h * m * lanes)
-    for k in range(k_count):
-        s = 0
-        for vector in range(vectors):
-            source = advance(M, k * width + vector * lanes)
-            transform_output(block, source, g.k_group * width, advance(bias, k), lines)
-            while s < count and segments[s, 0] < (vector + 1) * lanes:
-                p, q = segments[s, 3] * m_h, segments[s, 4] * m
-                target = locate(block, y, (segments[s, 2], channel + k, 0, p, q))
-                line, rows = advance(lines, segments[s, 0] % lanes * m), min(m_h, g.P - p)
-                columns = min(segments[s, 1] * m, g.Q - q)
-                spread_rows(block, rows, target, y[4], y[5], line, m * lanes, columns)
-                if g.fetches_ahead:
-                    for i in range(rows):
-                        for j in range(0, columns, lanes):
-                            prefetch(block, advance(target, y[2] + i * y[4] + j * y[5]))
-                s += 1
-    release(lines)
+@small_part
+def _find_tiles(g, tile_block):
+    """Return the first tile of a block and of the next one."""
+    return g.tiles * tile_block // g.blocks, g.tiles * (tile_block + 1) // g.blocks
+
+
+@small_part
+def _find_run(g, tile, end):
+    """Return a tile's image, row and column, and how many tiles from it on, before `end`, lie in this row."""
+    rest, column = divmod(tile, g.tiles_w)
+    n, row = divmod(rest, g.tiles_h)
+    return n, row, column, min(g.tiles_w - column, end - tile)
 
 
 @part
-def _finish_tiles(block, y, g, segments, count, channel, k_count, ending):
-    """Add the residual to the tiles of a block, then apply the activation."""
-    m_h, m, _, _ = block_sides(block)
-    for s in range(count):
-        n, p, q = segments[s, 2], segments[s, 3] * m_h, segments[s, 4] * m
-        sizes = (k_count, min(m_h, g.P - p), min(segments[s, 1] * m, g.Q - q))
-        finish(block, y, (n, channel, 0, p, q), sizes, ending)
+def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
+    """Gather the tiles of a block and transform them: V[e, tile, c] = (B^T d B)[e], c_first <= c < c_end.
+
+    Rows that no tile has are zeros: what memory holds by chance may be subnormal, which takes 100 cycles.
+    """
+    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
+    first, end = _find_tiles(g, tile_block)
+    line = GATHERED * lanes * lanes
+    pixels = allocate(block, a_h * line)
+    for c in range(c_first, c_end, lanes):
+        tile = first
+        while tile < end:
+            n, row, column, run = _find_run(g, tile, end)
+            run = min(run, (GATHERED * lanes - a_w + m) // m)
+            at = n, group * g.C + c, 0, row * m_h - g.pad_h, column * m - g.pad_w
+            _gather_pixels(block, x, g, at, min(lanes, g.C - c), run * m + a_w - m, pixels, line)
+            for j in range(run):
+                target = advance(V, (tile - first + j) * g.C_padded + c)
+                transform_input(block, advance(pixels, j * m * lanes), line, target, g.V_step)
+            tile += run
+    if c_first == 0:
+        for e in range(g.places):
+            rest = g.height - (end - first)
+            fill(block, advance(V, e * g.V_step + (end - first) * g.C_padded), rest * g.C_padded)
+    release(pixels)
+
+
+@part
+def _gather_pixels(block, x, g, at, channels, columns, pixels, line):
+    """Copy the rows and columns under a run of tiles, channels on the lanes, zeros for padding.
+
+    at    n, channel, d, h, w of the first, which may lie outside the image
+    line  how far apart the rows lie in `pixels`
+    """
+    lanes, (_, _, a_h, _) = block_lanes(block), block_sides(block)
+    h, w = at[3], at[4]
+    source, every = locate(block, x, at), lane_bits(block, 0, lanes)
+    low, high = columns_inside(w, 1, columns, g.W)
+    for i in range(a_h):
+        target, row = advance(pixels, i * line), advance(source, i * x[4])
+        if h + i < 0 or h + i >= g.H:
+            fill(block, target, columns * lanes)
+        elif x[5] == 1:
+            for j in range(0, columns, lanes):
+                read = lane_bits(block, low - j, high - j)
+                transpose(
+                    block, advance(row, j), x[2], channels, read,
+                    advance(target, j * lanes), lanes, lanes, every,
+                )  # fmt: skip
+        else:
+            fill(block, target, low * lanes)
+            copy_rows(
+                block, high - low, advance(target, low * lanes), lanes,
+                advance(row, low * x[5]), x[5], x[2], lanes, 0, channels,
+            )  # fmt: skip
+            fill(block, advance(target, high * lanes), (columns - high) * lanes)
+
+
+@part
+def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
+    """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e]."""
+    lanes, height = block_lanes(block), block_rows(block)
+    first, end = _find_tiles(g, tile_block)
+    vectors = (min(g.panel, g.K - panel * g.panel) + lanes - 1) // lanes
+    for e in range(g.places):
+        for row in range(0, end - first, height):
+            target = advance(M, e * g.M_step + row * g.panel)
+            multiply_tile(
+                block, vectors, advance(V, e * g.V_step + row * g.C_padded), g.C_padded, 1,
+                advance(U, e * g.U_step), g.panel, channels, target if adds else zeros, target, g.panel,
+            )  # fmt: skip
+
+
+@part
+def _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending):
+    """Transform the products, y = A^T M A + bias, store the pixels that exist, and finish them."""
+    lanes, (m_h, m, _, _) = block_lanes(block), block_sides(block)
+    span = max(m, lanes)
+    pixels = allocate(block, m_h * span * lanes)
+    k = panel * g.panel
+    channels, channel = min(g.panel, g.K - k), group * g.K + k
+    first, end = _find_tiles(g, tile_block)
+    tile = first
+    while tile < end:
+        n, row, column, run = _find_run(g, tile, end)
+        p, q = row * m_h, column * m
+        rows, columns = min(m_h, g.P - p), min(run * m, g.Q - q)
+        products = advance(M, (tile - first) * g.panel)
+        for j in range(0, channels, lanes):
+            target = locate(block, y, (n, channel + j, 0, p, q))
+            added = advance(bias, channel + j)
+            sizes = min(lanes, channels - j), rows, columns
+            _transform_run(block, g, advance(products, j), added, sizes, pixels, y, target)
+        finish(block, y, (n, channel, 0, p, q), (channels, rows, columns), ending)
+        tile += run
+    release(pixels)
+
+
+@part
+def _transform_run(block, g, M, bias, sizes, pixels, y, target):
+    """Transform a run of tiles in one row, some channels of them, so many at a time as fill vectors.
+
+    sizes  channels, at most a vector, rows and columns that exist
+    """
+    lanes, (_, m, _, _) = block_lanes(block), block_sides(block)
+    channels, rows, columns = sizes
+    span = max(m, lanes)
+    for q in range(0, columns, span):
+        count, here = min(span, columns - q), advance(target, q * y[5])
+        for k in range(channels):  # the transforms hide how long it takes to fetch what will be written
+            for i in range(rows):
+                prefetch(block, advance(here, k * y[2] + i * y[4]))
+        for j in range(0, count, m):
+            tile = advance(M, (q + j) // m * g.panel)
+            transform_output(block, tile, g.M_step, bias, advance(pixels, j * lanes), span * lanes)
+        _scatter_pixels(block, pixels, span, y, here, (channels, rows, count))
+
+
+@part
+def _scatter_pixels(block, pixels, span, y, target, sizes):
+    """Store rows of pixels, `span` in each, to y; sizes: the channels, rows and columns that exist."""
+    lanes, (channels, rows, columns) = block_lanes(block), sizes
+    every = lane_bits(block, 0, lanes)
+    for i in range(rows):
+        line, row = advance(pixels, i * span * lanes), advance(target, i * y[4])
+        if y[5] == 1:
+            for j in range(0, columns, lanes):
+                transpose(
+                    block, advance(line, j * lanes), lanes, lanes, every,
+                    advance(row, j), y[2], channels, lane_bits(block, 0, columns - j),
+                )  # fmt: skip
+        else:
+            spread_rows(block, columns, row, y[5], y[2], line, lanes, channels)
