@@ -32,12 +32,14 @@ from fastconv.cpu.simd import (
     Block,
     Kernel,
     Tile,
+    address_of,
     advance,
     allocate,
     block_columns,
     block_lanes,
     block_rows,
     release,
+    small_part,
     table,
     view_of,
 )
@@ -173,13 +175,22 @@ def _run_bands(block, first, last, g, x, w, bias, y, ending):
         rest, o = divmod(rest, g.O)
         n, group = divmod(rest, g.groups)
         channel = group * g.K + k_part * g.k_step
-        q = g.pixels // lanes * index // g.bands * lanes  # each band has a vector at least
-        end = g.pixels // lanes * (index + 1) // g.bands * lanes if index + 1 < g.bands else g.pixels
+        plane = locate(block, x, (n, group * g.C, o * g.stride_d, 0, 0))
+        q, end = _find_edge(g, index, plane, lanes, line), _find_edge(g, index + 1, plane, lanes, line)
         count = end - q
         multiply(
             block, advance(w, channel * g.C), min(g.k_step, g.K - k_part * g.k_step),
-            locate(block, x, (n, group * g.C, o * g.stride_d, 0, q)), x[2], g.C, advance(bias, channel),
+            advance(plane, q), x[2], g.C, advance(bias, channel),
             (count, count, count, count), line, 0, count, count,
             y, (n, channel, o, 0, q), tile, 1, ending,
         )  # fmt: skip
     release(tile)
+
+
+@small_part
+def _find_edge(g, index, plane, lanes, line):
+    """Return the first pixel of a band; but for the first band, a line of the cache begins with it."""
+    if index in (0, g.bands):
+        return g.pixels * index // g.bands
+    q = g.pixels // lanes * index // g.bands * lanes
+    return q - address_of(advance(plane, q)) % line
