@@ -10,7 +10,7 @@ import pytest
 import fastconv
 from fastconv import reference
 from fastconv.algorithms import TABLE
-from fastconv.cpu import im2col, pointwise
+from fastconv.cpu import im2col, pointwise, winograd
 from fastconv.cpu.device import current
 from fastconv.plan import possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
@@ -25,6 +25,7 @@ from tests.kernels import (
     largest_tile,
     make_layer,
     on_backends,
+    tile_plans,
     tiles,
     ways,
     with_caches,
@@ -59,7 +60,7 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 
 def tile_sizes(way, dtype):
-    """The output channels and the pixels of a tile."""
+    """The two sides of a register tile: output channels, and pixels or Winograd's tiles of them."""
     tile = tile_of(way, dtype)
     if way.backend is CPU:
         return tile.rows, tile.vectors * current().lanes(dtype)
@@ -328,6 +329,18 @@ class TestNarrowerVectors:
                 make_layer(rng, problem, integers).check(way.plan(problem))
 
 
+def test_winograd_in_narrow_vectors(rng, monkeypatch):
+    """Vectors of two lanes, when a tile of F(4) has four columns and its filters nine taps."""
+    monkeypatch.setenv("FASTCONV_VECTOR_BITS", "128")
+    tile = tile_plans("winograd", dtype="float64")[0].tile
+    way = Way("winograd", str(tile))
+    assert (tile.m, current().lanes("float64")) == (4, 2)
+    for order in ORDERS:
+        tiles = around_tile(tile.rows + 1, tile.vectors * 2 + 1, tile.m)
+        for problem in way.problems(CASES + tiles, dtype="float64", order=order):
+            make_layer(rng, problem, normals).check(way.plan(problem), prepared=order == "NHWC")
+
+
 class TestRefusal:
     FILTERS = "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
     KNOWN = (
@@ -411,6 +424,31 @@ class TestSameBits:
                 assert layer.run(plan).tobytes() == alone
                 assert layer.run(plan, layer.prepare(plan)).tobytes() == alone
 
+    @pytest.mark.parametrize(
+        ("threads", "C", "K", "size", "l2", "shares"),
+        [
+            ("2", 40, 300, 12, 1 << 15, {"blocks": 1, "k_parts": 6, "U_first": 0}),
+            ("5", 20, 40, 60, 1 << 20, {"blocks": 4, "k_parts": 3, "U_first": 1}),
+            ("2", 33, 70, 34, 1 << 15, {"blocks": 2, "k_parts": 1, "U_first": 0}),
+            ("2", 33, 70, 60, 1 << 20, {"blocks": 4, "k_parts": 1, "U_first": 1}),
+        ],
+    )
+    def test_parts_of_winograd(self, threads, C, K, size, l2, shares, rng, monkeypatch):
+        """Threads share panels of output channels or blocks of tiles, of transformed inputs and filters."""
+        way = Way("winograd", "f4_6x4")
+        problem = Case("shared", "conv2d", (1, C, size, size), (K, C, 3, 3), {"padding": 1}).problem()
+        layer, plan = make_layer(rng, problem, normals), with_caches(way.plan(problem), 1 << 12, l2)
+        monkeypatch.setenv("FASTCONV_THREADS", "1")
+        alone = layer.run(plan)
+        layer.judge(plan, alone)
+        monkeypatch.setenv("FASTCONV_THREADS", threads)
+        if current().lanes("float32") == 16:
+            g = winograd._geometry(problem, plan.tile, plan.device, int(threads))
+            assert {name: getattr(g, name) for name in shares} == shares
+            assert g.U_first or g.c_step < C
+        for weight in (None, layer.prepare(plan)):
+            assert layer.run(plan, weight).tobytes() == alone.tobytes()
+
     @every_form
     def test_any_run(self, way, layer):
         plan = way.plan(layer.problem)
@@ -462,10 +500,12 @@ class TestSameBits:
 
     @pytest.mark.parametrize("first", [0, 3, 12])
     @pytest.mark.parametrize("pitch", [8 * 28, 8 * 28 + 16, 8 * 28 + 5])
-    def test_planes_that_begin_anywhere(self, first, pitch, rng):
-        """Wherever vectors begin for the sake of cache lines: what lies around the planes stays."""
+    @pytest.mark.parametrize("l2", [1 << 20, 1 << 11])
+    def test_planes_that_begin_anywhere(self, first, pitch, l2, rng):
+        """Wherever vectors and bands begin for the sake of cache lines: what lies around the planes stays."""
         problem = Case("planes", "conv2d", (2, 12, 8, 28), (20, 12, 1, 1)).problem()
-        layer, plan = make_layer(rng, problem, integers), Way("pointwise", "8x3").plan(problem)
+        layer = make_layer(rng, problem, integers)
+        plan = with_caches(Way("pointwise", "8x3").plan(problem), 1 << 12, l2)
         (x, _), (out, memory) = (self._spread(channels, pitch, first) for channels in (12, 20))
         x[...] = layer.x
         y = layer.with_array(x=x).run(plan, out=out)

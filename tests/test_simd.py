@@ -31,6 +31,7 @@ def shapes():
 every_shape = pytest.mark.parametrize("shape", shapes(), ids=lambda shape: "x".join(map(str, shape)))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_m = pytest.mark.parametrize("m", [2, 4])
+every_width = pytest.mark.parametrize("lanes", [2, 4, 8, 16])  # this machine's, narrower and wider
 
 
 @Kernel
@@ -122,11 +123,25 @@ class TestMultiplyTile:
             Product(rng, block, vectors, taps).check(by_table=True)
 
 
-@pytest.mark.parametrize("lanes", [2, 4, 8, 16])
+@every_width
 def test_any_number_of_lanes(lanes, rng):
-    """Vectors narrower and wider than this machine's."""
     for dtype in DTYPES:
         Product(rng, Block(dtype, 3, 2, lanes), 2).check()
+
+
+@every_dtype
+def test_sums_begin_with_a_tile(dtype, rng):
+    """Of a block that adds: a tile somewhere else, or C itself."""
+    case = Product(rng, Block(dtype, 3, 2, current().lanes(dtype), adds=True), 2)
+    begin = integers(rng, case.c.shape, dtype)
+    for start in (begin, case.c):
+        case.c[:, : case.width] = begin[:, : case.width]
+        call_tile(
+            case.block, 1, 1, 2, address(case.a), case.a_row, case.a_taps, address(case.b), case.b_taps,
+            case.taps, address(start), address(case.c), case.c.shape[1],
+        )  # fmt: skip
+        case.bias = begin[:, : case.width]
+        case.compare(case.expected())
 
 
 def test_sums_run_in_the_order_of_the_taps():
@@ -178,11 +193,12 @@ def call_output(block, first, last, M, M_step, bias, y, y_row):
 @every_dtype
 @pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1), (3, 1), (1, 5)])
 @every_m
+@every_width
 class TestTransforms:
     """Y = L X R^T in every lane, a channel each; exact where floats hold the matrices L and R."""
 
-    def test_filters(self, m, extents, dtype, rng):
-        block = block_of(m, extents, dtype)
+    def test_filters(self, lanes, m, extents, dtype, rng):
+        block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
         w = integers(rng, (*extents, block.lanes), dtype)
         U = Gapped((places(block),), block)
         call_filters(block, 1, 1, address(w), U.address, U.step)
@@ -191,9 +207,9 @@ class TestTransforms:
         bound = 4 * np.finfo(dtype).eps * scale
         assert_bounded(U.vectors(), sandwich(left, w, right), bound, dtype)
 
-    def test_input(self, m, extents, dtype, rng):
+    def test_input(self, lanes, m, extents, dtype, rng):
         """Of rows longer than those of a tile."""
-        block = block_of(m, extents, dtype)
+        block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
         _, _, a_h, a_w = block.sides
         d = integers(rng, (a_h, a_w + 1, block.lanes), dtype)
         d[:, a_w] = np.nan
@@ -202,8 +218,8 @@ class TestTransforms:
         left, right = axes("BT", block)
         assert_exact(V.vectors(), sandwich(left, d[:, :a_w], right), dtype)
 
-    def test_output(self, m, extents, dtype, rng):
-        block = block_of(m, extents, dtype)
+    def test_output(self, lanes, m, extents, dtype, rng):
+        block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
         m_h, m_w, a_h, a_w = block.sides
         M = Gapped((a_h * a_w,), block)
         M.array[:, : block.lanes] = rng.integers(-1, 2, (a_h * a_w, block.lanes))
@@ -227,10 +243,6 @@ class Gapped:
     def vectors(self):
         assert np.isnan(self.array[:, self.length :]).all(), "wrote beside the vectors"
         return self.array[:, : self.length]
-
-
-def block_of(m, extents, dtype):
-    return Block(dtype, 1, 1, current().lanes(dtype), m=m, extents=extents)
 
 
 def places(block):
@@ -275,27 +287,25 @@ def call_transpose(
 
 
 @every_dtype
-def test_transpose(dtype, rng):
-    """What is not to be read is NaN, or not there; what is not to be written keeps its value."""
-    lanes = current().lanes(dtype)
-    block = Block(dtype, 1, 1, lanes)
-    counts = (1, lanes - 1, lanes, lanes + 3)
-    for rows, columns, (low, high), length in product(counts, counts, ((0, lanes), (1, lanes - 1)), counts):
-        source = integers(rng, (min(rows, lanes), lanes + 1), dtype)
-        square = np.zeros((lanes, lanes), dtype)
-        square[: len(source), low:high] = source[:, low:high]
-        source[:, :low], source[:, high:] = np.nan, np.nan
+@every_width
+def test_transpose(lanes, dtype, rng):
+    """What is not to be read is NaN; what is not to be written keeps its value."""
+    block, counts = Block(dtype, 1, 1, lanes), (1, lanes - 1, lanes, lanes + 3)
+    for rows, columns, low, length in product(counts, counts, (0, 1), counts):
+        exist = min(rows, lanes)
+        source, square = np.full((lanes, lanes + 1), np.nan, dtype), np.zeros((lanes, lanes), dtype)
+        square[:exist, low:] = integers(rng, (exist, lanes - low), dtype)
+        source[:exist, low:lanes] = square[:exist, low:]
+        square[exist:] = square[0]
         target = np.full((lanes + 1, lanes + 2), 99, dtype)
         expected = target.copy()
         written = min(columns, lanes), min(length, lanes)
         expected[: written[0], : written[1]] = square.T[: written[0], : written[1]]
-        read, kept = (1 << high) - (1 << low), (1 << length) - 1
         call_transpose(
-            block, 1, 1, address(source), lanes + 1, rows, read, address(target), lanes + 2, columns, kept
-        )
-        exists = np.ones(target.shape, bool)
-        exists[:lanes, len(source) : lanes] = False  # of rows that do not exist anything may be written
-        assert_exact(target[exists], expected[exists], dtype)
+            block, 1, 1, address(source), lanes + 1, rows, (1 << lanes) - (1 << low),
+            address(target), lanes + 2, columns, (1 << length) - 1,
+        )  # fmt: skip
+        assert_exact(target, expected, dtype)
 
 
 @Kernel

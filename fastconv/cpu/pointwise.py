@@ -189,8 +189,13 @@ def _run_bands(block, first, last, g, x, w, bias, y, ending):
 
 @small_part
 def _find_edge(g, index, plane, lanes, line):
-    """Return the first pixel of a band; but for the first band, a line of the cache begins with it."""
-    if index in (0, g.bands):
-        return g.pixels * index // g.bands
+    """Return the first pixel of a band; but for the first band, a line of the cache begins with it.
+
+    There are two vectors or more per band, so that one is left to each of them.
+    """
+    if index == 0:
+        return 0
+    if index == g.bands:
+        return g.pixels
     q = g.pixels // lanes * index // g.bands * lanes
     return q - address_of(advance(plane, q)) % line

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
-GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows are 24 KB, half of L1
+GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
 
 
@@ -114,10 +114,9 @@ class Geometry(NamedTuple):
     height: int  # rows of V and M: the tiles of a block, in whole register tiles
     C_padded: int  # to whole vectors
     c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
-    panel: int  # output channels of a panel; the panels of one task; how many tasks and panels make K
-    k_step: int
-    k_parts: int
-    panels: int
+    panels: int  # that share the vectors of K evenly, and the output channels of the largest
+    panel: int
+    k_parts: int  # how many tasks share the panels of a block: one each, or all are of one task
     c_step: int  # input channels of U that are made at a time
     U_first: int  # 1 where U is made before all else
     places: int  # in a tile of inputs: each has a matrix of U, of V and of M
@@ -134,23 +133,24 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     groups, C, K = problem.groups, problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
     tiles = problem.N * tiles_h * tiles_w
+    rows = math.ceil(tiles / tile.rows)  # of register tiles
     blocks = math.ceil(tiles / BLOCK_TILES)
-    shares_V = 0 < blocks * groups < workers
-    if not shares_V:
-        blocks = count_parts(blocks, tiles, groups, workers)
-    height = math.ceil(tiles / max(1, blocks) / tile.rows) * tile.rows
     vectors, C_vectors = math.ceil(K / lanes), math.ceil(C / lanes)
-    least = math.ceil(workers / (blocks * groups)) if shares_V else 1
-    panel = math.ceil(vectors / max(math.ceil(vectors / tile.vectors), min(vectors, least))) * lanes
-    panels = math.ceil(K / panel)
-    k_step = math.ceil(panels / min(panels, 2 * least)) if shares_V else panels
+    panels = math.ceil(vectors / tile.vectors)
+    shares_V = 0 < blocks * groups < workers
+    if shares_V:
+        panels = count_parts(panels, vectors, blocks * groups, workers)
+    else:
+        blocks = count_parts(blocks, rows, groups, workers)
+    height = math.ceil(rows / max(1, blocks)) * tile.rows
+    panel = math.ceil(vectors / panels) * lanes
     U_first, places = blocks > 2, a_h * a_w
     room = device.l2 // 4 // itemsize(problem) // (places * panel)
     c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
     return Geometry(
         groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
         tiles_h, tiles_w, tiles, blocks, height, C_vectors * lanes,
-        min(C_vectors, 2 * workers) if shares_V else 0, panel, k_step, math.ceil(panels / k_step), panels,
+        min(C_vectors, 2 * workers) if shares_V else 0, panels, panel, panels if shares_V else 1,
         c_step, int(U_first), places,
         c_step * panel + lanes, height * C_vectors * lanes + lanes, height * panel + lanes,
     )  # fmt: skip
@@ -164,8 +164,8 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1)
     C_vectors, K_vectors = g.C_padded // lanes, math.ceil(g.K / lanes)
-    tiles = math.ceil(g.tiles / g.blocks)
-    products = g.blocks * g.places * device.multiply_cycles(tile, tiles, K_vectors * lanes, g.C, dtype, True)
+    product = device.multiply_cycles(tile, g.height, K_vectors * lanes, g.C, dtype, True)
+    products = g.blocks * g.places * product
     filters = (1 if g.U_first else g.blocks) * K_vectors * g.C * (4 * lanes + 6 * g.places)
     square = SQUARE_CYCLES * lanes if problem.order == "NCHW" else BOX_ROW_CYCLES * lanes
     gathered = g.tiles / g.tiles_w * a_h * math.ceil((g.tiles_w * m_w + a_w - m_w) / lanes)
@@ -214,14 +214,16 @@ def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared (rank 2) or as given (rank 5)."""
     weight, dtype = operands.weight, problem.compute_dtype
-    block, workers, g = _plan(problem, tile, device, task_threads(problem))
+    workers = task_threads(problem)
+    block, g = _plan(problem, tile, device, workers)
     is_regrouped = weight.ndim == 2
     w = weight if is_regrouped else np.ascontiguousarray(weight).reshape(problem.K, -1)
     blocks, panels = g.groups * g.blocks, g.groups * g.panels
     U = V = w  # not read, unless it is made here
     if g.U_first:
         U = memory.allocate((panels, g.places * g.U_step), dtype)
-        _prepare_filters(block, panels, workers, g, is_regrouped, w, U)
+        parts = min(g.C, 2 * workers)
+        _prepare_filters(block, panels * parts, workers, g, parts, is_regrouped, w, U)
     if g.c_parts:
         V = memory.allocate((blocks, g.places * g.V_step), dtype)
         _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
@@ -233,29 +235,25 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
 
 
 @lru_cache(maxsize=256)
-def _plan(
-    problem: ConvProblem, tile: WinogradTile, device: Device, workers: int
-) -> tuple[Block, int, Geometry]:
+def _plan(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int) -> tuple[Block, Geometry]:
     """Return what of the arguments of kernels does not change from call to call."""
-    return _block(problem, tile, device), workers, _geometry(problem, tile, device, workers)
+    return _block(problem, tile, device), _geometry(problem, tile, device, workers)
 
 
 @Kernel
 def _regroup_filters(block, first, last, g, w, regrouped):
     """Bring vectors first ... last-1 of filters into the order in which they are transformed."""
-    w, target, (R, S) = table(w), table(regrouped), block_extents(block)
-    size = R * S * block_lanes(block)
+    w, target, lanes, (R, S) = table(w), table(regrouped), block_lanes(block), block_extents(block)
     for vector in range(first, last):
+        group, j = divmod(vector, (g.K + lanes - 1) // lanes)
         for c in range(g.C):
-            _regroup(block, g, w, vector, c, advance(target, (vector * g.C + c) * size))
+            _regroup(block, g, w, group, j * lanes, c, advance(target, (vector * g.C + c) * R * S * lanes))
 
 
 @small_part
-def _regroup(block, g, w, vector, c, target):
-    """Make one vector of each tap of the filters of channel c and of a vector of output channels."""
+def _regroup(block, g, w, group, k, c, target):
+    """Make one vector of each tap of the filters of channel c and of output channels k ... k+lanes-1."""
     lanes, (R, S) = block_lanes(block), block_extents(block)
-    group, k = divmod(vector, (g.K + lanes - 1) // lanes)
-    k *= lanes
     filters = advance(w, ((group * g.K + k) * g.C + c) * R * S)
     for tap in range(0, R * S, lanes):
         taps = R * S - tap
@@ -266,12 +264,14 @@ def _regroup(block, g, w, vector, c, target):
 
 
 @Kernel
-def _prepare_filters(block, first, last, g, is_regrouped, w, all_U):
-    """Transform the filters of panels first ... last-1."""
+def _prepare_filters(block, first, last, g, parts, is_regrouped, w, all_U):
+    """Transform the filters of all panels, some input channels a task."""
     for task in range(first, last):
-        group, panel = divmod(task, g.panels)
-        U = advance(table(all_U), task * g.places * g.U_step)
-        _transform_filters(block, g, is_regrouped, table(w), group, panel, 0, g.C, U)
+        here, part = divmod(task, parts)
+        group, panel = divmod(here, g.panels)
+        c, c_end = g.C * part // parts, g.C * (part + 1) // parts
+        U = advance(table(all_U), here * g.places * g.U_step + c * g.panel)
+        _transform_filters(block, g, is_regrouped, table(w), group, panel, c, c_end - c, U)
 
 
 @part
@@ -280,15 +280,15 @@ def _transform_filters(block, g, is_regrouped, w, group, panel, c_first, c_count
     lanes, (R, S) = block_lanes(block), block_extents(block)
     size, vectors = R * S * lanes, (g.K + lanes - 1) // lanes
     taps = allocate(block, size)
-    k = panel * g.panel
-    for j in range(0, min(g.panel, g.K - k), lanes):
+    k, channels = _find_panel(g, panel, lanes)
+    for j in range(0, channels, lanes):
         vector = group * vectors + (k + j) // lanes
         for c in range(c_count):
             filters = taps
             if is_regrouped:
                 filters = advance(w, (vector * g.C + c_first + c) * size)
             else:
-                _regroup(block, g, w, vector, c_first + c, taps)
+                _regroup(block, g, w, group, k + j, c_first + c, taps)
             transform_filters(block, filters, advance(U, c * g.panel + j), g.U_step)
     release(taps)
 
@@ -314,15 +314,14 @@ def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y
     M = allocate(block, g.places * g.M_step)
     zeros = allocate(block, block_rows(block) * g.panel)  # what sums begin with
     fill(block, zeros, block_rows(block) * g.panel)
-    held = -1  # the group and block of tiles whose V is in hand
     for task in range(first, last):
         here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
         V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
-        if here != held and not g.c_parts:
+        if not g.c_parts:
             _transform_inputs(block, x, g, group, tile_block, 0, g.C_padded, V)
-            held = here
-        for panel in range(k_part * g.k_step, min((k_part + 1) * g.k_step, g.panels)):
+        count = g.panels // g.k_parts
+        for panel in range(k_part * count, (k_part + 1) * count):
             U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step)
             for c in range(0, g.C, g.c_step):
                 c_count = min(g.c_step, g.C - c)
@@ -338,9 +337,12 @@ def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y
 
 
 @small_part
-def _find_tiles(g, tile_block):
-    """Return the first tile of a block and of the next one."""
-    return g.tiles * tile_block // g.blocks, g.tiles * (tile_block + 1) // g.blocks
+def _find_tiles(block, g, tile_block):
+    """Return the first tile of a block and of the next one: blocks share whole register tiles."""
+    height = block_rows(block)
+    rows = (g.tiles + height - 1) // height
+    first, end = rows * tile_block // g.blocks * height, rows * (tile_block + 1) // g.blocks * height
+    return first, min(end, g.tiles)
 
 
 @small_part
@@ -351,6 +353,14 @@ def _find_run(g, tile, end):
     return n, row, column, min(g.tiles_w - column, end - tile)
 
 
+@small_part
+def _find_panel(g, panel, lanes):
+    """Return the first output channel of a panel, and how many it has."""
+    vectors = (g.K + lanes - 1) // lanes
+    first, end = vectors * panel // g.panels * lanes, vectors * (panel + 1) // g.panels * lanes
+    return first, min(end, g.K) - first
+
+
 @part
 def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
     """Gather the tiles of a block and transform them: V[e, tile, c] = (B^T d B)[e], c_first <= c < c_end.
@@ -358,20 +368,20 @@ def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
     Rows that no tile has are zeros: what memory holds by chance may be subnormal, which takes 100 cycles.
     """
     lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
-    first, end = _find_tiles(g, tile_block)
+    first, end = _find_tiles(block, g, tile_block)
     line = GATHERED * lanes * lanes
     pixels = allocate(block, a_h * line)
     for c in range(c_first, c_end, lanes):
         tile = first
         while tile < end:
-            n, row, column, run = _find_run(g, tile, end)
-            run = min(run, (GATHERED * lanes - a_w + m) // m)
+            n, row, column, count = _find_run(g, tile, end)
+            count = min(count, (GATHERED * lanes - a_w + m) // m)
             at = n, group * g.C + c, 0, row * m_h - g.pad_h, column * m - g.pad_w
-            _gather_pixels(block, x, g, at, min(lanes, g.C - c), run * m + a_w - m, pixels, line)
-            for j in range(run):
+            _gather_pixels(block, x, g, at, min(lanes, g.C - c), count * m + a_w - m, pixels, line)
+            for j in range(count):
                 target = advance(V, (tile - first + j) * g.C_padded + c)
                 transform_input(block, advance(pixels, j * m * lanes), line, target, g.V_step)
-            tile += run
+            tile += count
     if c_first == 0:
         for e in range(g.places):
             rest = g.height - (end - first)
@@ -414,8 +424,9 @@ def _gather_pixels(block, x, g, at, channels, columns, pixels, line):
 def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
     """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e]."""
     lanes, height = block_lanes(block), block_rows(block)
-    first, end = _find_tiles(g, tile_block)
-    vectors = (min(g.panel, g.K - panel * g.panel) + lanes - 1) // lanes
+    first, end = _find_tiles(block, g, tile_block)
+    _, k_count = _find_panel(g, panel, lanes)
+    vectors = (k_count + lanes - 1) // lanes
     for e in range(g.places):
         for row in range(0, end - first, height):
             target = advance(M, e * g.M_step + row * g.panel)
@@ -431,14 +442,14 @@ def _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending):
     lanes, (m_h, m, _, _) = block_lanes(block), block_sides(block)
     span = max(m, lanes)
     pixels = allocate(block, m_h * span * lanes)
-    k = panel * g.panel
-    channels, channel = min(g.panel, g.K - k), group * g.K + k
-    first, end = _find_tiles(g, tile_block)
+    k, channels = _find_panel(g, panel, lanes)
+    channel = group * g.K + k
+    first, end = _find_tiles(block, g, tile_block)
     tile = first
     while tile < end:
-        n, row, column, run = _find_run(g, tile, end)
+        n, row, column, count = _find_run(g, tile, end)
         p, q = row * m_h, column * m
-        rows, columns = min(m_h, g.P - p), min(run * m, g.Q - q)
+        rows, columns = min(m_h, g.P - p), min(count * m, g.Q - q)
         products = advance(M, (tile - first) * g.panel)
         for j in range(0, channels, lanes):
             target = locate(block, y, (n, channel + j, 0, p, q))
@@ -446,7 +457,7 @@ def _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending):
             sizes = min(lanes, channels - j), rows, columns
             _transform_run(block, g, advance(products, j), added, sizes, pixels, y, target)
         finish(block, y, (n, channel, 0, p, q), (channels, rows, columns), ending)
-        tile += run
+        tile += count
     release(pixels)
 
 
@@ -461,9 +472,10 @@ def _transform_run(block, g, M, bias, sizes, pixels, y, target):
     span = max(m, lanes)
     for q in range(0, columns, span):
         count, here = min(span, columns - q), advance(target, q * y[5])
-        for k in range(channels):  # the transforms hide how long it takes to fetch what will be written
-            for i in range(rows):
-                prefetch(block, advance(here, k * y[2] + i * y[4]))
+        if y[5] == 1:  # the transforms hide how long it takes to fetch what will be written
+            for k in range(channels):
+                for i in range(rows):
+                    prefetch(block, advance(here, k * y[2] + i * y[4]))
         for j in range(0, count, m):
             tile = advance(M, (q + j) // m * g.panel)
             transform_output(block, tile, g.M_step, bias, advance(pixels, j * lanes), span * lanes)
