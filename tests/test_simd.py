@@ -199,8 +199,8 @@ class TestTransforms:
 
     def test_filters(self, lanes, m, extents, dtype, rng):
         block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
-        w = integers(rng, (*extents, block.lanes), dtype)
-        U = Gapped((places(block),), block)
+        w = integers(rng, (*extents, lanes), dtype)
+        U = Gapped(places(block), lanes, dtype)
         call_filters(block, 1, 1, address(w), U.address, U.step)
         left, right = axes("G", block)
         scale = sandwich(np.abs(left), np.abs(w), np.abs(right))
@@ -211,33 +211,32 @@ class TestTransforms:
         """Of rows longer than those of a tile."""
         block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
         _, _, a_h, a_w = block.sides
-        d = integers(rng, (a_h, a_w + 1, block.lanes), dtype)
+        d = integers(rng, (a_h, a_w + 1, lanes), dtype)
         d[:, a_w] = np.nan
-        V = Gapped((places(block),), block)
-        call_input(block, 1, 1, address(d), (a_w + 1) * block.lanes, V.address, V.step)
+        V = Gapped(places(block), lanes, dtype)
+        call_input(block, 1, 1, address(d), (a_w + 1) * lanes, V.address, V.step)
         left, right = axes("BT", block)
         assert_exact(V.vectors(), sandwich(left, d[:, :a_w], right), dtype)
 
     def test_output(self, lanes, m, extents, dtype, rng):
         block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
         m_h, m_w, a_h, a_w = block.sides
-        M = Gapped((a_h * a_w,), block)
-        M.array[:, : block.lanes] = rng.integers(-1, 2, (a_h * a_w, block.lanes))
-        bias, y = integers(rng, block.lanes, dtype), Gapped((m_h, m_w * block.lanes), block)
+        M = Gapped(places(block), lanes, dtype)
+        M.array[:, :lanes] = rng.integers(-1, 2, (places(block), lanes))
+        bias, y = integers(rng, lanes, dtype), Gapped(m_h, m_w * lanes, dtype)
         call_output(block, 1, 1, M.address, M.step, address(bias), y.address, y.step)
         left, right = axes("AT", block)
-        products = M.vectors().reshape(a_h, a_w, block.lanes)
+        products = M.vectors().reshape(a_h, a_w, lanes)
         expected = bias + sandwich(left, products, right)
-        assert_exact(y.vectors().reshape(m_h * m_w, block.lanes), expected, dtype)
+        assert_exact(y.vectors().reshape(m_h * m_w, lanes), expected, dtype)
 
 
 class Gapped:
     """Rows of vectors with NaN between them, which has to stay there."""
 
-    def __init__(self, shape, block):
-        rows, length = (*shape, block.lanes)[:2]
+    def __init__(self, rows, length, dtype):
         self.length, self.step = length, length + 2
-        self.array = np.full((rows, self.step), np.nan, block.dtype)
+        self.array = np.full((rows, self.step), np.nan, dtype)
         self.address = address(self.array)
 
     def vectors(self):

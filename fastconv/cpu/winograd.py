@@ -28,12 +28,11 @@ import numpy as np
 
 from fastconv.cpu import memory
 from fastconv.cpu.band import (
+    arguments_of,
     columns_inside,
     count_parts,
     finish,
     locate,
-    make_ending,
-    padded_bias,
     task_threads,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
@@ -114,7 +113,8 @@ class Geometry(NamedTuple):
     height: int  # rows of V and M: the tiles of a block, in whole register tiles
     C_padded: int  # to whole vectors
     c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
-    panels: int  # that share the vectors of K evenly, and the output channels of the largest
+    K_vectors: int  # that the output channels fill
+    panels: int  # that share those evenly, and the output channels of the largest
     panel: int
     k_parts: int  # how many tasks share the panels of a block: one each, or all are of one task
     c_step: int  # input channels of U that are made at a time
@@ -135,23 +135,23 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     tiles = problem.N * tiles_h * tiles_w
     rows = math.ceil(tiles / tile.rows)  # of register tiles
     blocks = math.ceil(tiles / BLOCK_TILES)
-    vectors, C_vectors = math.ceil(K / lanes), math.ceil(C / lanes)
-    panels = math.ceil(vectors / tile.vectors)
+    C_vectors, K_vectors = math.ceil(C / lanes), math.ceil(K / lanes)
+    panels = math.ceil(K_vectors / tile.vectors)
     shares_V = 0 < blocks * groups < workers
     if shares_V:
-        panels = count_parts(panels, vectors, blocks * groups, workers)
+        panels = count_parts(panels, K_vectors, blocks * groups, workers)
     else:
         blocks = count_parts(blocks, rows, groups, workers)
     height = math.ceil(rows / max(1, blocks)) * tile.rows
-    panel = math.ceil(vectors / panels) * lanes
+    panel = math.ceil(K_vectors / panels) * lanes
     U_first, places = blocks > 2, a_h * a_w
     room = device.l2 // 4 // itemsize(problem) // (places * panel)
     c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
     return Geometry(
         groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
         tiles_h, tiles_w, tiles, blocks, height, C_vectors * lanes,
-        min(C_vectors, 2 * workers) if shares_V else 0, panels, panel, panels if shares_V else 1,
-        c_step, int(U_first), places,
+        min(C_vectors, 2 * workers) if shares_V else 0,
+        K_vectors, panels, panel, panels if shares_V else 1, c_step, int(U_first), places,
         c_step * panel + lanes, height * C_vectors * lanes + lanes, height * panel + lanes,
     )  # fmt: skip
 
@@ -163,15 +163,15 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
     m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1)
-    C_vectors, K_vectors = g.C_padded // lanes, math.ceil(g.K / lanes)
-    product = device.multiply_cycles(tile, g.height, K_vectors * lanes, g.C, dtype, True)
+    C_vectors = g.C_padded // lanes
+    product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, g.C, dtype, True)
     products = g.blocks * g.places * product
-    filters = (1 if g.U_first else g.blocks) * K_vectors * g.C * (4 * lanes + 6 * g.places)
+    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.C * (4 * lanes + 6 * g.places)
     square = SQUARE_CYCLES * lanes if problem.order == "NCHW" else BOX_ROW_CYCLES * lanes
     gathered = g.tiles / g.tiles_w * a_h * math.ceil((g.tiles_w * m_w + a_w - m_w) / lanes)
     inputs = C_vectors * (g.tiles * 12 * g.places + gathered * square)
     scattered = g.tiles / g.tiles_w * m_h * math.ceil(g.tiles_w * m_w / lanes)
-    outputs = K_vectors * (g.tiles * 12 * g.places + scattered * square)
+    outputs = g.K_vectors * (g.tiles * 12 * g.places + scattered * square)
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
 
 
@@ -196,7 +196,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     """
     block = _block(problem, tile, device)
     g = _geometry(problem, tile, device, 1)
-    rows = g.groups * math.ceil(g.K / block.lanes)
+    rows = g.groups * g.K_vectors
     regrouped = memory.allocate((rows, g.C * problem.R * problem.S * block.lanes), problem.compute_dtype)
     filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
     _regroup_filters(block, rows, task_threads(problem), g, filters, regrouped)
@@ -213,11 +213,11 @@ def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared (rank 2) or as given (rank 5)."""
-    weight, dtype = operands.weight, problem.compute_dtype
-    workers = task_threads(problem)
+    workers, dtype = task_threads(problem), problem.compute_dtype
     block, g = _plan(problem, tile, device, workers)
-    is_regrouped = weight.ndim == 2
-    w = weight if is_regrouped else np.ascontiguousarray(weight).reshape(problem.K, -1)
+    is_regrouped = operands.weight.ndim == 2
+    x, weight, bias, y, ending = arguments_of(problem, operands, block.lanes)
+    w = weight.reshape(len(weight), -1)
     blocks, panels = g.groups * g.blocks, g.groups * g.panels
     U = V = w  # not read, unless it is made here
     if g.U_first:
@@ -226,12 +226,8 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
         _prepare_filters(block, panels * parts, workers, g, parts, is_regrouped, w, U)
     if g.c_parts:
         V = memory.allocate((blocks, g.places * g.V_step), dtype)
-        _prepare_inputs(block, blocks * g.c_parts, workers, g, operands.x, V)
-    bias = padded_bias(problem, operands.bias, block.lanes)
-    _run_blocks(
-        block, blocks * g.k_parts, workers, g, is_regrouped, U, V,
-        operands.x, w, bias, operands.out, make_ending(operands),
-    )  # fmt: skip
+        _prepare_inputs(block, blocks * g.c_parts, workers, g, x, V)
+    _run_blocks(block, blocks * g.k_parts, workers, g, is_regrouped, U, V, x, w, bias, y, ending)
 
 
 @lru_cache(maxsize=256)
@@ -245,7 +241,7 @@ def _regroup_filters(block, first, last, g, w, regrouped):
     """Bring vectors first ... last-1 of filters into the order in which they are transformed."""
     w, target, lanes, (R, S) = table(w), table(regrouped), block_lanes(block), block_extents(block)
     for vector in range(first, last):
-        group, j = divmod(vector, (g.K + lanes - 1) // lanes)
+        group, j = divmod(vector, g.K_vectors)
         for c in range(g.C):
             _regroup(block, g, w, group, j * lanes, c, advance(target, (vector * g.C + c) * R * S * lanes))
 
@@ -278,11 +274,11 @@ def _prepare_filters(block, first, last, g, parts, is_regrouped, w, all_U):
 def _transform_filters(block, g, is_regrouped, w, group, panel, c_first, c_count, U):
     """Transform the filters of a panel and of c_count channels: U[e, c, k] = (G w G^T)[e]."""
     lanes, (R, S) = block_lanes(block), block_extents(block)
-    size, vectors = R * S * lanes, (g.K + lanes - 1) // lanes
+    size = R * S * lanes
     taps = allocate(block, size)
     k, channels = _find_panel(g, panel, lanes)
     for j in range(0, channels, lanes):
-        vector = group * vectors + (k + j) // lanes
+        vector = group * g.K_vectors + (k + j) // lanes
         for c in range(c_count):
             filters = taps
             if is_regrouped:
@@ -356,8 +352,7 @@ def _find_run(g, tile, end):
 @small_part
 def _find_panel(g, panel, lanes):
     """Return the first output channel of a panel, and how many it has."""
-    vectors = (g.K + lanes - 1) // lanes
-    first, end = vectors * panel // g.panels * lanes, vectors * (panel + 1) // g.panels * lanes
+    first, end = g.K_vectors * panel // g.panels * lanes, g.K_vectors * (panel + 1) // g.panels * lanes
     return first, min(end, g.K) - first
 
 
