@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NamedTuple, TypedDict
 
 import fastconv
+from fastconv import environment
 from fastconv.algorithms import TABLE
 from fastconv.problem import ConvProblem
 
@@ -84,7 +85,7 @@ def user_directory() -> Path:
 
     Raises RuntimeError where neither an environment variable nor the system names a home.
     """
-    if chosen := os.environ.get("FASTCONV_CACHE"):
+    if chosen := environment.read("CACHE"):
         return Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fastconv"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastconv import grad_input, measured
+from fastconv import environment, grad_input, measured
 from fastconv.algorithms import DIRECT_ERROR, TABLE, Algorithm, ErrorBound
 from fastconv.problem import ConvError, ConvProblem, Epilogue, Operands
 
@@ -107,18 +106,12 @@ class Plan:
         return f"{self.algorithm.name} {self.tile} on {self.backend}: {self.problem}"
 
 
-_SETTINGS = tuple(f"FASTCONV_{name}" for name in ("ALGO", "WORKSPACE", "THREADS", "VECTOR_BITS", "CACHE"))
-# The dictionary behind os.environ, where there is one: os.environ.get takes 0.6 us for each name.
-_environ = getattr(os.environ, "_data", os.environ)
-_keys = _SETTINGS if _environ is os.environ else tuple(map(os.environ.encodekey, _SETTINGS))
-
-
 _forgotten = 0  # how often `forget_plans` was called
 
 
 def settings(backend: str) -> tuple[Any, ...]:
-    """Return what a plan depends on beside its problem: _SETTINGS, the current GPU and what was measured."""
-    return *map(_environ.get, _keys), None if backend == "cpu" else _device(backend), _forgotten
+    """Return what a plan depends on beside its problem: the environment, the GPU and what was measured."""
+    return *environment.read_all(), None if backend == "cpu" else _device(backend), _forgotten
 
 
 def make_plan(
@@ -156,7 +149,7 @@ def _make_plan(
     _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile, bits)
-    wanted = os.fsdecode(settings[0] or "")
+    wanted = environment.read("ALGO")
     if wanted:
         _check_name(op, "FASTCONV_ALGO", wanted, _CHOICES)
     plans = [plan for name in TABLE for plan in _cheapest(problem, name, backend)]
@@ -216,7 +209,7 @@ def _out_of_workspace(problem: ConvProblem, backend: str, names: tuple[str, ...]
     least = min(plans, key=Plan.workspace)
     need = f"{least.workspace()} bytes, which algo={least.algorithm.name!r} takes"
     rule = f"FASTCONV_WORKSPACE must be at least {need}"
-    return ConvError(f"{problem.op}: {rule}, got {os.environ['FASTCONV_WORKSPACE']!r} ({problem})")
+    return ConvError(f"{problem.op}: {rule}, got {environment.read('WORKSPACE')!r} ({problem})")
 
 
 def _check_name(op: str, what: str, name: str, known: tuple[str, ...]) -> None:
@@ -316,7 +309,7 @@ def _bits_of(plan: Plan) -> Any:
 
 def workspace_limit() -> int | None:
     """Return the bytes that FASTCONV_WORKSPACE states, such as 64M; None for no limit."""
-    text = os.environ.get("FASTCONV_WORKSPACE", "")
+    text = environment.read("WORKSPACE")
     if not text:
         return None
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
@@ -390,7 +383,7 @@ def _why(chosen: Plan, algo: str) -> str:
     """Say who chose a plan."""
     if algo != "auto":
         return "because algo names it"
-    wish = os.environ.get("FASTCONV_ALGO", "")
+    wish = environment.read("ALGO")
     if wish == chosen.algorithm.name:
         return "because FASTCONV_ALGO names it"
     is_measured = _remembered_plan(chosen.problem, chosen) == chosen

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastconv import environment
 from fastconv.cpu.threads import thread_count
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ _WIDTHS = {"avx512f": (512, 32), "avx2": (256, 16), "neon": (128, 32), "sse2": (
 
 def current() -> Device:
     """Return this machine's CPU; FASTCONV_VECTOR_BITS (128, 256 or 512) forces narrower vectors."""
-    return _detect(os.environ.get("FASTCONV_VECTOR_BITS", ""))
+    return _detect(environment.read("VECTOR_BITS"))
 
 
 @lru_cache(maxsize=8)
