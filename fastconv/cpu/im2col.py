@@ -105,7 +105,7 @@ def make_windows(problem: ConvProblem) -> Windows:
 
 @lru_cache(maxsize=256)
 def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Division:
-    """Cut output planes into blocks whose panels take a quarter of L2, or one panel, for all workers.
+    """Cut output planes into blocks whose panels take half of L2, or one panel, for all workers.
 
     Blocks that are fewer than workers are gathered by each of them, and the output channels are shared, where
     those are so many that they pay for it; else there are more blocks.
@@ -113,7 +113,7 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> D
     lanes, K = device.lanes(problem.compute_dtype), problem.gemm_m
     planes = problem.N * problem.groups * problem.O
     vectors = math.ceil(problem.P * problem.Q / lanes)
-    room = device.l2 // 4 // itemsize(problem) // problem.gemm_k // lanes
+    room = device.l2 // 2 // itemsize(problem) // problem.gemm_k // lanes
     blocks = math.ceil(vectors / max(room, tile.vectors))
     is_short = planes * blocks < workers
     k_parts = workers if is_short and SHARED_CHANNELS * workers <= K else 1
