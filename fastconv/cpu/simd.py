@@ -404,7 +404,7 @@ class Vectors:
         signature = ir.FunctionType(ir.VoidType(), [address, number, number, number])
         function = cgutils.get_or_insert_function(self.builder.module, signature, "llvm.prefetch.p0")
         place = self.builder.bitcast(self.builder.gep(p, [offset]), address)
-        self.builder.call(function, [place, number(0), number(2), number(1)])
+        self.builder.call(function, [place, number(0), number(3), number(1)])
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.builder.call(self._fma, [a, b, c])
