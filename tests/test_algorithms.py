@@ -413,7 +413,7 @@ class TestSameBits:
     @pytest.mark.parametrize("threads", ["2", "5"])
     @every_cpu_way
     def test_fewer_tiles_than_threads(self, way, threads, rng, monkeypatch):
-        """Threads that share output channels, or groups and channels, read one transformed input."""
+        """Threads share output channels, or groups and channels; inputs are of each thread or of all."""
         for groups in (1, 3):
             case = Case("few", "conv2d", (1, 48, 9, 10), (72, 48 // groups, 3, 3), {"groups": groups})
             for problem in way.problems([case]):
@@ -427,10 +427,12 @@ class TestSameBits:
     @pytest.mark.parametrize(
         ("threads", "C", "K", "size", "l2", "shares"),
         [
-            ("2", 40, 300, 12, 1 << 15, {"blocks": 1, "k_parts": 6, "U_first": 0}),
-            ("5", 20, 40, 60, 1 << 20, {"blocks": 4, "k_parts": 3, "U_first": 1}),
-            ("2", 33, 70, 34, 1 << 15, {"blocks": 2, "k_parts": 1, "U_first": 0}),
-            ("2", 33, 70, 60, 1 << 20, {"blocks": 4, "k_parts": 1, "U_first": 1}),
+            ("2", 40, 300, 12, 1 << 15, {"blocks": 1, "k_parts": 2, "panels": 6, "c_parts": 0, "U_first": 0}),
+            ("3", 40, 60, 12, 1 << 15, {"blocks": 1, "k_parts": 3, "panels": 3, "c_parts": 0, "U_first": 0}),
+            ("2", 150, 300, 20, 1 << 15, {"blocks": 1, "k_parts": 6, "c_parts": 4, "U_first": 0}),
+            ("5", 20, 40, 60, 1 << 20, {"blocks": 4, "k_parts": 3, "c_parts": 2, "U_first": 1}),
+            ("2", 33, 70, 34, 1 << 15, {"blocks": 2, "k_parts": 1, "c_parts": 0, "U_first": 0}),
+            ("2", 33, 70, 60, 1 << 20, {"blocks": 4, "k_parts": 1, "c_parts": 0, "U_first": 1}),
         ],
     )
     def test_parts_of_winograd(self, threads, C, K, size, l2, shares, rng, monkeypatch):

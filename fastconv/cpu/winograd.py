@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
 GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
+OWN_INPUTS = 128  # vectors of tiles that workers transform each for itself: a job of all costs them more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
 
 
@@ -116,7 +117,7 @@ class Geometry(NamedTuple):
     K_vectors: int  # that the output channels fill
     panels: int  # that share those evenly, and the output channels of the largest
     panel: int
-    k_parts: int  # how many tasks share the panels of a block: one each, or all are of one task
+    k_parts: int  # how many tasks share the panels of a block
     c_step: int  # input channels of U that are made at a time
     U_first: int  # 1 where U is made before all else
     places: int  # in a tile of inputs: each has a matrix of U, of V and of M
@@ -137,9 +138,12 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     blocks = math.ceil(tiles / BLOCK_TILES)
     C_vectors, K_vectors = math.ceil(C / lanes), math.ceil(K / lanes)
     panels = math.ceil(K_vectors / tile.vectors)
-    shares_V = 0 < blocks * groups < workers
-    if shares_V:
+    k_parts, c_parts = 1, 0
+    if 0 < blocks * groups < workers:
         panels = count_parts(panels, K_vectors, blocks * groups, workers)
+        k_parts = count_parts(1, panels, blocks * groups, workers)
+        if tiles * C_vectors > OWN_INPUTS:
+            k_parts, c_parts = panels, min(C_vectors, 2 * workers)
     else:
         blocks = count_parts(blocks, rows, groups, workers)
     height = math.ceil(rows / max(1, blocks)) * tile.rows
@@ -150,8 +154,7 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     return Geometry(
         groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
         tiles_h, tiles_w, tiles, blocks, height, C_vectors * lanes,
-        min(C_vectors, 2 * workers) if shares_V else 0,
-        K_vectors, panels, panel, panels if shares_V else 1, c_step, int(U_first), places,
+        c_parts, K_vectors, panels, panel, k_parts, c_step, int(U_first), places,
         c_step * panel + lanes, height * C_vectors * lanes + lanes, height * panel + lanes,
     )  # fmt: skip
 
@@ -316,8 +319,7 @@ def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y
         V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
         if not g.c_parts:
             _transform_inputs(block, x, g, group, tile_block, 0, g.C_padded, V)
-        count = g.panels // g.k_parts
-        for panel in range(k_part * count, (k_part + 1) * count):
+        for panel in range(g.panels * k_part // g.k_parts, g.panels * (k_part + 1) // g.k_parts):
             U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step)
             for c in range(0, g.C, g.c_step):
                 c_count = min(g.c_step, g.C - c)
