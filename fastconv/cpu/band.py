@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import threads
-from fastconv.cpu.device import itemsize
+from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -265,15 +265,17 @@ def workspace(problem: ConvProblem, block: Block, cache: int) -> int:
 def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int, aligned: bool) -> float:
     """Return the estimated seconds of a banded convolution on one core."""
     g, tables = plan_bands(problem, make_block(problem, tile, device), cache, 1)
-    strips, sides = 1, (g.rows * g.cols, g.K)
+    strips, sides, scatter = 1, (g.rows * g.cols, g.K), 0
     if problem.order == "NCHW":
         pixels, most, step, _ = cut_strips(g, g.rows, g.cols)
         strips, sides = math.ceil(pixels / step), (g.K, most)
+        if g.cols < most:  # tiles run over the ends of rows, and are stored run by run
+            scatter = g.K * (g.rows + 1) * BOX_ROW_CYCLES
     multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype, aligned)
     if problem.order == "NHWC" and tile.rows > MOST_OFFSETS:
         multiply *= SPILLED
     pack = device.copy_cycles(problem, band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
-    return device.seconds(problem, task_count(problem, g) * (multiply + pack))
+    return device.seconds(problem, task_count(problem, g) * (multiply + scatter + pack))
 
 
 def task_count(problem: ConvProblem, g: Geometry) -> int:
