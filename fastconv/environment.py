@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-NAMES = ("ALGO", "WORKSPACE", "THREADS", "VECTOR_BITS", "CACHE")
+_NAMES = ("ALGO", "WORKSPACE", "THREADS", "VECTOR_BITS", "CACHE")
 # The dictionary behind os.environ, where there is one: os.environ.get takes 0.6 us for each name.
 _data: Any = getattr(os.environ, "_data", os.environ)
-_keys = {name: f"FASTCONV_{name}" for name in NAMES}
+_keys = {name: f"FASTCONV_{name}" for name in _NAMES}
 if _data is not os.environ:
     _keys = {name: os.environ.encodekey(key) for name, key in _keys.items()}
 

@@ -146,6 +146,7 @@ def check_algorithm(op: str, algo: str) -> None:
 def _make_plan(
     problem: ConvProblem, op: str, algo: str, backend: str, tile: str | None, bits: Any, settings: Any
 ) -> Plan:
+    """Do what `make_plan` does; `settings` are there to be remembered with the plan."""
     _check_sizes(problem, op)
     if algo != "auto":
         return _named_plan(problem, op, algo, backend, tile, bits)

@@ -410,12 +410,13 @@ class TestSameBits:
         for y in results[1:]:
             assert y.tobytes() == results[0].tobytes()
 
+    @pytest.mark.parametrize("C", [16, 150])
     @pytest.mark.parametrize("threads", ["2", "5"])
     @every_cpu_way
-    def test_fewer_tiles_than_threads(self, way, threads, rng, monkeypatch):
-        """Threads share output channels, or groups and channels; inputs are of each thread or of all."""
+    def test_fewer_tiles_than_threads(self, way, threads, C, rng, monkeypatch):
+        """Threads share output channels, or groups and channels; of few each transforms its inputs."""
         for groups in (1, 3):
-            case = Case("few", "conv2d", (1, 48, 9, 10), (72, 48 // groups, 3, 3), {"groups": groups})
+            case = Case("few", "conv2d", (1, C * groups, 9, 10), (72, C, 3, 3), {"groups": groups})
             for problem in way.problems([case]):
                 layer, plan = make_layer(rng, problem, normals), way.plan(problem)
                 monkeypatch.setenv("FASTCONV_THREADS", "1")
@@ -428,6 +429,7 @@ class TestSameBits:
         ("threads", "C", "K", "size", "l2", "shares"),
         [
             ("2", 40, 300, 12, 1 << 15, {"blocks": 1, "k_parts": 2, "panels": 6, "c_parts": 0, "U_first": 0}),
+            ("2", 20, 1088, 12, 1 << 14, {"k_parts": 2, "panels": 17, "c_parts": 0, "U_first": 0}),
             ("3", 40, 60, 12, 1 << 15, {"blocks": 1, "k_parts": 3, "panels": 3, "c_parts": 0, "U_first": 0}),
             ("2", 150, 300, 20, 1 << 15, {"blocks": 1, "k_parts": 6, "c_parts": 4, "U_first": 0}),
             ("5", 20, 40, 60, 1 << 20, {"blocks": 4, "k_parts": 3, "c_parts": 2, "U_first": 1}),

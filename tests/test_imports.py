@@ -17,20 +17,21 @@ MODULES = {
 
 # The design's picture: what a module may import of the package. One that is not named has no place in it.
 ALLOWED = {
+    "environment": set(),
     "problem": set(),
     "winograd_math": set(),
     "pool_problem": {"problem"},
     "resizing": {"problem"},
     "arrays": {"gpu", "problem"},  # gpu: for arrays on a GPU, when one comes in
     "reference": {"problem"},
-    "cpu": {"cpu", "pool_problem", "problem", "winograd_math"},
+    "cpu": {"cpu", "environment", "pool_problem", "problem", "winograd_math"},
     "gpu": {"gpu", "pool_problem", "problem", "winograd_math"},
     "borrowing": {"arrays", "cpu", "gpu"},
     "losses": {"borrowing", "problem"},
     "algorithms": {"problem"},
-    "measured": {"__init__", "algorithms", "problem"},  # __init__: for the version
+    "measured": {"__init__", "algorithms", "environment", "problem"},  # __init__: for the version
     "grad_input": {"problem"},
-    "plan": {"algorithms", "cpu", "gpu", "grad_input", "measured", "problem"},
+    "plan": {"algorithms", "cpu", "environment", "gpu", "grad_input", "measured", "problem"},
     "lazy": set(),
     "ops": {"algorithms", "arrays", "lazy", "plan", "problem"},
     "transposed": {"ops", "problem"},

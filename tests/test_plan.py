@@ -11,7 +11,7 @@ import fastconv
 from fastconv import measured
 from fastconv import plan as planning
 from fastconv.algorithms import TABLE
-from fastconv.cpu import im2col, pointwise
+from fastconv.cpu import direct, im2col, pointwise
 from fastconv.cpu.device import Device
 from fastconv.cpu.simd import Tile
 from fastconv.plan import Plan, explain_problem, fitting_plans, make_plan, possible_plans
@@ -496,6 +496,11 @@ class TestCpuCost:
         ):
             problem = make_problem("conv2d", (1, 128, size, size), (K, 128, 1, 1))
             assert faster.cost(problem, self.TILE, self.WIDE) < slower.cost(problem, self.TILE, self.WIDE)
+
+    def test_direct_stores_short_rows_one_by_one(self):
+        """7 x 7 pixels: direct has not to gather, but no tile of it ends with a row."""
+        problem = make_problem("conv2d", (1, 48, 7, 7), (128, 48, 3, 3), padding=1)
+        assert im2col.cost(problem, Tile(6, 4), self.WIDE) < direct.cost(problem, self.TILE, self.WIDE)
 
     def test_a_weight_that_every_block_reads_again(self):
         """9 MB of weights, in blocks of one panel: twice the pixels take more than twice the time."""

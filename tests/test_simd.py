@@ -113,7 +113,7 @@ class TestMultiplyTile:
 
     def test_distance_of_taps(self, shape, dtype, rng):
         block = Block(dtype, *shape, current().lanes(dtype), "rows")
-        for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS)):
+        for vectors, taps in product(range(1, shape[1] + 1), (1, 2, TAPS, 16, 17, 40)):
             Product(rng, block, vectors, taps, in_order=True).check_in_order()
 
     @pytest.mark.parametrize("form", ["columns", "elementwise"])

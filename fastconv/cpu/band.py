@@ -269,7 +269,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, cache: int, aligned: 
     if problem.order == "NCHW":
         pixels, most, step, _ = cut_strips(g, g.rows, g.cols)
         strips, sides = math.ceil(pixels / step), (g.K, most)
-        if g.cols < most:  # tiles run over the ends of rows, and are stored run by run
+        if g.cols < most:  # tiles run over the ends of rows, and are stored run by run: one more than rows
             scatter = g.K * (g.rows + 1) * BOX_ROW_CYCLES
     multiply = strips * device.multiply_cycles(tile, *sides, problem.gemm_k, problem.compute_dtype, aligned)
     if problem.order == "NHWC" and tile.rows > MOST_OFFSETS:

@@ -38,7 +38,7 @@ from fastconv.cpu.team import PART, compile_cached, compile_for, launch
 from fastconv.winograd_math import Matrices, matrices
 
 INT = ir.IntType(64)
-FETCHED_TAPS = 16  # ahead of the tap in hand, which takes 12 cycles
+FETCHED_TAPS = 16  # ahead of the tap in hand, which takes 12 cycles in a tile of 8x3
 FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
 
 
@@ -400,12 +400,12 @@ class Vectors:
         return self.builder.call(function, arguments)
 
     def prefetch(self, p: Any, offset: Any) -> None:
-        """Ask for the cache line at p + offset, which will be needed soon; it may be nobody's memory."""
+        """Ask for the cache line at p + offset, into L1; it may be nobody's memory."""
         number, address = ir.IntType(32), ir.IntType(8).as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [address, number, number, number])
         function = cgutils.get_or_insert_function(self.builder.module, signature, "llvm.prefetch.p0")
         place = self.builder.bitcast(self.builder.gep(p, [offset]), address)
-        self.builder.call(function, [place, number(0), number(3), number(1)])
+        self.builder.call(function, [place, number(0), number(3), number(1)])  # to read, near, data
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.builder.call(self._fma, [a, b, c])
@@ -438,29 +438,25 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
     else:
         start = [simd.load(bias, offset) for _ in range(block.rows) for offset in column]
 
-    start = [INT(0), *start]
-    # Taps that lie far apart, as rows of pixels do, are not foreseen by the processor: they are asked for.
+    # Pixels of the next channel lie far away, so that the processor does not foresee them.
     fetches = block.form == "rows" and not block.adds and not isinstance(b_taps.type, ir.PointerType)
-    if fetches:
-        beside = builder.gep(b, [INT(vectors * block.lanes)])
-        ahead = builder.gep(b, [builder.mul(b_taps, INT(FETCHED_TAPS))])
-        start.append(builder.select(builder.icmp_signed("<", INT(FETCHED_TAPS), taps), ahead, beside))
+    fetch = _Fetch(builder, simd, block, vectors, b, b_taps, taps) if fetches else None
+    carried = [INT(0), *start] if fetch is None else [INT(0), *start, fetch.first]
     before = builder.block
     loop, done = builder.append_basic_block("taps"), builder.append_basic_block("done")
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    phis = [builder.phi(value.type) for value in start]
-    tap, *sums = phis[: 1 + len(cells)]
+    phis = [builder.phi(value.type) for value in carried]
+    tap, sums, ahead = phis[0], phis[1 : 1 + len(start)], phis[-1]
     a_tap, b_tap = (builder.gep(p, [_offset(builder, taps, tap)]) for p, taps in ((a, a_taps), (b, b_taps)))
     new = _emit_tap(builder, simd, block, column, rows, a_tap, b_tap, sums)
     following = builder.add(tap, INT(1))
     later = [following, *new]
-    if fetches:
-        is_last = builder.icmp_signed("==", builder.add(tap, INT(FETCHED_TAPS + 1)), taps)
-        later.append(_emit_fetch(builder, simd, vectors, phis[-1], b_taps, is_last, beside))
+    if fetch is not None:
+        later.append(fetch.emit(tap, ahead))
     _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, taps), loop, done))
-    for phi, first, value in zip(phis, start, later, strict=True):
+    for phi, first, value in zip(phis, carried, later, strict=True):
         _join(phi, (first, before), (value, loop))
 
     builder.position_at_end(done)
@@ -468,13 +464,28 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
         simd.store(value, c, cell)
 
 
-def _emit_fetch(
-    builder: Any, simd: Vectors, vectors: int, ahead: Any, b_taps: Any, is_last: Any, beside: Any
-) -> Any:
-    """Ask for a tap of B, and return where the next one lies: behind the last one, in the tile beside."""
-    for offset in range(0, vectors * simd.lanes, CACHE_LINE // simd.bytes):
-        simd.prefetch(ahead, INT(offset))
-    return builder.select(is_last, beside, builder.gep(ahead, [b_taps]))
+class _Fetch:
+    """Emits requests for taps of B, FETCHED_TAPS ahead, and at last for those of the tile that follows."""
+
+    def __init__(
+        self, builder: Any, simd: Vectors, block: Block, vectors: int, b: Any, b_taps: Any, taps: Any
+    ) -> None:
+        self.builder, self.simd, self.b_taps = builder, simd, b_taps
+        width = vectors * block.lanes
+        self.lines = [INT(offset) for offset in range(0, width, CACHE_LINE // simd.bytes)]
+        is_panel = builder.icmp_signed("==", b_taps, INT(block.vectors * block.lanes))
+        after = builder.select(is_panel, builder.mul(taps, b_taps), INT(width))  # panels follow one another
+        self.next_tile = builder.gep(b, [after])
+        self.last = builder.sub(taps, INT(FETCHED_TAPS + 1))  # with it the last tap is asked for
+        ahead = builder.gep(b, [builder.mul(b_taps, INT(FETCHED_TAPS))])
+        self.first = builder.select(builder.icmp_signed("<", self.last, INT(0)), self.next_tile, ahead)
+
+    def emit(self, tap: Any, ahead: Any) -> Any:
+        """Ask for the tap of B at `ahead`; return where the one lies that the next tap is to ask for."""
+        for line in self.lines:
+            self.simd.prefetch(ahead, line)
+        is_last = self.builder.icmp_signed("==", tap, self.last)
+        return self.builder.select(is_last, self.next_tile, self.builder.gep(ahead, [self.b_taps]))
 
 
 def _offset(builder: Any, offsets: Any, tap: Any) -> Any:

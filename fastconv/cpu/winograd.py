@@ -14,8 +14,8 @@ registers at a time. Tiles are numbered through batch, rows and columns.
 
 U takes four times the memory of w (36 x 512 x 512 floats: 38 MB). It is made before all else only where
 three blocks or more will read it. Else each panel of K is made when its turn comes, some channels at a time,
-and multiplied while it lies in L2. Where blocks are fewer than threads, these share the panels of K, and V is
-made before.
+and multiplied while it lies in L2. Where blocks are fewer than threads, these share the panels of K; V is
+then made by each of them if it is small, else before all else.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
 GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
-OWN_INPUTS = 128  # vectors of tiles that workers transform each for itself: a job of all costs them more
+OWN_INPUTS = 128  # up to so many vectors of tiles every worker transforms for itself: sharing costs more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
 
 
@@ -182,6 +182,7 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of transformed tensors: U and V once where they are shared, M in every thread."""
     workers = task_threads(problem)
     g = _geometry(problem, tile, device, workers)
+    workers = min(workers, g.groups * g.blocks * g.k_parts)
     U = g.U_step * (g.groups * g.panels if g.U_first else workers)
     V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
     return itemsize(problem) * g.places * (U + V + g.M_step * workers)
