@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastconv.problem import ConvProblem, Operands, Pair
+from fastconv.problem import ConvProblem, Cuts, Operands, Pair
+
+LINE = 16  # elements, of which 4 bytes each fill a line of the cache
 
 
 class Phase(NamedTuple):
@@ -58,9 +60,19 @@ class Part(NamedTuple):
         return any(phase.taps is None for phase in self.phases)
 
     @property
+    def columns_apart(self) -> bool:
+        """Say whether the elements of a row that it makes have others between them."""
+        return (self.phases[2].inputs.step or 1) > 1
+
+    @property
     def inputs(self) -> tuple[slice, ...]:
         """What of the input's gradient it makes."""
         return slice(None), slice(None), *(phase.inputs for phase in self.phases)
+
+    @property
+    def taps(self) -> tuple[Any, ...]:
+        """What it takes of the filters (..., T, R, S)."""
+        return ..., *(phase.taps for phase in self.phases)
 
     @property
     def outputs(self) -> tuple[slice, ...]:
@@ -160,6 +172,25 @@ def _make_zeros(problem: ConvProblem) -> Part:
     return Part(part, (d, h, w))
 
 
+@lru_cache(maxsize=256)
+def find_cuts(problem: ConvProblem) -> Cuts:
+    """Return what those parts of a problem that are not zero take of its filters."""
+    numbers = np.arange(math.prod(problem.weight_shape5[2:])).reshape(problem.weight_shape5[2:])
+    cuts, rows = Cuts([], [], [], 0, numbers), []
+    for part in _met_parts(problem):
+        shape, taps = part.problem.weight_shape5, numbers[part.taps].reshape(-1).tolist()
+        rows += [(number, cuts.elements, len(taps), place) for place, number in enumerate(taps)]
+        cuts.slices.append(part.taps)
+        cuts.shapes.append(shape)
+        cuts.begins.append(cuts.elements)
+        cuts = cuts._replace(elements=cuts.elements + math.ceil(math.prod(shape) / LINE) * LINE)
+    return cuts._replace(taps=np.array(rows, np.int64).reshape(-1, 4))
+
+
+def _met_parts(problem: ConvProblem) -> list[Part]:
+    return [part for part in find_parts(problem) if isinstance(part, Part) and not part.is_zero]
+
+
 class InputGradient:
     """A backend's file of an algorithm turned round: the same members, for problems of direction grad_input.
 
@@ -176,34 +207,49 @@ class InputGradient:
         return sum(float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
-        """Return the bytes that are allocated at a time, the rearranged weight of a part included."""
-        return max(self._workspace_of(part, tile, device) for part in find_parts(problem))
+        """Return the bytes that are allocated at a time, the rearranged weights of all parts included."""
+        parts = find_parts(problem)
+        weights = 0 if self._takes_view(problem) else find_cuts(problem).elements
+        most = max(self._workspace_of(part, tile, device) for part in parts)
+        return most + weights * self._memory.itemsize(problem)
 
     def _workspace_of(self, part: Part | Patches, tile: Any, device: Any) -> int:
-        held = math.prod(part.problem.weight_shape5)
+        """Return the bytes of a part beside what is cut of the weight."""
+        held, own = 0, int(self._forward.workspace(part.problem, tile, device))
         if isinstance(part, Patches):  # the channels, and a bias and a residual of such channels
-            held += 2 * math.prod(part.problem.output_shape5) + part.problem.K
-        own = int(self._forward.workspace(part.problem, tile, device))
+            held = 2 * math.prod(part.problem.output_shape5) + part.problem.K
+            held += math.prod(part.problem.weight_shape5)
+        elif self._is_staged(part):
+            held = math.prod(part.problem.output_shape5)
+        elif part.is_zero:
+            held = math.prod(part.problem.weight_shape5)
         return own + held * self._memory.itemsize(part.problem)
 
     def prepare(self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray) -> list[Any]:
         """Return the weight of every part, rearranged and prepared."""
-        weights = ((part, self._weight_of(problem, part, weight)) for part in find_parts(problem))
+        weights = zip(find_parts(problem), self._weights_of(problem, weight), strict=True)
         return [self._forward.prepare(part.problem, tile, device, own) for part, own in weights]
 
     def run(self, problem: ConvProblem, tile: Any, device: Any, operands: Operands) -> None:
         """Compute the gradient part by part; the weight is prepared or as given."""
         o = operands
-        for i, part in enumerate(find_parts(problem)):
-            is_prepared = isinstance(o.weight, list)
-            weight = o.weight[i] if is_prepared else self._weight_of(problem, part, o.weight)
+        weights = o.weight if isinstance(o.weight, list) else self._weights_of(problem, o.weight)
+        for part, weight in zip(find_parts(problem), weights, strict=True):
             if isinstance(part, Patches):
                 self._run_patches(problem, part, tile, device, o._replace(weight=weight))
                 continue
             x = self._zeros(part.problem.input_shape5, o.x.dtype) if part.is_zero else o.x[part.outputs]
             residual = None if o.residual is None else o.residual[part.inputs]
-            own = Operands(x, weight, o.bias, residual, o.epilogue, o.out[part.inputs])
+            place = o.out[part.inputs]
+            out = self._memory.allocate(place.shape, place.dtype.name) if self._is_staged(part) else place
+            own = Operands(x, weight, o.bias, residual, o.epilogue, out)
             self._forward.run(part.problem, tile, device, own)
+            if out is not place:
+                self._memory.put(out, place)
+
+    def _is_staged(self, part: Part) -> bool:
+        """Say whether a part is computed in memory of its own and copied then."""
+        return self._memory.STAGES and part.columns_apart and part.problem.order == "NCHW"
 
     def _run_patches(
         self, problem: ConvProblem, part: Patches, tile: Any, device: Any, operands: Operands
@@ -223,16 +269,24 @@ class InputGradient:
         in_places = y.reshape(problem.N, problem.C, T, R, S, O, P, Q).transpose(0, 1, 5, 2, 6, 3, 7, 4)
         self._memory.write(in_places, o.out.reshape(places))
 
-    def _weight_of(self, problem: ConvProblem, part: Part | Patches, weight: np.ndarray) -> np.ndarray:
-        """Return the taps of a part, reversed, with the roles of input and output channels exchanged."""
-        shape = part.problem.weight_shape5
+    def _weights_of(self, problem: ConvProblem, weight: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the taps of every part, reversed, with the roles of input and output channels exchanged."""
         grouped = weight.reshape(problem.groups, problem.gemm_m, *weight.shape[1:])
-        if isinstance(part, Patches):
-            return self._memory.copy(np.moveaxis(grouped, 1, -1), weight.dtype).reshape(shape)
-        if part.is_zero:
-            return self._zeros(shape, weight.dtype)
-        taps = (slice(None), slice(None), slice(None), *(phase.taps for phase in part.phases))
-        return self._memory.copy(grouped[taps].swapaxes(1, 2), weight.dtype).reshape(shape)
+        is_view, cuts = self._takes_view(problem), find_cuts(problem)
+        exchanged = iter(self._memory.exchange(grouped, cuts) if cuts.shapes and not is_view else ())
+        for part in find_parts(problem):
+            shape = part.problem.weight_shape5
+            if isinstance(part, Patches):
+                yield self._memory.copy(np.moveaxis(grouped, 1, -1), weight.dtype).reshape(shape)
+            elif part.is_zero:
+                yield self._zeros(shape, weight.dtype)
+            else:
+                yield weight.swapaxes(0, 1)[part.taps] if is_view else next(exchanged)
+
+    def _takes_view(self, problem: ConvProblem) -> bool:
+        """Say whether the weight of the only part is a view of the one given."""
+        takes_views = getattr(self._forward, "TAKES_VIEWS", False)
+        return takes_views and problem.groups == len(find_parts(problem)) == 1
 
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return zeros of a shape: one element of memory, seen as often as needed."""

@@ -721,6 +721,23 @@ class Operands(NamedTuple):
     out: Any
 
 
+class Cuts(NamedTuple):
+    """What the convolutions that make an input's gradient take of the filters, each to be made contiguous.
+
+    slices    of the axes of each part's taps, for filters of any axes that end with (T, R, S)
+    shapes    of each part's filters, of rank 5
+    begins    where they begin, in elements: with a line of the cache; and how many elements there are in all
+    taps      of all parts, a row for each: its number in (T, R, S), where the part begins, how many taps that
+              has, and which of them it is
+    """
+
+    slices: list[tuple[Any, ...]]
+    shapes: list[tuple[int, ...]]
+    begins: list[int]
+    elements: int
+    taps: Any
+
+
 def make_epilogue(op: str, activation: str | tuple[str, float] | None) -> Epilogue:
     """Check an activation: None, a name, or ("leaky_relu", slope).
 

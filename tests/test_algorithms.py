@@ -341,6 +341,22 @@ def test_winograd_in_narrow_vectors(rng, monkeypatch):
             make_layer(rng, problem, normals).check(way.plan(problem), prepared=order == "NHWC")
 
 
+@pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_winograd_reads_any_weight(extents, dtype, rng):
+    """Taps that run backward, channels that change places: the bits are those of a contiguous weight."""
+    x, w = normals(rng, (1, 7, 9, 8), dtype), normals(rng, (19, 7, *extents), dtype)
+    backward = np.ascontiguousarray(w[..., ::-1, ::-1])[..., ::-1, ::-1]
+    exchanged = np.ascontiguousarray(w.swapaxes(0, 1)).swapaxes(0, 1)
+    gaps = np.repeat(w, 2, axis=-1)[..., ::2]
+    one_axis = np.ascontiguousarray(w[..., ::-1, :])[..., ::-1, :]
+    wanted = fastconv.conv2d(x, w, algo="winograd")
+    for view in (backward, exchanged, np.asfortranarray(w), gaps, one_axis):
+        assert np.array_equal(view, w)
+        assert np.array_equal(fastconv.conv2d(x, view, algo="winograd"), wanted)
+        assert np.array_equal(fastconv.Conv2d(view, algo="winograd")(x), wanted)
+
+
 class TestRefusal:
     FILTERS = "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
     KNOWN = (

@@ -6,7 +6,7 @@ import pytest
 import fastconv
 from fastconv import conv_grad, reference
 from fastconv.cpu import direct, memory
-from fastconv.grad_input import Patches, find_parts
+from fastconv.grad_input import Patches, find_cuts, find_parts
 from fastconv.plan import make_plan
 from fastconv.problem import ConvError, make_problem, make_transposed
 from tests.compare import assert_exact, integers, normals
@@ -367,15 +367,68 @@ def test_inputs_that_no_tap_meets():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_workspace_has_the_rearranged_weight(dtype, rng, monkeypatch):
     """In the dtype of the arithmetic, which is the one of the copy."""
-    copies, copy = [], memory.copy
-    monkeypatch.setattr(memory, "copy", lambda *operands: copies.append(copy(*operands)) or copies[-1])
+    made, allocate = [], memory.allocate
+    monkeypatch.setattr(memory, "allocate", lambda *operands: made.append(allocate(*operands)) or made[-1])
     shape, w = (1, 5, 9, 8), integers(rng, (7, 5, 3, 3)).astype(dtype)
     grad = integers(rng, (1, 7, 7, 6)).astype(dtype)
     conv_grad.conv2d_input(shape, w, grad, algo="direct")
     plan = make_plan(make_problem("conv2d", shape, w.shape, dtype=dtype, direction="grad_input"), "direct")
     (part,) = find_parts(plan.problem)
     of_forward = direct.workspace(part.problem, plan.tile, plan.device)
-    assert plan.workspace() == of_forward + sum(array.nbytes for array in copies)
+    (weights,) = made
+    assert plan.workspace() == of_forward + weights.nbytes >= w.size * 4
+
+
+def test_workspace_has_parts_whose_columns_lie_apart(rng, monkeypatch):
+    """They are computed elsewhere, one after the other, from weights that are rearranged at once."""
+    made, allocate = [], memory.allocate
+    monkeypatch.setattr(memory, "allocate", lambda *operands: made.append(allocate(*operands)) or made[-1])
+    shape, w, grad = (1, 5, 9, 8), integers(rng, (7, 5, 3, 3)), integers(rng, (1, 7, 4, 3))
+    conv_grad.conv2d_input(shape, w, grad, stride=2, algo="direct")
+    problem = make_problem("conv2d", shape, w.shape, stride=2, direction="grad_input")
+    plan = make_plan(problem, "direct")
+    weights, *parts = made
+    bytes_of = [direct.workspace(part.problem, plan.tile, plan.device) for part in find_parts(problem)]
+    most = max(own + part.nbytes for own, part in zip(bytes_of, parts, strict=True))
+    assert plan.workspace() == weights.nbytes + most
+
+
+class TestExchange:
+    """The channels of filters change places; where taps are left out there are several parts."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize(("groups", "K", "C", "size", "stride"), [
+        (1, 70, 50, 1, 1), (1, 16, 32, 1, 1), (3, 5, 7, 1, 1), (1, 66, 3, 3, 1), (2, 5, 18, 3, 2),
+        (1, 3, 2, 5, 3), (1, 3, 2, 2, 3), (9, 1, 1, 3, 2), (4, 3, 1, 3, 1),
+    ])  # fmt: skip
+    def test_equals_numpy(self, groups, K, C, size, stride, dtype, rng):
+        shape = groups * K, C, size, size
+        problem = make_problem(
+            "conv2d", (1, groups * C, 9, 9), shape, stride=stride, groups=groups, direction="grad_input"
+        )
+        filters = rng.standard_normal((groups, K, C, 1, size, size)).astype(dtype)
+        parts = [part for part in find_parts(problem) if not part.is_zero]
+        wanted = [filters[part.taps].swapaxes(1, 2).reshape(part.problem.weight_shape5) for part in parts]
+        for given in (filters, np.asfortranarray(filters), filters[..., ::-1].copy()[..., ::-1]):
+            found = memory.exchange(given, find_cuts(problem))
+            assert [part.flags.c_contiguous for part in found] == [True] * len(parts)
+            for part, want in zip(found, wanted, strict=True):
+                assert np.array_equal(part, want)
+
+
+@every_op
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_phases_of_a_stride(op, groups, threads, rng, monkeypatch):
+    """What lies apart in batches, planes and volumes is put where it belongs, by several threads too."""
+    monkeypatch.setenv("FASTCONV_THREADS", str(threads))
+    monkeypatch.setattr(memory, "SERIAL_ELEMENTS", 0)
+    ndim, options = OPS[op], {"stride": 3, "groups": groups}
+    x, w = (2, 2 * groups, *(7, 8, 9)[:ndim]), integers(rng, (70 * groups, 2, *(2, 3, 3)[:ndim]))
+    grad = integers(rng, make_problem(op, x, w.shape, **options).output_shape)
+    wanted = of(reference, op, "input")(x, w, grad, **options)
+    for algo in ("direct", "im2col"):
+        assert_exact(of(conv_grad, op, "input")(x, w, grad, algo=algo, **options), wanted, "float32")
 
 
 def test_output_padding_of_more_than_a_stride():

@@ -3,38 +3,117 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastconv.cpu import device, threads
+from fastconv.cpu.band import address, locate
 from fastconv.cpu.device import CACHE_LINE
 from fastconv.cpu.device import itemsize as itemsize  # half types are converted before
+from fastconv.cpu.simd import (
+    Block,
+    Kernel,
+    advance,
+    block_lanes,
+    lane_bits,
+    part,
+    pointer,
+    spread_rows,
+    transpose,
+    view_of,
+)
 
-BLOCK = 64  # elements along an axis: the lines of both sides stay in the caches
+if TYPE_CHECKING:
+    from fastconv.problem import Cuts
+
+FILTERS = 64  # of a task: what is read of them, a line of each, stays in L1
+STAGES = True  # what has columns that lie apart is computed elsewhere first: kernels store them one by one
+SERIAL_ELEMENTS = 20_000  # below this, about 10 us, a second thread costs more than it saves
 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Return an array, not set, that begins with a cache line; NumPy's begin with 16 bytes of one."""
     item = np.dtype(dtype).itemsize
     raw = np.empty(math.prod(shape) * item + CACHE_LINE, np.uint8)
-    first = -raw.ctypes.data % CACHE_LINE
+    first = -address(raw) % CACHE_LINE
     return raw[first : first + math.prod(shape) * item].view(dtype).reshape(shape)
 
 
-def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Copy into contiguous memory, a transposed matrix block by block.
+def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
+    """Return parts of filters (G, K, C, T, R, S), with any strides, as contiguous (G, C, K, T, R, S)."""
+    if filters.shape[2] == 1:  # depthwise: nothing changes places but the taps
+        parts = (np.ascontiguousarray(filters[taps]) for taps in cuts.slices)
+        return [part.reshape(shape) for part, shape in zip(parts, cuts.shapes, strict=True)]
+    G, K, C, T, R, S = filters.shape
+    item, dtype = filters.itemsize, filters.dtype.name
+    steps = zip((T, R, S), filters.strides[3:], (R * S * item, S * item, item), strict=True)
+    if any(size > 1 and step != wanted for size, step, wanted in steps):
+        filters = np.ascontiguousarray(filters)
+    block = Block(dtype, 1, 1, device.current().lanes(dtype))
+    tasks = math.ceil(K / FILTERS)
+    workers = threads.thread_count() if filters.size > SERIAL_ELEMENTS else 1
+    result = allocate((cuts.elements,), dtype)
+    _exchange(block, G * tasks, workers, (K, C, tasks), cuts.taps, filters, result)
+    return [result[i : i + math.prod(shape)].reshape(shape) for i, shape in zip(cuts.begins, cuts.shapes)]
 
-    NumPy copies row by row, which touches a cache line for each of its elements.
-    """
-    result = np.empty(array.shape, dtype)
-    source, target = array.squeeze(), result.squeeze()
-    if source.ndim != 2 or abs(source.strides[0]) >= abs(source.strides[1]):
-        result[...] = array
-        return result
-    for i in range(0, source.shape[0], BLOCK):
-        for j in range(0, source.shape[1], BLOCK):
-            block = slice(i, i + BLOCK), slice(j, j + BLOCK)
-            target[block] = source[block]
-    return result
+
+@Kernel
+def _exchange(block, first, last, sizes, taps, x, y):
+    """Exchange the channels of some blocks of filters, which are read once for all parts."""
+    x, y, lanes, (K, C, blocks) = view_of(x), view_of(y), block_lanes(block), sizes
+    for task in range(first, last):
+        group, index = divmod(task, blocks)
+        begin, end = index * FILTERS, min(index * FILTERS + FILTERS, K)
+        source = advance(pointer(block, x[0]), group * x[1] + begin * x[2])
+        if len(taps) == 1 and x[3] == 1:
+            target = advance(pointer(block, y[0]), group * C * K + begin)
+            for k in range(0, end - begin, lanes):
+                rows = end - begin - k
+                _transpose_rows(block, advance(source, k * x[2]), x[2], rows, C, advance(target, k), K)
+            continue
+        for c in range(C):
+            for i in range(len(taps)):
+                number, origin, count, place = taps[i]
+                to = advance(pointer(block, y[0]), origin + ((group * C + c) * K + begin) * count + place)
+                of = advance(source, c * x[3] + number)
+                for k in range(end - begin):
+                    to[k * count] = of[k * x[2]]
+
+
+@part
+def _transpose_rows(block, source, source_step, rows, columns, target, target_step):
+    """Copy rows, at most as many as there are lanes, to columns."""
+    lanes = block_lanes(block)
+    for c in range(0, columns, lanes):
+        transpose(
+            block, advance(source, c), source_step, rows, lane_bits(block, 0, columns - c),
+            advance(target, c * target_step), target_step, columns - c, lane_bits(block, 0, rows),
+        )  # fmt: skip
+
+
+def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy into contiguous memory."""
+    return np.array(array, dtype, order="C")
+
+
+def put(array: np.ndarray, place: np.ndarray) -> None:
+    """Copy contiguous (N, C, D, H, W) to where its columns lie apart."""
+    N, C, D, H, W = array.shape
+    dtype = array.dtype.name
+    block = Block(dtype, 1, 1, device.current().lanes(dtype))
+    workers = threads.thread_count() if array.size > SERIAL_ELEMENTS else 1
+    _put(block, N * C, workers, (C, D, H, W), array, place)
+
+
+@Kernel
+def _put(block, first, last, sizes, x, y):
+    x, y, (C, D, H, W) = view_of(x), view_of(y), sizes
+    for task in range(first, last):
+        n, c = divmod(task, C)
+        for d in range(D):
+            source, target = locate(block, x, (n, c, d, 0, 0)), locate(block, y, (n, c, d, 0, 0))
+            spread_rows(block, H, target, y[4], y[5], source, x[4], W)
 
 
 def write(array: np.ndarray, target: np.ndarray) -> None:

@@ -28,11 +28,12 @@ import numpy as np
 
 from fastconv.cpu import memory
 from fastconv.cpu.band import (
-    arguments_of,
     columns_inside,
     count_parts,
     finish,
     locate,
+    make_ending,
+    padded_bias,
     task_threads,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
@@ -50,6 +51,7 @@ from fastconv.cpu.simd import (
     lane_bits,
     multiply_tile,
     part,
+    pointer,
     prefetch,
     release,
     small_part,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
+TAKES_VIEWS = True  # of a weight of rank 5, whatever its strides: none has to be copied before
 GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
 OWN_INPUTS = 128  # up to so many vectors of tiles every worker transforms for itself: sharing costs more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
@@ -202,9 +205,16 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     g = _geometry(problem, tile, device, 1)
     rows = g.groups * g.K_vectors
     regrouped = memory.allocate((rows, g.C * problem.R * problem.S * block.lanes), problem.compute_dtype)
-    filters = np.ascontiguousarray(weight).reshape(problem.K, -1)
-    _regroup_filters(block, rows, task_threads(problem), g, filters, regrouped)
+    _regroup_filters(block, rows, task_threads(problem), g, _with_taps_in_line(weight), regrouped)
     return regrouped
+
+
+def _with_taps_in_line(weight: np.ndarray) -> np.ndarray:
+    """Return a weight of rank 5, or a copy, whose taps lie one after the other, forward or backward."""
+    item, (R, S), (of_R, of_S) = weight.itemsize, weight.shape[3:], weight.strides[3:]
+    step = of_S if S > 1 else of_R if R > 1 else item
+    is_in_line = abs(step) == item and (R == 1 or of_R == S * step)
+    return weight if is_in_line else np.ascontiguousarray(weight)
 
 
 @lru_cache(maxsize=256)
@@ -220,10 +230,11 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     workers, dtype = task_threads(problem), problem.compute_dtype
     block, g = _plan(problem, tile, device, workers)
     is_regrouped = operands.weight.ndim == 2
-    x, weight, bias, y, ending = arguments_of(problem, operands, block.lanes)
-    w = weight.reshape(len(weight), -1)
+    x, y, weight = operands.x, operands.out, operands.weight
+    bias, ending = padded_bias(problem, operands.bias, block.lanes), make_ending(operands)
+    w = weight[:, :, None, None, None] if is_regrouped else _with_taps_in_line(weight)
     blocks, panels = g.groups * g.blocks, g.groups * g.panels
-    U = V = w  # not read, unless it is made here
+    U = V = np.empty((0, 0), dtype)
     if g.U_first:
         U = memory.allocate((panels, g.places * g.U_step), dtype)
         parts = min(g.C, 2 * workers)
@@ -243,7 +254,7 @@ def _plan(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int
 @Kernel
 def _regroup_filters(block, first, last, g, w, regrouped):
     """Bring vectors first ... last-1 of filters into the order in which they are transformed."""
-    w, target, lanes, (R, S) = table(w), table(regrouped), block_lanes(block), block_extents(block)
+    w, target, lanes, (R, S) = view_of(w), table(regrouped), block_lanes(block), block_extents(block)
     for vector in range(first, last):
         group, j = divmod(vector, g.K_vectors)
         for c in range(g.C):
@@ -254,12 +265,16 @@ def _regroup_filters(block, first, last, g, w, regrouped):
 def _regroup(block, g, w, group, k, c, target):
     """Make one vector of each tap of the filters of channel c and of output channels k ... k+lanes-1."""
     lanes, (R, S) = block_lanes(block), block_extents(block)
-    filters = advance(w, ((group * g.K + k) * g.C + c) * R * S)
-    for tap in range(0, R * S, lanes):
-        taps = R * S - tap
+    taps = R * S
+    filters = advance(pointer(block, w[0]), (group * g.K + k) * w[1] + c * w[2])
+    is_back = w[5] < 0 if S > 1 else w[4] < 0 and R > 1
+    if is_back:  # the first tap lies last
+        filters, target = advance(filters, 1 - taps), advance(target, (taps - 1) * lanes)
+    step = -lanes if is_back else lanes
+    for tap in range(0, taps, lanes):
         transpose(
-            block, advance(filters, tap), g.C * R * S, g.K - k, lane_bits(block, 0, taps),
-            advance(target, tap * lanes), lanes, taps, lane_bits(block, 0, lanes),
+            block, advance(filters, tap), w[1], g.K - k, lane_bits(block, 0, taps - tap),
+            advance(target, tap * step), step, taps - tap, lane_bits(block, 0, lanes),
         )  # fmt: skip
 
 
@@ -271,7 +286,7 @@ def _prepare_filters(block, first, last, g, parts, is_regrouped, w, all_U):
         group, panel = divmod(here, g.panels)
         c, c_end = g.C * part // parts, g.C * (part + 1) // parts
         U = advance(table(all_U), here * g.places * g.U_step + c * g.panel)
-        _transform_filters(block, g, is_regrouped, table(w), group, panel, c, c_end - c, U)
+        _transform_filters(block, g, is_regrouped, view_of(w), group, panel, c, c_end - c, U)
 
 
 @part
@@ -286,7 +301,7 @@ def _transform_filters(block, g, is_regrouped, w, group, panel, c_first, c_count
         for c in range(c_count):
             filters = taps
             if is_regrouped:
-                filters = advance(w, (vector * g.C + c_first + c) * size)
+                filters = advance(pointer(block, w[0]), (vector * g.C + c_first + c) * size)
             else:
                 _regroup(block, g, w, group, k + j, c_first + c, taps)
             transform_filters(block, filters, advance(U, c * g.panel + j), g.U_step)
@@ -308,7 +323,7 @@ def _prepare_inputs(block, first, last, g, x, all_V):
 
 @Kernel
 def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y, ending):
-    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
+    x, w, bias, y = view_of(x), view_of(w), table(bias), view_of(y)
     own_V = allocate(block, 0 if g.c_parts else g.places * g.V_step)
     own_U = allocate(block, 0 if g.U_first else g.places * g.U_step)
     M = allocate(block, g.places * g.M_step)

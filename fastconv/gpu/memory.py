@@ -19,7 +19,7 @@ from fastconv.gpu import launch
 from fastconv.gpu.caller import Caller
 
 if TYPE_CHECKING:
-    from fastconv.problem import ConvProblem
+    from fastconv.problem import ConvProblem, Cuts
 
 _NO_ADDRESS = 64  # of an empty array: for a null pointer NumPy would allocate memory of its own
 
@@ -181,6 +181,15 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     target = launch.driver().empty(array.shape, array.dtype)
     write(array, target)
     return target
+
+
+STAGES = False  # kernels store any columns as they come
+
+
+def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
+    """Return parts of filters (G, K, C, T, R, S) as contiguous (G, C, K, T, R, S)."""
+    parts = [filters.swapaxes(1, 2)[taps] for taps in cuts.slices]
+    return [copy(part, part.dtype).reshape(shape) for part, shape in zip(parts, cuts.shapes)]
 
 
 def write(array: np.ndarray, target: np.ndarray) -> None:
