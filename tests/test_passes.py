@@ -7,6 +7,7 @@ import pytest
 
 from fastconv import reference
 from fastconv.algorithms import TABLE
+from fastconv.cpu.grad_weight import pointwise
 from fastconv.plan import Plan, make_plan, possible_plans, why_refused
 from fastconv.problem import ConvProblem, Epilogue, make_problem
 from tests.cases import CASES, TALL, WIDE, around_tile, options_of
@@ -171,6 +172,22 @@ def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
                 if out.flags.writeable:
                     gradient.check(plan, out=out)
                     assert np.isnan(surroundings(out)).all(), f"{plan}: wrote beside out, {label}"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parts_of_the_pixels(groups, order, rng, monkeypatch):
+    """Few output channels, many pixels: their parts have sums of their own, which are added up at last."""
+    problem = make_problem(
+        "conv2d", (3, 70 * groups, 61, 60), (13 * groups, 70, 1, 1), stride=2, groups=groups, order=order,
+        direction="grad_weight",
+    )  # fmt: skip
+    gradient = make_gradient(rng, problem, integers)
+    for plan in possible_plans(problem, "pointwise"):
+        assert pointwise._divide(problem, plan.tile, plan.device, 1).parts == 2
+        for threads in ("1", "3"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            gradient.check(plan)
 
 
 def surroundings(view):

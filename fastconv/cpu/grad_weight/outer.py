@@ -31,12 +31,14 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     copy_padded,
+    lane_bits,
     multiply_tile,
     part,
     pointer,
     small_part,
     split_columns,
     table,
+    transpose,
 )
 
 if TYPE_CHECKING:
@@ -196,13 +198,15 @@ def pack_row(block, panels, at, pixels, y, y_k, y_q, k_count, count):
         there = min(lanes, k_count - k)
         panel = advance(panels, k // width * width * pixels + at * width + k % width)
         source = advance(y, k * y_k)
-        done = 0
-        if y_q == 1 and there == lanes:
-            while done + lanes <= count:
-                split_columns(block, advance(source, done), y_k, advance(panel, done * width), width)
-                done += lanes
-        for j in range(done, count):
-            copy_padded(block, advance(panel, j * width), advance(source, j * y_q), y_k, lanes, 0, there)
+        if y_q == 1:
+            for j in range(0, count, lanes):
+                transpose(
+                    block, advance(source, j), y_k, there, lane_bits(block, 0, count - j),
+                    advance(panel, j * width), width, count - j, lane_bits(block, 0, lanes),
+                )  # fmt: skip
+        else:
+            for j in range(count):
+                copy_padded(block, advance(panel, j * width), advance(source, j * y_q), y_k, lanes, 0, there)
 
 
 @part

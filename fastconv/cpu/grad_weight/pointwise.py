@@ -1,16 +1,43 @@
-"""Gradient of the weight of a 1x1 convolution: both operands are read where they lie."""
+"""Gradient of the weight of a 1x1 convolution: a product of two matrices that lie as the gradient wants them.
+
+    grad_w[k, c] = sum over pixels of grad_y[k, pixel] * x[c, pixel]
+
+    A  rows are output channels, read where they lie: one offset per row and per pixel
+    B  x, a block of pixels packed as [panel][pixel][vectors * lanes]: vectors run over c
+    C  grad_w itself, or sums (part, K, C) where there are several parts of the pixels
+
+How many parts there are depends on the problem alone, so that every number of threads gives the same bits.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu.band import locate, view
+from fastconv.cpu import memory
+from fastconv.cpu.band import locate, share_channels, task_threads, view
+from fastconv.cpu.device import itemsize
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.outer import Division, Pixels, add_products, find_task, pack_pixels
-from fastconv.cpu.im2col import make_windows
-from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+from fastconv.cpu.grad_weight.outer import add_line, pack_pixels
+from fastconv.cpu.im2col import Windows, make_windows
+from fastconv.cpu.simd import (
+    Block,
+    Kernel,
+    Tile,
+    advance,
+    allocate,
+    block_columns,
+    block_lanes,
+    block_rows,
+    fill,
+    multiply_tile,
+    part,
+    release,
+    table,
+)
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
@@ -18,54 +45,138 @@ if TYPE_CHECKING:
 
 TILES = outer.TILES
 
+PACK_CYCLES = 10  # to turn and store a vector of channels
+SHARED_ROWS = 128  # output channels of a task, at least: enough to make up for packing x
+PART_PIXELS = 1024  # of a part, at least: enough to make up for adding its sums to the others
 
-def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Pixels]:
-    """Divide the pixels into blocks."""
-    pixels = outer.pixels_of_block(problem, tile, device, gathered=1)
-    cut = outer.cut_pixels(problem, pixels)
-    return outer.divide(problem, tile, device, problem.N * problem.O * cut.blocks), cut
+
+class Division(NamedTuple):
+    """How the work is divided; C and K are those of one group."""
+
+    groups: int
+    C: int
+    K: int
+    k_step: int  # output channels of a task, and how many tasks make a group
+    k_parts: int
+    columns: int  # input channels, in whole panels
+    pixels: int  # of one block, and how many blocks make a plane, and all planes
+    plane_blocks: int
+    blocks: int
+    parts: int  # that the blocks are divided into
+
+
+@lru_cache(maxsize=256)
+def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Division:
+    """Cut the pixels into blocks that, packed, take half of L2."""
+    C, K, groups = problem.C // problem.groups, problem.gemm_m, problem.groups
+    width = tile.vectors * device.lanes(problem.compute_dtype)
+    columns = math.ceil(C / width) * width
+    cut = outer.cut_pixels(problem, max(64, device.l2 // 2 // (itemsize(problem) * columns)))
+    blocks = problem.N * problem.O * cut.blocks
+    wanted = math.ceil(outer.TASKS / (groups * math.ceil(K / SHARED_ROWS)))
+    parts = max(1, min(blocks, wanted, problem.gemm_n // PART_PIXELS))
+    k_step = max(min(K, SHARED_ROWS), share_channels(K, groups * parts, workers, tile.rows))
+    return Division(
+        groups, C, K, k_step, math.ceil(K / k_step), columns, cut.columns, cut.blocks, blocks, parts
+    )
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    d, _ = _plan(problem, tile, device)
-    return outer.cost(problem, tile, device, d, 0.0)
+    d, dtype = _divide(problem, tile, device, 1), problem.compute_dtype
+    product = device.multiply_cycles(tile, d.K, d.C, d.pixels, dtype, aligned=True)
+    packed = d.pixels * d.columns // device.lanes(dtype) * PACK_CYCLES
+    return device.seconds(problem, d.groups * d.blocks * (product + packed))
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of sums and of the packed blocks that all threads hold."""
-    d, _ = _plan(problem, tile, device)
-    return outer.workspace(problem, d, 0)
+    workers = task_threads(problem)
+    d = _divide(problem, tile, device, workers)
+    packed = min(workers, d.parts * d.groups * d.k_parts) * d.pixels * d.columns
+    sums = d.parts * problem.K * d.C if d.parts > 1 else 0
+    return itemsize(problem) * (sums + packed)
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
-    d, cut = _plan(problem, tile, device)
-    block = outer.make_sums_block(problem, tile, device)
-    x, y = view(operands.x), view(operands.weight)
-    a_rows = outer.row_offsets(d, np.arange(d.c_step) * x[2])
+    workers, out = task_threads(problem), operands.out
+    block, d, g = _plan(problem, tile, device, workers)
+    x, y, sums = view(operands.x), view(operands.weight), out
+    if d.parts > 1 or not out.flags.c_contiguous:
+        sums = memory.allocate((d.parts, *out.shape), problem.compute_dtype)
+    rows = _row_offsets(d.K, tile.rows, y[2])
+    _run(block, d.parts * d.groups * d.k_parts, workers, d, g, rows, x, y, sums.reshape(d.parts, -1, d.C))
+    if sums is not out:
+        np.add.reduce(sums, axis=0, out=out)
 
-    out = outer.by_group(problem, operands.out)
-    outer.run(problem, block, d, out, _run, make_windows(problem), cut, a_rows, x, y)
+
+@lru_cache(maxsize=256)
+def _plan(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> tuple[Block, Division, Windows]:
+    """Return what of the arguments of `_run` does not change from call to call."""
+    block = outer.make_sums_block(problem, tile, device)
+    return block, _divide(problem, tile, device, workers), make_windows(problem)
+
+
+@lru_cache(maxsize=256)
+def _row_offsets(K: int, height: int, step: int) -> np.ndarray:
+    """Return where the output channels lie in grad_y; the last one again for those that fill a tile."""
+    return np.minimum(np.arange(K + height), K - 1) * step
 
 
 @Kernel
-def _run(block, first, last, d, g, cut, a_rows, x, y, sums):
-    panels = allocate(block, cut.columns * d.columns)
-    a_pixels = np.empty(cut.columns, np.int64)
+def _run(block, first, last, d, g, rows, x, y, sums):
+    panels = allocate(block, d.pixels * d.columns)
+    tile = allocate(block, block_rows(block) * block_columns(block))
+    places = np.empty(d.pixels, np.int64)  # of pixels in a plane of grad_y
+    windows = (x[0], x[1], x[2], x[3], x[4] * g.stride_h, x[5] * g.stride_w)
     for task in range(first, last):
-        group, c, k, k_count, first_block, last_block = find_task(d, task)
-        total = advance(pointer(block, sums), task * d.rows * d.k_step)
-        for number in range(first_block, last_block):
-            rest, index = divmod(number, cut.blocks)
+        rest, k_part = divmod(task, d.k_parts)
+        index, group = divmod(rest, d.groups)
+        k = k_part * d.k_step
+        total = advance(table(sums), ((index * d.groups + group) * d.K + k) * d.C)
+        begin = index * d.blocks // d.parts
+        for number in range(begin, (index + 1) * d.blocks // d.parts):
+            rest, cut = divmod(number, d.plane_blocks)
             n, o = divmod(rest, g.O)
-            pixel = index * cut.columns
-            count = min(cut.columns, g.P * g.Q - pixel)
+            pixel = cut * d.pixels
+            count = min(d.pixels, g.P * g.Q - pixel)
             for j in range(count):
                 p, q = divmod(pixel + j, g.Q)
-                a_pixels[j] = p * g.stride_h * x[4] + q * g.stride_w * x[5]
-            image = locate(block, x, (n, group * d.C + c, o * g.stride_d, 0, 0))
-            plane = locate(block, y, (n, group * d.K + k, o, 0, 0))
-            pack_pixels(block, panels, plane, y, g.Q, pixel, count, k_count)
-            add_products(block, image, d.rows, a_rows, a_pixels, panels, count, k_count, total, d.k_step)
+                places[j] = p * y[4] + q * y[5]
+            image = locate(block, x, (n, group * d.C, o * g.stride_d, 0, 0))
+            plane = locate(block, y, (n, group * d.K, o, 0, 0))
+            pack_pixels(block, panels, image, windows, g.Q, pixel, count, d.C)
+            _add_products(
+                block, d, plane, rows, places, panels, count, k, min(d.k_step, d.K - k), total, tile,
+                number > begin,
+            )  # fmt: skip
     release(panels)
+    release(tile)
+
+
+@part
+def _add_products(block, d, plane, rows, places, panels, pixels, k_first, k_count, sums, tile, adds):
+    """Add the products of a block of pixels to the sums of k_count output channels, or begin with them."""
+    lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
+    for c in range(0, d.C, width):
+        columns = min(width, d.C - c)
+        vectors = (columns + lanes - 1) // lanes
+        for k in range(0, k_count, height):
+            live = min(height, k_count - k)
+            is_whole = live == height and columns == vectors * lanes
+            target = advance(sums, k * d.C + c)
+            c_row = d.C if is_whole else width
+            made = target if is_whole else tile
+            if not (is_whole and adds):
+                for i in range(height):
+                    fill(block, advance(made, i * c_row), vectors * lanes)
+            multiply_tile(
+                block, vectors, plane, advance(table(rows), k_first + k), table(places),
+                advance(panels, c * pixels), width, pixels, made, made, c_row,
+            )  # fmt: skip
+            if not is_whole:
+                for i in range(live):
+                    if not adds:
+                        fill(block, advance(target, i * d.C), columns)
+                    add_line(advance(target, i * d.C), advance(tile, i * width), columns)
