@@ -28,8 +28,6 @@ import numpy as np
 
 from fastconv.problem import ConvProblem, Cuts, Operands, Pair
 
-LINE = 16  # elements, of which 4 bytes each fill a line of the cache
-
 
 class Phase(NamedTuple):
     """Some elements of grad_x along one axis and what they are convolved from.
@@ -183,7 +181,7 @@ def find_cuts(problem: ConvProblem) -> Cuts:
         cuts.slices.append(part.taps)
         cuts.shapes.append(shape)
         cuts.begins.append(cuts.elements)
-        cuts = cuts._replace(elements=cuts.elements + math.ceil(math.prod(shape) / LINE) * LINE)
+        cuts = cuts._replace(elements=cuts.elements + math.prod(shape))
     return cuts._replace(taps=np.array(rows, np.int64).reshape(-1, 4))
 
 

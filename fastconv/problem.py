@@ -726,7 +726,7 @@ class Cuts(NamedTuple):
 
     slices    of the axes of each part's taps, for filters of any axes that end with (T, R, S)
     shapes    of each part's filters, of rank 5
-    begins    where they begin, in elements: with a line of the cache; and how many elements there are in all
+    begins    where they begin, and how many elements there are in all
     taps      of all parts, a row for each: its number in (T, R, S), where the part begins, how many taps that
               has, and which of them it is
     """

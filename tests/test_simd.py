@@ -260,24 +260,6 @@ def sandwich(left, X, right):
 
 
 @Kernel
-def call_split(block, first, last, source, source_step, target, target_step):
-    simd.split_columns(block, pointer(block, source), source_step, pointer(block, target), target_step)
-
-
-@every_dtype
-@every_m
-class TestRegrouping:
-    def test_split(self, m, dtype):
-        """Of a line of tiles, m pixels each, vector p gets pixel p of every tile."""
-        lanes = current().lanes(dtype)
-        line = np.arange(m * lanes, dtype=dtype)
-        split = np.full((m, lanes + 1), np.nan, dtype)
-        call_split(Block(dtype, 1, 1, lanes, m=m), 1, 1, address(line), lanes, address(split), lanes + 1)
-        assert np.array_equal(split[:, :lanes], line.reshape(lanes, m).T)
-        assert np.isnan(split[:, lanes]).all()
-
-
-@Kernel
 def call_transpose(
     block, first, last, source, source_step, rows, read, target, target_step, columns, written
 ):

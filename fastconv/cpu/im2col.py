@@ -188,7 +188,7 @@ def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
     panels = allocate(block, d.panels * taps * width)
     tile = allocate(block, block_rows(block) * width)
     size = d.panel * lanes
-    pitch = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
+    row = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
     for task in range(first, last):
         rest, k_part = divmod(task, d.k_parts)
         rest, index = divmod(rest, d.blocks)
@@ -200,12 +200,14 @@ def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
         gather(block, panels, size, width, image, x, g, o, pixel, count)
         k = k_part * d.k_step
         k_count, channel = min(d.k_step, d.K - k), group * d.K + k
+        in_row = g.P == 1  # then pixels are finished while they lie in the cache
+        begin, pitch, q = (0, count, pixel) if in_row else (pixel, row, 0)
         multiply(
             block, advance(w, channel * taps), k_count, panels, width, taps, advance(bias, channel),
-            (count, size, size, taps * width), 0, pixel, pitch, pitch,
-            y, (n, channel, o, 0, 0), tile, 0, ending,
+            (count, size, size, taps * width), 0, begin, pitch, pitch,
+            y, (n, channel, o, 0, q), tile, int(in_row), ending,
         )  # fmt: skip
-        while count > 0:  # one row of pixels at a time
+        while count > 0 and not in_row:  # one row of pixels at a time
             p, q = divmod(pixel, g.Q)
             run = min(count, g.Q - q)
             finish(block, y, (n, channel, o, p, q), (k_count, 1, run), ending)

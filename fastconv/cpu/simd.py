@@ -145,8 +145,7 @@ class Block:
              "ragged"       A is one filter, a row of which meets other rows of B in every row of the tile
                             (`multiply_filter`)
     adds     whether a tile begins with what lies in memory as C does, in place of a bias
-    m        Winograd: outputs of a tile along an axis of several taps; of `split_columns`, how many vectors
-             are regrouped
+    m        Winograd: outputs of a tile along an axis of several taps
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
              "ragged": distance of the rows of B that neighbouring rows of the tile begin with
     extents  "plane" and Winograd: (R, S) of the filter
@@ -1197,22 +1196,3 @@ def _emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     odd = [_shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
     halves = _emit_split(builder, even, lanes), _emit_split(builder, odd, lanes)
     return [v for pair in zip(*halves, strict=True) for v in pair]
-
-
-@intrinsic
-def split_columns(
-    typingctx: Any, block: BlockType, source: Any, source_step: Any, target: Any, target_step: Any
-) -> Any:
-    """Turn block.m vectors, `source_step` apart: the p-th gets the elements p, p + m ... of them all."""
-    floats = types.CPointer(block.float)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, source_step, target, target_step = args
-        simd = Vectors(builder, block.block)
-        steps = [INT(i) for i in range(block.block.m)]
-        vectors = [simd.load(source, builder.mul(source_step, i)) for i in steps]
-        for i, vector in zip(steps, _emit_split(builder, vectors, simd.lanes), strict=True):
-            simd.store(vector, target, builder.mul(target_step, i))
-        return context.get_dummy_value()
-
-    return types.void(block, floats, types.int64, floats, types.int64), codegen

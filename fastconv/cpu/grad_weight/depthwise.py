@@ -15,7 +15,16 @@ from fastconv.cpu import band
 from fastconv.cpu.band import Geometry, columns_inside, locate, view
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.outer import TASKS, Division, add_products, find_task, pack_row
+from fastconv.cpu.grad_weight.outer import (
+    TASKS,
+    Division,
+    add_products,
+    allocate_sums,
+    begin_sums,
+    end_sums,
+    find_task,
+    pack_row,
+)
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -25,7 +34,6 @@ from fastconv.cpu.simd import (
     block_columns,
     fill,
     part,
-    pointer,
     release,
 )
 
@@ -77,7 +85,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     """Compute the gradient; operands.weight is that of the output."""
     d, g = _plan(problem, tile, device)
     lanes = device.lanes(problem.compute_dtype)
-    block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True, m=lanes)
+    block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True)
     x, y = view(operands.x), view(operands.weight)
 
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
@@ -95,13 +103,14 @@ def _tap_offsets(problem: ConvProblem, tile: Tile, device: Device) -> np.ndarray
 
 
 @Kernel
-def _run(block, first, last, d, g, a_rows, x, y, sums):
+def _run(block, first, last, d, g, a_rows, x, y, sums, target):
     width = block_columns(block)
     packed, panels = allocate(block, g.T * g.Hb * g.Wb * width), allocate(block, g.rows * g.cols * width)
     a_pixels = np.empty(g.rows * g.cols, np.int64)
+    own = allocate_sums(block, d)
     for task in range(first, last):
         j, _, c, count, first_block, last_block = find_task(d, task)
-        total = advance(pointer(block, sums), task * d.rows * width)
+        total = begin_sums(block, d, task, sums, own)
         for number in range(first_block, last_block):
             n, _, o, p, q, rows, cols = band.find_task(g, number)[2:]
             _pack_band(block, packed, locate(block, x, (n, c, 0, 0, 0)), x, g, count, o, p, q, rows)
@@ -111,8 +120,10 @@ def _run(block, first, last, d, g, a_rows, x, y, sums):
                 for e in range(cols):
                     a_pixels[i * cols + e] = (i * g.stride_h * g.Wb + e * g.stride_w) * width
             add_products(block, packed, d.rows, a_rows, a_pixels, panels, rows * cols, count, total, width)
+        end_sums(block, d, task, total, target)
     release(packed)
     release(panels)
+    release(own)
 
 
 @part

@@ -10,8 +10,16 @@ import numpy as np
 from fastconv.cpu import band
 from fastconv.cpu.band import Geometry, Tables, locate, pack_band, view
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.outer import Division, add_products, find_task, pack_row
-from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+from fastconv.cpu.grad_weight.outer import (
+    Division,
+    add_products,
+    allocate_sums,
+    begin_sums,
+    end_sums,
+    find_task,
+    pack_row,
+)
+from fastconv.cpu.simd import Kernel, Tile, allocate, release
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
@@ -58,12 +66,13 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
 
 
 @Kernel
-def _run(block, first, last, d, g, tables, elements, a_rows, x, y, sums):
+def _run(block, first, last, d, g, tables, elements, a_rows, x, y, sums, target):
     packed, panels = allocate(block, elements), allocate(block, g.rows * g.cols * d.columns)
     a_pixels = np.empty(g.rows * g.cols, np.int64)
+    own = allocate_sums(block, d)
     for task in range(first, last):
         group, c, k, k_count, first_block, last_block = find_task(d, task)
-        total = advance(pointer(block, sums), task * d.rows * d.k_step)
+        total = begin_sums(block, d, task, sums, own)
         for number in range(first_block, last_block):
             n, _, o, p, q, rows, cols = band.find_task(g, number)[2:]
             image = locate(block, x, (n, group * d.C + c, 0, 0, 0))
@@ -76,5 +85,7 @@ def _run(block, first, last, d, g, tables, elements, a_rows, x, y, sums):
             add_products(
                 block, packed, d.rows, a_rows, a_pixels, panels, rows * cols, k_count, total, d.k_step
             )
+        end_sums(block, d, task, total, target)
     release(packed)
     release(panels)
+    release(own)

@@ -8,9 +8,18 @@ import numpy as np
 
 from fastconv.cpu.band import locate, view
 from fastconv.cpu.grad_weight import outer
-from fastconv.cpu.grad_weight.outer import Division, Pixels, add_products, find_task, pack_pixels
+from fastconv.cpu.grad_weight.outer import (
+    Division,
+    Pixels,
+    add_products,
+    allocate_sums,
+    begin_sums,
+    end_sums,
+    find_task,
+    pack_pixels,
+)
 from fastconv.cpu.im2col import Windows, gather, make_windows
-from fastconv.cpu.simd import Kernel, Tile, advance, allocate, pointer, release
+from fastconv.cpu.simd import Kernel, Tile, allocate, release
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
@@ -57,12 +66,13 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
 
 
 @Kernel
-def _run(block, first, last, d, g, cut, a_rows, a_pixels, x, y, sums):
+def _run(block, first, last, d, g, cut, a_rows, a_pixels, x, y, sums, target):
     columns = allocate(block, d.c_step * d.taps * cut.columns)
     panels = allocate(block, cut.columns * d.columns)
+    own = allocate_sums(block, d)
     for task in range(first, last):
         group, c, k, k_count, first_block, last_block = find_task(d, task)
-        total = advance(pointer(block, sums), task * d.rows * d.k_step)
+        total = begin_sums(block, d, task, sums, own)
         for number in range(first_block, last_block):
             rest, index = divmod(number, cut.blocks)
             n, o = divmod(rest, g.O)
@@ -73,5 +83,7 @@ def _run(block, first, last, d, g, cut, a_rows, a_pixels, x, y, sums):
             plane = locate(block, y, (n, group * d.K + k, o, 0, 0))
             pack_pixels(block, panels, plane, y, g.Q, pixel, count, k_count)
             add_products(block, columns, d.rows, a_rows, a_pixels, panels, count, k_count, total, d.k_step)
+        end_sums(block, d, task, total, target)
     release(columns)
     release(panels)
+    release(own)

@@ -7,7 +7,8 @@
     C  sums [part][group][channels][panels][tap][k], to which block after block of pixels is added
 
 A task has its own sums: some channels of a group, some k, and a *part* of the pixels. How many parts there
-are depends on the problem alone, so that every number of threads gives the same bits.
+are depends on the problem alone, so that every number of threads gives the same bits. Sums of which there is
+one part are turned and stored while they lie in the cache.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from fastconv.cpu.simd import (
     Kernel,
     Tile,
     advance,
+    allocate,
     block_columns,
     block_lanes,
     block_rows,
     copy_padded,
+    fill,
     lane_bits,
     multiply_tile,
     part,
     pointer,
     small_part,
-    split_columns,
     table,
     transpose,
 )
@@ -128,27 +130,26 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, d: Division, gathered
 
 def workspace(problem: ConvProblem, d: Division, placed: int) -> int:
     """Return the bytes of all sums, and of the blocks of A (`placed` elements) and B of every thread."""
-    pixels = math.ceil(problem.gemm_n / d.blocks)
-    sums = d.parts * d.groups * d.c_parts * d.k_parts * d.rows * d.k_step
+    pixels, tasks = math.ceil(problem.gemm_n / d.blocks), d.groups * d.c_parts * d.k_parts
+    sums = (threads.thread_count() if d.parts == 1 else d.parts * tasks) * d.rows * d.k_step
     return itemsize(problem) * (sums + threads.thread_count() * (placed + pixels * d.columns))
 
 
 def make_sums_block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
-    """Return the tile as the microkernel takes it: it adds to what is there; m for transposition."""
-    block = make_block(problem, tile, device, "columns")
-    return replace(block, adds=True, m=block.lanes)
+    """Return the tile as the microkernel takes it: it adds to what is there."""
+    return replace(make_block(problem, tile, device, "columns"), adds=True)
 
 
 def run(
     problem: ConvProblem, block: Block, d: Division, out: np.ndarray, kernel: Kernel, *arguments: Any
 ) -> None:
-    """Let `kernel(block, first, last, d, *arguments, sums)` add up, then fill out (groups, K, C, T, R, S)."""
+    """Let `kernel(block, first, last, d, *arguments, sums, target)` fill out (groups, K, C, T, R, S)."""
     tasks, workers = d.groups * d.c_parts * d.k_parts, task_threads(problem)
-    sums = np.zeros((d.parts, tasks, d.rows, d.k_step), problem.compute_dtype)
-    kernel(block, d.parts * tasks, workers, d, *arguments, address(sums))
-    target = view(out)
-    rows, is_line = _tap_offsets((d.c_step, *out.shape[3:]), target[3:])
-    _collect(block, tasks, workers, d, tasks, address(sums), target, rows, is_line)
+    sums = np.zeros((d.parts if d.parts > 1 else 0, tasks, d.rows, d.k_step), problem.compute_dtype)
+    target = (view(out), *_tap_offsets((d.c_step, *out.shape[3:]), view(out)[3:]))
+    kernel(block, d.parts * tasks, workers, d, *arguments, address(sums), target)
+    if d.parts > 1:
+        _collect(block, tasks, workers, d, tasks, address(sums), target)
 
 
 @lru_cache(maxsize=256)
@@ -224,31 +225,62 @@ def add_products(block, a, rows, a_rows, a_pixels, panels, pixels, k_count, sums
             )  # fmt: skip
 
 
-@Kernel
-def _collect(block, first, last, d, tasks, sums, out, rows, is_line):
-    """Add up the parts of tasks and turn them: out[k, row] = sum over parts of sums[part, row, k].
+@small_part
+def allocate_sums(block, d):
+    """Return memory for the sums of one task, if there are no others of its channels; to be released."""
+    return allocate(block, d.rows * d.k_step if d.parts == 1 else 0)
 
-    rows     offsets of a task's rows in out, from its first channel on
-    is_line  whether they lie side by side
-    """
-    lanes, size = block_lanes(block), d.rows * d.k_step
+
+@small_part
+def begin_sums(block, d, task, sums, own):
+    """Return where a task adds up: among all sums, or in memory of its own, which is set to 0."""
+    size = d.rows * d.k_step
+    if d.parts > 1:
+        return advance(pointer(block, sums), task * size)
+    fill(block, own, size)
+    return own
+
+
+@small_part
+def end_sums(block, d, task, total, target):
+    """Store a task's sums, if there are no others of its channels."""
+    if d.parts == 1:
+        _store_sums(block, d, task, total, target)
+
+
+@Kernel
+def _collect(block, first, last, d, tasks, sums, target):
+    """Add up the parts of tasks and store them."""
+    size = d.rows * d.k_step
     for task in range(first, last):
-        group, c, k, k_count, _, _ = find_task(d, task)
         total = advance(pointer(block, sums), task * size)
         for index in range(1, d.parts):
             add_line(total, advance(total, index * tasks * size), size)
-        target = advance(pointer(block, out[0]), group * out[1] + k * out[2] + c * out[3])
-        for j in range(0, k_count, lanes):
-            source, turned = advance(total, j), advance(target, j * out[2])
-            done = 0
-            if is_line and k_count - j >= lanes:
-                while done + lanes <= rows.size:
-                    split_columns(
-                        block, advance(source, done * d.k_step), d.k_step, advance(turned, done), out[2]
-                    )
-                    done += lanes
-            for row in range(done, rows.size):
-                for i in range(min(lanes, k_count - j)):
+        _store_sums(block, d, task, total, target)
+
+
+@part
+def _store_sums(block, d, task, total, target):
+    """Turn the sums of a task: out[k, row] = sums[row, k].
+
+    target  view of out; offsets of a task's rows in it, from its first channel on; whether they lie side by
+            side
+    """
+    lanes, (out, rows, is_line) = block_lanes(block), target
+    group, c, k, k_count, _, _ = find_task(d, task)
+    first = advance(pointer(block, out[0]), group * out[1] + k * out[2] + c * out[3])
+    for j in range(0, k_count, lanes):
+        source, turned, count = advance(total, j), advance(first, j * out[2]), min(lanes, k_count - j)
+        if is_line:
+            for row in range(0, rows.size, lanes):
+                left = rows.size - row
+                transpose(
+                    block, advance(source, row * d.k_step), d.k_step, left, lane_bits(block, 0, count),
+                    advance(turned, row), out[2], count, lane_bits(block, 0, left),
+                )  # fmt: skip
+        else:
+            for row in range(rows.size):
+                for i in range(count):
                     turned[i * out[2] + rows[row]] = source[row * d.k_step + i]
 
 
