@@ -13,7 +13,18 @@ import numpy as np
 from fastconv import arrays
 from fastconv import plan as planning
 from fastconv.borrowing import borrow
-from fastconv.ops import Array, Frame, Shape, Shapes, find_frame, finish, is_channels_last
+from fastconv.ops import (
+    Array,
+    Frame,
+    Shapes,
+    as_key,
+    find_form,
+    find_frame,
+    find_route,
+    finish,
+    is_channels_last,
+    remember,
+)
 from fastconv.problem import DIRECTIONS, OPERATIONS, ConvError, Epilogue, Padding, PerAxis, to_sizes
 
 Size = Sequence[SupportsIndex]
@@ -239,36 +250,38 @@ def _bias_gradient(op: str, grad_output: Any, layout: str) -> Any:
 
 
 def _input_gradient(op: str, input_size: Size, weight: Any, grad_output: Any, options: Options) -> Any:
-    name = op + DIRECTIONS["grad_input"]
-    size = to_sizes(name, "input_size", input_size)
     given = {"weight": weight, "grad_output": grad_output}
-    return _differentiate(op, "grad_input", given, size, None, options)
+    return _differentiate(op, "grad_input", given, "input_size", input_size, options)
 
 
 def _weight_gradient(op: str, input: Any, weight_size: Size, grad_output: Any, options: Options) -> Any:
-    name = op + DIRECTIONS["grad_weight"]
-    size = to_sizes(name, "weight_size", weight_size)
     given = {"input": input, "grad_output": grad_output}
-    return _differentiate(op, "grad_weight", given, None, size, options)
+    return _differentiate(op, "grad_weight", given, "weight_size", weight_size, options)
 
 
 def _differentiate(
-    op: str, direction: str, given: arrays.Given, input: Shape | None, weight: Shape | None, options: Options
+    op: str, direction: str, given: arrays.Given, what: str, size: Size, options: Options
 ) -> Any:
-    """The one implementation of all gradients; of the shapes of input and weight one is that of an array."""
+    """The one implementation of all gradients; `size` is the shape of the array that is not given."""
     *numbers, layout, algo, out = options
     name, example = op + DIRECTIONS[direction], next(iter(given.values()))
+    form = find_form(as_key(name, algo, None, (*numbers, size, layout, False)), (*given.values(), out))
+    route = find_route(form)
     if out is not None:
         given["out"] = out
+    if route is not None:
+        return _run(name, route.plan, arrays.NUMPY, given, route.frame)
+    shape = to_sizes(name, what, size)
     kind = arrays.adapt(name, given)
     dtype, grad = arrays.common_dtype(name, given), given["grad_output"]
     leader: Any = given.get("input", grad)
-    input = given["input"].shape if input is None else input
-    weight = given["weight"].shape if weight is None else weight
-    shapes = Shapes(input, weight, grad_output=grad.shape)
+    of_input = shape if direction == "grad_input" else given["input"].shape
+    of_weight = shape if direction == "grad_weight" else given["weight"].shape
+    shapes = Shapes(of_input, of_weight, grad_output=grad.shape)
     frame = find_frame(op, direction, leader, shapes, dtype, (*numbers, layout, False), kind.backend)
     with kind.serve(given.values()):
         plan = planning.make_plan(frame.problem, algo, kind.backend)
+        remember(form, plan, frame, Epilogue())
         result = _run(name, plan, kind, given, frame)
     return kind.wrap(result, example) if out is None else out
 

@@ -220,8 +220,8 @@ def convolve(
     out: Any,
 ) -> Any:
     """The one implementation of conv1d, conv2d, conv3d and the transposed ones."""
-    form = _find_form(_as_key(op, algo, activation, options), (input, weight, bias, residual, out))
-    route = _routes.get(form)
+    form = find_form(as_key(op, algo, activation, options), (input, weight, bias, residual, out))
+    route = find_route(form)
     if route is not None:
         given = _given({"input": input, "weight": weight}, bias=bias, residual=residual, out=out)
         return Call(arrays.NUMPY, given, route.frame, route.epilogue).run(op, route.plan)
@@ -230,12 +230,12 @@ def convolve(
     call = bind(op, input, weight, bias, options, activation, residual, out)
     with call.kind.serve(call.given.values()):
         plan = planning.make_plan(call.frame.problem, algo, call.kind.backend)
-        _remember(form, plan, call.frame, call.epilogue)
+        remember(form, plan, call.frame, call.epilogue)
         result = call.run(op, plan)
     return call.kind.wrap(result, input) if out is None else out
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
     """What a call comes to before anything is computed."""
 
     plan: planning.Plan
@@ -244,12 +244,17 @@ class _Route(NamedTuple):
 
 
 # By form: a call like one that was checked before is not checked again, which takes 10 to 20 us.
-_routes: dict[Any, _Route] = {}
+_routes: dict[Any, Route] = {}
 _MOST_ROUTES = 4096
 _ARRAYS = {np.ndarray, type(None)}
 
 
-def _find_form(key: Any, given: tuple[Array, ...]) -> Any:
+def find_route(form: Any) -> Route | None:
+    """Return what a call of this form came to, if there was one."""
+    return _routes.get(form)
+
+
+def find_form(key: Any, given: tuple[Array, ...]) -> Any:
     """Return all that a route depends on, or None where there is no key or another kind of array.
 
     The elements of arrays, whether they are aligned and whether they overlap have no part in it.
@@ -260,7 +265,7 @@ def _find_form(key: Any, given: tuple[Array, ...]) -> Any:
     return key, *forms, planning.settings("cpu")
 
 
-def _as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
+def as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
     """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
     *numbers, layout, flip = options
     names = (op, algo, layout) if activation is None else (op, algo, layout, activation)
@@ -270,12 +275,12 @@ def _as_key(op: str, algo: str, activation: Activation, options: Options) -> tup
     return None if plain is None else (names, plain)
 
 
-def _remember(form: Any, plan: planning.Plan, frame: Frame, epilogue: Epilogue) -> None:
+def remember(form: Any, plan: planning.Plan, frame: Frame, epilogue: Epilogue) -> None:
     """Keep the route of a form, and not too many of them."""
     if form is not None:
         if len(_routes) >= _MOST_ROUTES:
             _routes.clear()
-        _routes[form] = _Route(plan, frame, epilogue)
+        _routes[form] = Route(plan, frame, epilogue)
 
 
 class Call(NamedTuple):
@@ -684,8 +689,8 @@ class _Conv:
     def __call__(self, input: ArrayT, residual: Array | None = None, out: Array | None = None) -> ArrayT:
         """Convolve an input; all arrays are of the weight's kind and dtype."""
         op = self._op
-        form = _find_form(self._key, (input, residual, out))
-        route = _routes.get(form)
+        form = find_form(self._key, (input, residual, out))
+        route = find_route(form)
         if route is not None:
             given = _given({"input": input}, residual=residual, out=out)
             call = Call(arrays.NUMPY, given, route.frame, route.epilogue)
@@ -702,7 +707,7 @@ class _Conv:
         frame = _frame_of(op, "forward", given["input"], shapes, dtype, self._settled, kind.backend)
         with kind.serve(given.values()):
             plan = planning.make_plan(frame.problem, self._algo, kind.backend)
-            _remember(form, plan, frame, self._epilogue)
+            remember(form, plan, frame, self._epilogue)
             call = Call(kind, given, frame, self._epilogue)
             result = _run(op, plan, call, self._prepare(plan), self._bias)
         return kind.wrap(result, input) if out is None else out

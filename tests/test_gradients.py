@@ -431,6 +431,34 @@ def test_phases_of_a_stride(op, groups, threads, rng, monkeypatch):
         assert_exact(of(conv_grad, op, "input")(x, w, grad, algo=algo, **options), wanted, "float32")
 
 
+class TestCallsLikeOneBefore:
+    """They are not checked again: what makes a difference must be seen all the same."""
+
+    def test_size(self, rng):
+        w, grad = integers(rng, (3, 2, 3, 3)), integers(rng, (1, 3, 4, 4))
+        for size in (9, 10, 9):
+            shape = (1, 2, size, size)
+            wanted = reference.conv2d_input(shape, w, grad, stride=2)
+            for form in (shape, list(shape), np.array(shape)):
+                assert_exact(conv_grad.conv2d_input(form, w, grad, stride=2), wanted, "float32")
+        for wrong in ((1, 2, 9.0, 9), (True, 2, 9, 9)):
+            with pytest.raises(TypeError, match="input_size must be a tuple of ints"):
+                conv_grad.conv2d_input(wrong, w, grad, stride=2)
+
+    def test_directions_and_out(self, rng):
+        """The same shapes in both passes, into memory of the caller's too."""
+        x, w, grad = (integers(rng, (3, 3, 3, 3)) for _ in range(3))
+        for _ in range(2):
+            of_input = reference.conv2d_input(x.shape, w, grad, padding=1)
+            of_weight = reference.conv2d_weight(x, w.shape, grad, padding=1)
+            out = np.full(x.shape, np.nan, np.float32)
+            assert conv_grad.conv2d_input(x.shape, w, grad, padding=1, out=out) is out
+            assert_exact(out, of_input, "float32")
+            assert_exact(conv_grad.conv2d_weight(x, w.shape, grad, padding=1), of_weight, "float32")
+            with pytest.raises(ConvError, match=r"overlap|share"):
+                conv_grad.conv2d_input(x.shape, w, grad, padding=1, out=grad)
+
+
 def test_output_padding_of_more_than_a_stride():
     """With a dilation of 3 and stride 1 torch takes 2 rows beyond the last window: they are zero."""
     problem = make_transposed("conv_transpose1d", (1, 1, 4), (1, 1, 2), dilation=3, output_padding=2)

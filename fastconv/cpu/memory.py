@@ -46,7 +46,7 @@ def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
         parts = (np.ascontiguousarray(filters[taps]) for taps in cuts.slices)
         return [part.reshape(shape) for part, shape in zip(parts, cuts.shapes, strict=True)]
     G, K, C, T, R, S = filters.shape
-    item, dtype = filters.itemsize, filters.dtype.name
+    item, dtype = filters.itemsize, "float32" if filters.itemsize == 4 else "float64"
     steps = zip((T, R, S), filters.strides[3:], (R * S * item, S * item, item), strict=True)
     if any(size > 1 and step != wanted for size, step, wanted in steps):
         filters = np.ascontiguousarray(filters)
