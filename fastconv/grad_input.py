@@ -174,15 +174,15 @@ def _make_zeros(problem: ConvProblem) -> Part:
 def find_cuts(problem: ConvProblem) -> Cuts:
     """Return what those parts of a problem that are not zero take of its filters."""
     numbers = np.arange(math.prod(problem.weight_shape5[2:])).reshape(problem.weight_shape5[2:])
-    cuts, rows = Cuts([], [], [], 0, numbers), []
-    for part in _met_parts(problem):
-        shape, taps = part.problem.weight_shape5, numbers[part.taps].reshape(-1).tolist()
-        rows += [(number, cuts.elements, len(taps), place) for place, number in enumerate(taps)]
-        cuts.slices.append(part.taps)
-        cuts.shapes.append(shape)
-        cuts.begins.append(cuts.elements)
-        cuts = cuts._replace(elements=cuts.elements + math.prod(shape))
-    return cuts._replace(taps=np.array(rows, np.int64).reshape(-1, 4))
+    parts = _met_parts(problem)
+    shapes: list[tuple[int, ...]] = [part.problem.weight_shape5 for part in parts]
+    *begins, elements = itertools.accumulate((math.prod(shape) for shape in shapes), initial=0)
+    rows = []
+    for part, begin in zip(parts, begins, strict=True):
+        taps = numbers[part.taps].reshape(-1).tolist()
+        rows += [(number, begin, len(taps), place) for place, number in enumerate(taps)]
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    return Cuts([part.taps for part in parts], shapes, begins, elements, table)
 
 
 def _met_parts(problem: ConvProblem) -> list[Part]:
@@ -191,6 +191,8 @@ def _met_parts(problem: ConvProblem) -> list[Part]:
 
 class InputGradient:
     """A backend's file of an algorithm turned round: the same members, for problems of direction grad_input.
+
+    A file that says TAKES_VIEWS is given views of the weight, others what is cut of it.
 
     Operands.x is then the gradient with respect to the output, Operands.out that with respect to the input;
     bias (C,) and residual are of the latter's shape.

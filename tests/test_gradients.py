@@ -415,6 +415,16 @@ class TestExchange:
             for part, want in zip(found, wanted, strict=True):
                 assert np.array_equal(part, want)
 
+    def test_one_tap_of_filters_that_share_memory(self, rng):
+        """The neighbour of a channel's tap is the next channel's: only the second tap meets an input."""
+        shared = integers(rng, (30,))
+        w = np.lib.stride_tricks.as_strided(shared, (4, 2, 3), (24, 4, 4))
+        grad = integers(rng, (1, 4, 1))
+        options = {"stride": 3, "padding": 1}
+        wanted = reference.conv1d_input((1, 2, 1), w.copy(), grad, **options)
+        for algo in ("direct", "im2col"):
+            assert_exact(conv_grad.conv1d_input((1, 2, 1), w, grad, algo=algo, **options), wanted, "float32")
+
 
 @every_op
 @pytest.mark.parametrize("groups", [1, 3])
@@ -433,6 +443,22 @@ def test_phases_of_a_stride(op, groups, threads, rng, monkeypatch):
 
 class TestCallsLikeOneBefore:
     """They are not checked again: what makes a difference must be seen all the same."""
+
+    def test_not_checked_again(self, rng, monkeypatch):
+        """But for memory to write to."""
+        x, w, grad = integers(rng, (2, 3, 5, 4)), integers(rng, (3, 3, 3, 3)), integers(rng, (2, 3, 3, 2))
+        conv_grad.conv2d_input(x.shape, w, grad)
+        conv_grad.conv2d_input(x.shape, w, grad, out=x.copy())
+        conv_grad.conv2d_weight(x, w.shape, grad)
+        monkeypatch.setattr(conv_grad, "find_frame", None)
+        conv_grad.conv2d_input(x.shape, w, grad)
+        conv_grad.conv2d_weight(x, w.shape, grad)
+        frozen = x.copy()
+        frozen.flags.writeable = False
+        with pytest.raises(ConvError, match="out must be writeable"):
+            conv_grad.conv2d_input(x.shape, w, grad, out=frozen)
+        with pytest.raises(TypeError, match="not callable"):
+            conv_grad.conv2d_input(x.shape, w, grad, stride=(1, 1))
 
     def test_size(self, rng):
         w, grad = integers(rng, (3, 2, 3, 3)), integers(rng, (1, 3, 4, 4))

@@ -190,6 +190,24 @@ def test_parts_of_the_pixels(groups, order, rng, monkeypatch):
             gradient.check(plan)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_bits_of_1x1_for_any_threads(order, rng, monkeypatch):
+    """Where threads share the output channels, tiles begin as if there were one task, block after block."""
+    problem = make_problem(
+        "conv2d", (1, 70, 40, 30), (300, 70, 1, 1), order=order, direction="grad_weight"
+    )  # fmt: skip
+    gradient = make_gradient(rng, problem, normals)
+    for any_caches in possible_plans(problem, "pointwise"):
+        plan, found, shares = with_caches(any_caches, 16 << 10, 64 << 10), set(), set()
+        for threads in ("1", "2", "8"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            d = pointwise._divide(problem, plan.tile, plan.device, int(threads))
+            assert d.blocks > d.parts
+            shares.add(d.k_parts)
+            found.add(gradient.run(plan).tobytes())
+        assert len(found) == 1 < len(shares)
+
+
 def surroundings(view):
     """What lies around the elements of a view, in the whole array that it looks at."""
     whole = view

@@ -67,6 +67,7 @@ def _exchange(block, first, last, sizes, taps, x, y):
         begin, end = index * FILTERS, min(index * FILTERS + FILTERS, K)
         source = advance(pointer(block, x[0]), group * x[1] + begin * x[2])
         if len(taps) == 1 and x[3] == 1:
+            source = advance(source, taps[0, 0])
             target = advance(pointer(block, y[0]), group * C * K + begin)
             for k in range(0, end - begin, lanes):
                 rows = end - begin - k

@@ -183,7 +183,7 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return target
 
 
-STAGES = False  # kernels store any columns as they come
+STAGES = False  # kernels store any columns as they come: there is no `put`
 
 
 def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:

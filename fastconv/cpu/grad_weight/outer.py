@@ -182,7 +182,7 @@ def find_task(d, task):
 
 @part
 def pack_pixels(block, panels, plane, y, Q, pixel, count, k_count):
-    """Pack `count` pixels of a plane of grad_y, row after row from number `pixel` on; y is its view."""
+    """Pack `count` pixels of a plane, row after row from number `pixel` on; y is its array's view."""
     j = 0
     while j < count:
         p, q = divmod(pixel + j, Q)
@@ -193,7 +193,7 @@ def pack_pixels(block, panels, plane, y, Q, pixel, count, k_count):
 
 @part
 def pack_row(block, panels, at, pixels, y, y_k, y_q, k_count, count):
-    """Pack `count` neighbouring pixels of grad_y as those from `at` on, of a block of so many pixels."""
+    """Pack `count` neighbouring pixels as those from `at` on, of a block of so many pixels."""
     lanes, width = block_lanes(block), block_columns(block)
     for k in range(0, k_count, lanes):
         there = min(lanes, k_count - k)

@@ -6,7 +6,8 @@
     B  x, a block of pixels packed as [panel][pixel][vectors * lanes]: vectors run over c
     C  grad_w itself, or sums (part, K, C) where there are several parts of the pixels
 
-How many parts there are depends on the problem alone, so that every number of threads gives the same bits.
+How many parts there are, and where tiles begin, depends on the problem alone, so that every number of threads
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> D
     blocks = problem.N * problem.O * cut.blocks
     wanted = math.ceil(outer.TASKS / (groups * math.ceil(K / SHARED_ROWS)))
     parts = max(1, min(blocks, wanted, problem.gemm_n // PART_PIXELS))
-    k_step = max(min(K, SHARED_ROWS), share_channels(K, groups * parts, workers, tile.rows))
+    least = math.ceil(SHARED_ROWS / tile.rows) * tile.rows  # every task begins with a tile
+    k_step = min(K, max(least, share_channels(K, groups * parts, workers, tile.rows)))
     return Division(
         groups, C, K, k_step, math.ceil(K / k_step), columns, cut.columns, cut.blocks, blocks, parts
     )
@@ -90,7 +92,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
-    """Return the bytes of sums and of the packed blocks that all threads hold."""
+    """Return the bytes of sums and of the packed blocks that all threads hold, for a contiguous gradient."""
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)
     packed = min(workers, d.parts * d.groups * d.k_parts) * d.pixels * d.columns
