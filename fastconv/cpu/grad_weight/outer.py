@@ -146,7 +146,8 @@ def run(
     """Let `kernel(block, first, last, d, *arguments, sums, target)` fill out (groups, K, C, T, R, S)."""
     tasks, workers = d.groups * d.c_parts * d.k_parts, task_threads(problem)
     sums = np.zeros((d.parts if d.parts > 1 else 0, tasks, d.rows, d.k_step), problem.compute_dtype)
-    target = (view(out), *_tap_offsets((d.c_step, *out.shape[3:]), view(out)[3:]))
+    seen = view(out)
+    target = (seen, *_tap_offsets((d.c_step, *out.shape[3:]), seen[3:]))
     kernel(block, d.parts * tasks, workers, d, *arguments, address(sums), target)
     if d.parts > 1:
         _collect(block, tasks, workers, d, tasks, address(sums), target)
