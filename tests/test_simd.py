@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 
 from fastconv.algorithms import TABLE
-from fastconv.cpu import band, memory, simd
+from fastconv.cpu import band, memory, planes, simd
 from fastconv.cpu.device import CACHE_LINE, current
-from fastconv.cpu.simd import Block, Kernel, allocate, multiply_tile, pointer, release, table
+from fastconv.cpu.simd import (
+    Block,
+    Kernel,
+    advance,
+    allocate,
+    block_extents,
+    block_lanes,
+    multiply_tile,
+    pointer,
+    release,
+    table,
+)
 from fastconv.problem import make_problem
 from fastconv.winograd_math import matrices
 from tests.compare import assert_bounded, assert_exact, integers
@@ -497,7 +508,7 @@ def call_plane(
     block, first, last, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count
 ):
     x, w, bias, y = addresses
-    simd.convolve_plane(
+    planes.convolve_plane(
         block, vectors, pointer(block, x), x_row, size[0], size[1], corner[1], dilation[1], pointer(block, w),
         corner[0], stride_h, dilation[0], pointer(block, bias), pointer(block, y), y_row, P, count,
     )  # fmt: skip
@@ -542,6 +553,77 @@ class TestConvolvePlane:
             expected = bias[0] + correlate_at(x, w, corner, stride, dilation, (P, count))
             assert_exact(y[:, :count], expected, dtype)
             assert np.isnan(y[:, count:]).all(), "wrote beside the outputs"
+
+
+@Kernel
+def call_gradient(block, first, last, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count):
+    x, y, totals, sums = addresses
+    planes.differentiate_plane(
+        block, pointer(block, x), x_row, size[0], size[1], corner[1], dilation[1], corner[0], stride_h,
+        dilation[0], pointer(block, y), y_row, P, count, pointer(block, totals),
+    )  # fmt: skip
+    for tap in range(block_extents(block)[0] * block_extents(block)[1]):
+        total = advance(pointer(block, totals), tap * block_lanes(block))
+        pointer(block, sums)[tap] = planes.sum_lanes(block, total)
+
+
+@every_dtype
+class TestDifferentiatePlane:
+    """The gradient of one filter on one plane, whose corner may lie outside it, against the definition."""
+
+    @pytest.mark.parametrize(
+        ("extents", "stride", "dilation", "rolling"),
+        [
+            ((3, 3), (1, 1), (1, 1), True),
+            ((1, 1), (1, 1), (1, 1), False),
+            ((2, 5), (1, 1), (1, 2), True),
+            ((5, 2), (1, 2), (1, 1), True),
+            ((3, 3), (2, 2), (1, 1), False),
+            ((1, 4), (3, 2), (1, 1), False),
+            ((3, 2), (1, 1), (2, 3), False),
+        ],
+    )
+    def test_definition(self, extents, stride, dilation, rolling, dtype, rng):
+        """An infinite input makes the taps infinite that meet it, and no others."""
+        lanes = current().lanes(dtype)
+        block = Block(dtype, 1, 1, lanes, "plane", step=stride[1], extents=extents, rolling=rolling)
+        for size, corner, P, count in (
+            ((1, 1), (0, 0), 1, 1),
+            ((5, 6), (0, 0), 3, 2),
+            ((5, 2 * lanes), (-2, -3), 8, lanes),
+            ((4, 3 * lanes), (1, lanes - 1), 3, lanes - 2),
+            ((9, 2 * lanes), (-1, -1), 10, lanes - 1),
+            ((2, lanes), (-7, -1), 4, lanes - 1),
+            ((3, 5), (2, 4), 2, lanes),
+            ((3, 5), (0, -3 * lanes), 2, lanes),
+        ):
+            around = np.full((size[0] + 2, size[1] + 3), np.nan, dtype)
+            x = around[1:-1, 1:-2]
+            y = np.full((P, lanes + 1), np.nan, dtype)
+            y[:, :count] = rng.integers(1, 4, (P, count))
+            for place in (None, *product((0, size[0] // 2, -1), (0, size[1] // 2, -1))):
+                x[:] = integers(rng, size, dtype)
+                if place is not None:
+                    x[place] = np.inf
+                sums = np.full(extents, np.nan, dtype)
+                totals = np.zeros((*extents, lanes), dtype)
+                totals[..., 0] = before = integers(rng, extents, dtype)
+                call_gradient(
+                    block, 1, 1, tuple(map(address, (x, y, totals, sums))), around.shape[1], size, corner,
+                    stride[0], dilation, y.shape[1], P, count,
+                )  # fmt: skip
+                expected = before + meet(x, y[:, :count], corner, stride, dilation, extents)
+                np.testing.assert_array_equal(sums, expected)
+
+
+def meet(x, y, corner, stride, dilation, extents):
+    """For each tap the sum of what its outputs read times their gradient, by the definition."""
+    w = np.zeros(extents)
+    for p, q, r, s in product(*map(range, (*y.shape, *extents))):
+        h, v = corner[0] + p * stride[0] + r * dilation[0], corner[1] + q * stride[1] + s * dilation[1]
+        if 0 <= h < x.shape[0] and 0 <= v < x.shape[1]:
+            w[r, s] += float(y[p, q]) * float(x[h, v])
+    return w
 
 
 def correlate_at(x, w, corner, stride, dilation, shape):

@@ -501,3 +501,14 @@ def test_code_that_an_older_version_has_kept(tmp_path, monkeypatch):
         assert compiled.entry_point(3, 4) == 7
         (index,) = tmp_path.rglob("*.nbi")
         index.write_bytes(pickle.dumps(numba.__version__) + b"cmath\nclass_that_is_gone\n.")
+
+
+def test_code_of_other_types_than_its_index_says():
+    """Where two processes have written to one file at once, what is loaded is not what was asked for."""
+    def add(a, b):
+        return a + b
+
+    signature = (types.int64, types.int64)
+    dispatcher = team.compile_cached(add, no_cfunc_wrapper=True)
+    dispatcher.compile = lambda signature: None
+    assert team.compile_for(dispatcher, signature).entry_point(3, 4) == 7

@@ -17,6 +17,7 @@ from fastconv.cpu import band, band_last, depthwise_rows
 from fastconv.cpu.band import finish, locate
 from fastconv.cpu.depthwise_rows import RowsTile
 from fastconv.cpu.device import TILE_CYCLES
+from fastconv.cpu.planes import convolve_plane
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -25,7 +26,6 @@ from fastconv.cpu.simd import (
     block_columns,
     block_extents,
     block_lanes,
-    convolve_plane,
     table,
     view_of,
 )
@@ -78,7 +78,7 @@ class Geometry(NamedTuple):
 def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     lanes = device.lanes(problem.compute_dtype)
-    if isinstance(tile, PlaneTile) and not _reads_planes(problem):
+    if isinstance(tile, PlaneTile) and not reads_planes(problem):
         return float("inf")
     if _by_channels(problem):
         vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // lanes)
@@ -128,7 +128,7 @@ def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands)
     band.run(problem, block, geometry, tables, operands)
 
 
-def _reads_planes(problem: ConvProblem) -> bool:
+def reads_planes(problem: ConvProblem) -> bool:
     """Say whether planes can be read in place: a step that `convolve_plane` knows, few taps to unroll."""
     flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
     columns = sum(problem.padding[2]) + problem.W + problem.S * problem.dilation[2]
@@ -157,7 +157,7 @@ def _channel_block(problem: ConvProblem, tile: AnyTile, device: Device) -> Block
 @lru_cache(maxsize=256, typed=True)  # tiles of two classes may hold the same numbers
 def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[Block, Geometry] | None:
     """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
-    if not isinstance(tile, PlaneTile) or not _reads_planes(problem):
+    if not isinstance(tile, PlaneTile) or not reads_planes(problem):
         return None
     dtype, most = problem.compute_dtype, MOST_ROLLING_ROWS[device.registers]
     block = Block(
@@ -165,7 +165,12 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
         extents=(problem.R, problem.S),
         rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= most,
     )  # fmt: skip
-    return block, Geometry(
+    return block, make_geometry(problem)
+
+
+def make_geometry(problem: ConvProblem) -> Geometry:
+    """Return the sizes of a convolution that `reads_planes`."""
+    return Geometry(
         problem.C, problem.K // problem.C, problem.H, problem.W, problem.P, problem.Q, *problem.stride[1:],
         *problem.padding_before[1:], *problem.dilation[1:],
     )  # fmt: skip

@@ -17,7 +17,6 @@ Each sum runs over the taps in order, one fused multiply-add each, whatever the 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ from fastconv.winograd_math import Matrices, matrices
 
 INT = ir.IntType(64)
 FETCHED_TAPS = 16  # ahead of the tap in hand, which takes 12 cycles in a tile of 8x3
-FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
 
 
 def _digest() -> str:
@@ -410,7 +408,7 @@ class Vectors:
         return self.builder.call(self._fma, [a, b, c])
 
 
-def _keep_rolled(branch: Any) -> None:
+def keep_rolled(branch: Any) -> None:
     """Forbid unrolling of the loop that `branch` closes: LLVM would double it and spill the accumulators."""
     module = branch.parent.parent.module
     rule = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
@@ -454,9 +452,9 @@ def _emit_tile(builder: Any, block: Block, vectors: int, args: Any) -> None:
     later = [following, *new]
     if fetch is not None:
         later.append(fetch.emit(tap, ahead))
-    _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, taps), loop, done))
+    keep_rolled(builder.cbranch(builder.icmp_signed("<", following, taps), loop, done))
     for phi, first, value in zip(phis, carried, later, strict=True):
-        _join(phi, (first, before), (value, loop))
+        join(phi, (first, before), (value, loop))
 
     builder.position_at_end(done)
     for cell, value in zip(cells, new, strict=True):
@@ -518,7 +516,7 @@ def _microkernel(typingctx, block, vectors, a, a_rows, a_taps, b, b_taps, taps, 
         for given in (a_rows, a_taps, b_taps)
     )
     operands = (floats, rows, a_offsets, floats, b_offsets, types.int64, floats, floats, types.int64)
-    return types.void(block, types.int64, *operands), _widths(_emit_tile, block.block)
+    return types.void(block, types.int64, *operands), widths(_emit_tile, block.block)
 
 
 @part
@@ -536,117 +534,6 @@ def multiply_tile(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c
     c, c_row pointer to the tile and the distance of its rows
     """
     _microkernel(block, vectors, a, a_rows, a_taps, b, b_taps, taps, bias, c, c_row)
-
-
-class _PlaneRows:
-    """Emits what rows of the input add to the outputs that read them, for one strip of a plane."""
-
-    def __init__(self, builder: Any, block: Block, vectors: int, args: Any) -> None:
-        self.x, self.x_row, self.H, W, column, dilation_w, w = args
-        self.builder, self.block, self.vectors = builder, block, vectors
-        self.simd = simd = Vectors(builder, block)
-        R, S = block.extents
-        self.factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
-        shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, block.step)]
-        parts = [INT(e * block.lanes) for e in range(vectors * block.step)]
-        self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
-        self.masks = [[simd.within(column, W) for column in row] for row in self.columns]
-
-    def add(self, h: Any, sums: list[list[Any]], taps: list[int]) -> list[list[Any]]:
-        """Return sums[i] + row taps[i] of the filter times input row h, which may lie outside the plane."""
-        builder = self.builder
-        before = builder.block
-        inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
-        builder.cbranch(builder.icmp_unsigned("<", h, self.H), inside, after)  # a negative row is a large one
-        builder.position_at_end(inside)
-        line, new = builder.gep(self.x, [builder.mul(h, self.x_row)]), sums
-        for s, values in enumerate(self._load(line)):
-            new = [
-                [self.simd.fma(self.factors[r][s], v, total) for v, total in zip(values, row, strict=True)]
-                for r, row in zip(taps, new, strict=True)
-            ]
-        builder.branch(after)
-        builder.position_at_end(after)
-        return [
-            [self._merge(old, before, value, inside) for old, value in zip(*rows, strict=True)]
-            for rows in zip(sums, new, strict=True)
-        ]
-
-    def fetch(self, h: Any) -> None:
-        """Ask for the lines of input row h, which may lie in the next plane."""
-        for column in self.columns[0]:
-            self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
-
-    def _load(self, line: Any) -> Any:
-        """Yield the vectors of the line for each column of the filter; step 2 splits pairs: even and odd."""
-        step = self.block.step
-        for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
-            loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
-            pairs = [loaded[j * step : (j + 1) * step] for j in range(self.vectors)]
-            split = [_emit_split(self.builder, pair, self.block.lanes) for pair in pairs]
-            for s in range(min(step, self.block.extents[1] - first)):
-                yield [values[s] for values in split]
-
-    def _merge(self, old: Any, before: Any, value: Any, inside: Any) -> Any:
-        """Return `value` where control comes from `inside` the plane, `old` where it comes from before."""
-        phi = self.builder.phi(self.simd.type)
-        phi.add_incoming(old, before)
-        phi.add_incoming(value, inside)
-        return phi
-
-
-def _emit_plane(builder: Any, block: Block, vectors: int, args: Any) -> None:
-    """Emit the loop over a plane, `vectors` vectors of columns wide, all taps unrolled.
-
-    Rolling, one pass over the input rows: each is loaded once and added to the R outputs it takes part in,
-    which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
-    """
-    *strip, h, stride_h, dilation_h, bias, y, y_row, P, count = args
-    rows = _PlaneRows(builder, block, vectors, strip)
-    R = block.extents[0]
-    start = [rows.simd.broadcast(bias, INT(0))] * vectors
-    pending = R - 1 if block.rolling else 0  # outputs that the rows before have begun
-    before = builder.block
-    loop, done = builder.append_basic_block("row"), builder.append_basic_block("done")
-    builder.branch(loop)
-
-    builder.position_at_end(loop)
-    i = builder.phi(INT, "i")
-    begun = [[builder.phi(rows.simd.type) for _ in range(vectors)] for _ in range(pending)]
-    top = builder.add(h, builder.mul(i, stride_h))
-    for new in range(1 if block.rolling else min(R, 2)):
-        rows.fetch(builder.add(top, INT(FETCHED_ROWS + new)))
-    if block.rolling:
-        sums = rows.add(top, [start, *begun], list(range(R)))
-    else:
-        sums = [start]
-        for r in range(R):
-            sums = rows.add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, [r])
-    p = builder.sub(i, INT(pending))
-    with builder.if_then(builder.icmp_signed(">=", p, INT(0))):
-        target = builder.gep(y, [builder.mul(p, y_row)])
-        for j, value in enumerate(sums[-1]):
-            rows.simd.store_first(value, target, INT(j * block.lanes), count)
-    following = builder.add(i, INT(1))
-    latch = builder.block
-    more = builder.icmp_signed("<", following, builder.add(P, INT(pending)))
-    _keep_rolled(builder.cbranch(more, loop, done))
-    phis = [i, *(phi for row in begun for phi in row)]
-    values = [following, *(value for row in sums[:pending] for value in row)]
-    for phi, first, later in zip(phis, [INT(0), *start * pending], values, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(later, latch)
-    builder.position_at_end(done)
-
-
-@intrinsic
-def _plane_kernel(
-    typingctx, block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row,
-    P, count,
-):  # fmt: skip
-    p, n = types.CPointer(block.float), types.int64
-    signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n)
-    return signature, _widths(_emit_plane, block.block)
 
 
 class _FilterRows:
@@ -705,24 +592,24 @@ class _FilterRows:
         inner = [[builder.phi(self.simd.type) for _ in self.column] for _ in active]
         new = self._emit_tap(line, taps, s, inner)
         following = builder.add(s, INT(1))
-        _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, self.S), tap, end))
+        keep_rolled(builder.cbranch(builder.icmp_signed("<", following, self.S), tap, end))
 
         builder.position_at_end(end)
         next_row = builder.add(j, INT(1))
-        _keep_rolled(builder.cbranch(builder.icmp_signed("<", next_row, last), head, done))
+        keep_rolled(builder.cbranch(builder.icmp_signed("<", next_row, last), head, done))
 
         builder.position_at_end(done)
-        _join(s, (INT(0), head), (following, tap))
-        _join(j, (first, before), (next_row, end))
+        join(s, (INT(0), head), (following, tap))
+        join(j, (first, before), (next_row, end))
         result = list(sums)
         for i, outer_row, inner_row, new_row in zip(active, outer, inner, new, strict=True):
             cells = zip(sums[i], outer_row, inner_row, new_row, strict=True)
             result[i] = []
             for old, of_row, of_tap, value in cells:
-                _join(of_tap, (of_row, head), (value, tap))
-                _join(of_row, (old, before), (value, end))
+                join(of_tap, (of_row, head), (value, tap))
+                join(of_row, (old, before), (value, end))
                 result[i].append(builder.phi(self.simd.type))
-                _join(result[i][-1], (old, before), (value, end))
+                join(result[i][-1], (old, before), (value, end))
         return result
 
     def _filter_row(self, j: Any, i: int) -> Any:
@@ -740,7 +627,7 @@ class _FilterRows:
         ]
 
 
-def _join(phi: Any, *sources: tuple[Any, Any]) -> None:
+def join(phi: Any, *sources: tuple[Any, Any]) -> None:
     """Let a phi take a value from each block it may be reached from."""
     for value, block in sources:
         phi.add_incoming(value, block)
@@ -760,7 +647,7 @@ def _emit_filter(builder: Any, block: Block, vectors: int, args: Any) -> None:
 def _filter_kernel(typingctx, block, vectors, w, R, S, b, b_rows, b_columns, low, high, bias, c, c_row):
     p, n, offsets = types.CPointer(block.float), types.int64, types.CPointer(types.int64)
     signature = types.void(block, n, p, n, n, p, offsets, offsets, n, n, p, p, n)
-    return signature, _widths(_emit_filter, block.block)
+    return signature, widths(_emit_filter, block.block)
 
 
 @part
@@ -775,7 +662,7 @@ def multiply_filter(block, vectors, w, R, S, b, b_rows, b_columns, low, high, bi
     _filter_kernel(block, vectors, w, R, S, b, b_rows, b_columns, low, high, bias, c, c_row)
 
 
-def _widths(emit: Callable[..., None], block: Block) -> Callable[..., Any]:
+def widths(emit: Callable[..., None], block: Block) -> Callable[..., Any]:
     """Return the code of an intrinsic f(block, vectors, ...): a switch to what `emit` makes per width."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -792,22 +679,6 @@ def _widths(emit: Callable[..., None], block: Block) -> Callable[..., Any]:
         return context.get_dummy_value()
 
     return codegen
-
-
-@part
-def convolve_plane(
-    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
-):
-    """Convolve a plane x (H, W) with a filter w of block.extents; y gets P rows and `count` columns.
-
-    The first output reads the input from row h and from `column` on; both may be negative, and what lies
-    outside the plane reads as zero. The columns of neighbouring outputs are block.step apart; x_row and y_row
-    are the distances of rows, in elements. `vectors` vectors, at most block.vectors, hold the columns.
-    """
-    _plane_kernel(
-        block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P,
-        count,
-    )  # fmt: skip
 
 
 @intrinsic
@@ -837,7 +708,7 @@ def _copy_vector(step: int) -> Any:
             simd = Vectors(builder, block.block)
             parts = [INT(part * simd.lanes) for part in range(step)]
             loaded = [simd.load_masked(source, part, simd.mask(builder.lshr(read, part))) for part in parts]
-            simd.store_masked(_emit_split(builder, loaded, simd.lanes)[0], target, simd.mask(written))
+            simd.store_masked(emit_split(builder, loaded, simd.lanes)[0], target, simd.mask(written))
             return context.get_dummy_value()
 
         return types.void(block, floats, floats, types.int64, types.int64), codegen
@@ -1172,7 +1043,7 @@ def transpose(
 
         mask = simd.mask(read)
         loaded = [simd.load_masked(source, place(i, source_step, rows), mask) for i in lanes]
-        turned, mask = _emit_split(builder, loaded, simd.lanes), simd.mask(written)
+        turned, mask = emit_split(builder, loaded, simd.lanes), simd.mask(written)
         for i in reversed(lanes):  # what does not exist is written where the first column will be
             simd.store_masked(turned[i], builder.gep(target, [place(i, target_step, columns)]), mask)
         return context.get_dummy_value()
@@ -1187,12 +1058,12 @@ def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(kind, indices))
 
 
-def _emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
+def emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     """Return m = len(vectors) vectors, the p-th holding the elements p, p + m, p + 2 m ... of the given."""
     if len(vectors) == 1:
         return vectors
     pairs = list(zip(vectors[0::2], vectors[1::2], strict=True))
     even = [_shuffle(builder, a, b, list(range(0, 2 * lanes, 2))) for a, b in pairs]
     odd = [_shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
-    halves = _emit_split(builder, even, lanes), _emit_split(builder, odd, lanes)
+    halves = emit_split(builder, even, lanes), emit_split(builder, odd, lanes)
     return [v for pair in zip(*halves, strict=True) for v in pair]

@@ -67,7 +67,7 @@ def compile_for(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
         dispatcher._cache.flush()
         dispatcher.compile(signature)
     if signature not in dispatcher.overloads:  # two processes have written to one file of the cache at once
-        dispatcher = numba.njit(**dispatcher.targetoptions)(dispatcher.py_func)
+        dispatcher = numba.jit(**dispatcher.targetoptions)(dispatcher.py_func)
         dispatcher.compile(signature)
     return dispatcher.overloads[signature]
 

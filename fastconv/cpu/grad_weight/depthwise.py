@@ -1,19 +1,23 @@
-"""Gradient of the weight of a depthwise convolution: vectors run over channels, in both memory orders.
+"""Gradient of the weight of a depthwise convolution.
 
-Input and grad_y are packed channels last, a few channels at a time; the rows of A are the taps (t, r, s).
+Two ways: the "plane" tile reads input and grad_y where they lie and has a vector of sums for each tap (small
+filters, channels first); elsewhere vectors run over channels: input and grad_y are packed channels last, a
+few channels at a time, and the rows of A are the taps (t, r, s).
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastconv.cpu import band
-from fastconv.cpu.band import Geometry, columns_inside, locate, view
-from fastconv.cpu.device import itemsize
+from fastconv.cpu.band import Geometry, columns_inside, locate, task_threads, view
+from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, PlaneTile, make_geometry, reads_planes
+from fastconv.cpu.depthwise import Geometry as Planes
+from fastconv.cpu.device import TILE_CYCLES, itemsize
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import (
     TASKS,
@@ -25,6 +29,7 @@ from fastconv.cpu.grad_weight.outer import (
     find_task,
     pack_row,
 )
+from fastconv.cpu.planes import differentiate_plane, sum_lanes
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -32,18 +37,34 @@ from fastconv.cpu.simd import (
     advance,
     allocate,
     block_columns,
+    block_extents,
+    block_lanes,
     fill,
     part,
     release,
+    view_of,
 )
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
-TILES = (Tile(9, 1), Tile(5, 2), Tile(3, 4))
+AnyTile = PlaneTile | Tile
+TILES = (PlaneTile(1, 1), Tile(9, 1), Tile(5, 2), Tile(3, 4))
 
 PACK_CYCLES = 8  # to turn and store a vector
+SUM_CYCLES = 8  # to add up the elements of a vector
+MOST_ROWS = 64  # of outputs of a block, where there are so few channels that blocks are shared among threads
+SPARE_REGISTERS = 4  # beside the sums of all taps
+
+
+class Blocks(NamedTuple):
+    """How the rows of outputs of all samples are cut into blocks, those into parts with their own sums."""
+
+    rows: int
+    bands: int
+    blocks: int
+    parts: int
 
 
 @lru_cache(maxsize=256)
@@ -65,8 +86,10 @@ def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, G
     ), g  # fmt: skip
 
 
-def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
+def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
+    if isinstance(tile, PlaneTile):
+        return _plane_cost(problem, device) if _fits_planes(problem, device) else math.inf
     d, g = _plan(problem, tile, device)
     tasks = d.groups * d.k_parts * tile.vectors * d.blocks
     taps = device.tap_cycles(tile.rows, tile.vectors) * d.rows / (tile.rows * tile.vectors)
@@ -75,14 +98,45 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     )
 
 
-def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+def _plane_cost(problem: ConvProblem, device: Device) -> float:
+    """Return the estimated seconds where planes are read in place."""
+    rows = problem.P * math.ceil(problem.Q / device.lanes(problem.compute_dtype))
+    cycles = problem.gemm_k * (rows * problem.stride[2] * PLANE_TAP_CYCLES + SUM_CYCLES)
+    return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + cycles))
+
+
+def _fits_planes(problem: ConvProblem, device: Device) -> bool:
+    """Say whether planes can be read in place, with the sums of all taps in registers."""
+    return reads_planes(problem) and problem.gemm_k + SPARE_REGISTERS <= device.registers
+
+
+def _divide(problem: ConvProblem) -> Blocks:
+    """Cut rows into blocks where channels alone do not make tasks enough."""
+    parts = math.ceil(TASKS / problem.K)
+    rows = problem.P if parts == 1 else min(problem.P, MOST_ROWS)
+    bands = math.ceil(problem.P / rows)
+    return Blocks(rows, bands, problem.N * bands, min(parts, problem.N * bands))
+
+
+def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
     """Return the bytes of sums and of the packed blocks that all threads hold."""
+    if isinstance(tile, PlaneTile):
+        parts = _divide(problem).parts
+        sums = parts * problem.K if parts > 1 else 0
+        held = task_threads(problem) * device.lanes(problem.compute_dtype)
+        return itemsize(problem) * problem.gemm_k * (sums + held)
     d, g = _plan(problem, tile, device)
     return outer.workspace(problem, d, g.T * g.Hb * g.Wb * d.k_step)
 
 
-def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
+    if isinstance(tile, PlaneTile):
+        x, y = operands.x, operands.weight
+        if _fits_planes(problem, device) and x.strides[4] == x.itemsize == y.strides[4]:
+            _run_in_place(problem, device, operands)
+            return
+        tile = TILES[1]
     d, g = _plan(problem, tile, device)
     lanes = device.lanes(problem.compute_dtype)
     block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True)
@@ -90,6 +144,51 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
 
     out = operands.out.reshape(d.K, d.groups, *problem.weight_shape5[1:]).swapaxes(0, 1)
     outer.run(problem, block, d, out, _run, g, _tap_offsets(problem, tile, device), x, y)
+
+
+def _run_in_place(problem: ConvProblem, device: Device, operands: Operands) -> None:
+    """Add up plane by plane, and what several parts have added up."""
+    block, tasks, g, d = _plan_in_place(problem, device)
+    out = operands.out
+    sums = out[None] if d.parts == 1 else np.empty((d.parts, *out.shape), out.dtype)
+    _run_planes(block, tasks, task_threads(problem), g, d, operands.x, operands.weight, sums[:, :, 0])
+    if d.parts > 1:
+        np.sum(sums, axis=0, out=out)
+
+
+@lru_cache(maxsize=256)
+def _plan_in_place(problem: ConvProblem, device: Device) -> tuple[Block, int, Planes, Blocks]:
+    """Return what of the arguments of `_run_planes` does not change from call to call."""
+    d, dtype = _divide(problem), problem.compute_dtype
+    block = Block(
+        dtype, 1, 1, device.lanes(dtype), "plane", step=problem.stride[2], extents=(problem.R, problem.S),
+        rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R,
+    )  # fmt: skip
+    return block, d.parts * problem.K, make_geometry(problem), d
+
+
+@Kernel
+def _run_planes(block, first, last, g, d, x, y, sums):
+    x, y, sums = view_of(x), view_of(y), view_of(sums)
+    (R, S), lanes = block_extents(block), block_lanes(block)
+    totals, K = allocate(block, R * S * lanes), g.C * g.multiplier
+    for task in range(first, last):
+        index, k = divmod(task, K)
+        fill(block, totals, R * S * lanes)
+        for number in range(index * d.blocks // d.parts, (index + 1) * d.blocks // d.parts):
+            n, p = number // d.bands, number % d.bands * d.rows
+            plane = locate(block, x, (n, k // g.multiplier, 0, 0, 0))
+            grad_y = locate(block, y, (n, k, 0, p, 0))
+            for q in range(0, g.Q, lanes):
+                differentiate_plane(
+                    block, plane, x[4], g.H, g.W, q * g.stride_w - g.pad_w, g.dilation_w,
+                    p * g.stride_h - g.pad_h, g.stride_h, g.dilation_h, advance(grad_y, q), y[4],
+                    min(d.rows, g.P - p), min(lanes, g.Q - q), totals,
+                )  # fmt: skip
+        for tap in range(R * S):
+            target = locate(block, sums, (index, k, 0, tap // S, tap % S))
+            target[0] = sum_lanes(block, advance(totals, tap * lanes))
+    release(totals)
 
 
 @lru_cache(maxsize=256)

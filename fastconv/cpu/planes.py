@@ -1,0 +1,272 @@
+"""Planes read where they lie, under one small filter whose taps are unrolled: depthwise, channels first.
+
+A strip of a plane's outputs, some vectors wide, is made row after row; masks leave out what lies beside the
+plane, so that nothing is packed and no padding is computed with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from fastconv.cpu.simd import INT, Block, BlockType, Vectors, emit_split, join, keep_rolled, part, widths
+
+FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
+SHARING_ROWS = 3  # of outputs, for whose gradient an input row is loaded once
+
+
+class _Plane:
+    """Emits loads of rows of a plane, as a strip of outputs reads them.
+
+    columns  per step of columns of the filter, where the vectors begin that it reads
+    masks    the lanes of those that are read: they lie in the plane and, with a count, belong to an output
+    """
+
+    def __init__(
+        self, builder: Any, block: Block, vectors: int, args: list[Any], count: Any | None = None
+    ) -> None:
+        self.x, self.x_row, self.H, W, column, dilation_w = args
+        self.builder, self.block, self.vectors = builder, block, vectors
+        self.simd = simd = Vectors(builder, block)
+        shifts = [
+            builder.add(column, builder.mul(dilation_w, INT(s)))
+            for s in range(0, block.extents[1], block.step)
+        ]
+        parts = [INT(e * block.lanes) for e in range(vectors * block.step)]
+        self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
+        ends = [W if count is None else self._end(shift, count, W) for shift in shifts]
+        self.masks = [
+            [simd.within(column, end) for column in row] for row, end in zip(self.columns, ends, strict=True)
+        ]
+
+    def _end(self, shift: Any, count: Any, W: Any) -> Any:
+        """Return the column before which `count` outputs read the plane, from `shift` on."""
+        builder = self.builder
+        end = builder.add(shift, builder.mul(count, INT(self.block.step)))
+        end = builder.select(builder.icmp_signed("<", end, W), end, W)
+        return builder.select(builder.icmp_signed("<", end, INT(0)), INT(0), end)
+
+    def read(self, h: Any, sums: list[Any], add: Callable[[list[list[Any]]], list[Any]]) -> list[Any]:
+        """Return add(the vectors of row h for each column of the filter), or sums where it lies outside."""
+        builder = self.builder
+        before = builder.block
+        inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
+        builder.cbranch(builder.icmp_unsigned("<", h, self.H), inside, after)  # a negative row is a large one
+        builder.position_at_end(inside)
+        added = add(self._load(builder.gep(self.x, [builder.mul(h, self.x_row)])))
+        builder.branch(after)
+        builder.position_at_end(after)
+        phis = [builder.phi(self.simd.type) for _ in sums]
+        for phi, old, new in zip(phis, sums, added, strict=True):
+            join(phi, (old, before), (new, inside))
+        return phis
+
+    def fetch(self, h: Any) -> None:
+        """Ask for the lines of row h, which may lie in the next plane."""
+        for column in self.columns[0]:
+            self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
+
+    def _load(self, line: Any) -> list[list[Any]]:
+        """Return the vectors of a row for each column of the filter; step 2 splits pairs: even and odd."""
+        step, read = self.block.step, []
+        for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
+            loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
+            pairs = [loaded[j * step : (j + 1) * step] for j in range(self.vectors)]
+            split = [emit_split(self.builder, pair, self.block.lanes) for pair in pairs]
+            read += [[values[s] for values in split] for s in range(min(step, self.block.extents[1] - first))]
+        return read
+
+
+def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
+    """Emit the loop over a plane, `vectors` vectors of columns wide.
+
+    Rolling, one pass over the input rows: each is loaded once and added to the R outputs it takes part in,
+    which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
+    """
+    *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count = args
+    plane = _Plane(builder, block, vectors, strip)
+    simd, (R, S) = plane.simd, block.extents
+    factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
+
+    def add(h: Any, sums: list[Any], taps: list[int]) -> list[Any]:
+        """Return the sums of `vectors` vectors each with row taps[i] of the filter times row h added."""
+
+        def add_row(read: list[list[Any]]) -> list[Any]:
+            new = list(sums)
+            for s, (i, r) in itertools.product(range(S), enumerate(taps)):
+                for j, value in enumerate(read[s], i * vectors):
+                    new[j] = simd.fma(factors[r][s], value, new[j])
+            return new
+
+        return plane.read(h, sums, add_row)
+
+    start = [simd.broadcast(bias, INT(0))] * vectors
+    pending = R - 1 if block.rolling else 0  # outputs that the rows before have begun
+    before = builder.block
+    loop, done = builder.append_basic_block("row"), builder.append_basic_block("done")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    i = builder.phi(INT, "i")
+    begun = [builder.phi(simd.type) for _ in range(pending * vectors)]
+    top = builder.add(h, builder.mul(i, stride_h))
+    for new in range(1 if block.rolling else min(R, 2)):
+        plane.fetch(builder.add(top, INT(FETCHED_ROWS + new)))
+    if block.rolling:
+        sums = add(top, [*start, *begun], list(range(R)))
+    else:
+        sums = start
+        for r in range(R):
+            sums = add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, [r])
+    p = builder.sub(i, INT(pending))
+    with builder.if_then(builder.icmp_signed(">=", p, INT(0))):
+        target = builder.gep(y, [builder.mul(p, y_row)])
+        for j, value in enumerate(sums[-vectors:]):
+            simd.store_first(value, target, INT(j * block.lanes), count)
+    following = builder.add(i, INT(1))
+    latch = builder.block
+    more = builder.icmp_signed("<", following, builder.add(P, INT(pending)))
+    keep_rolled(builder.cbranch(more, loop, done))
+    values = [following, *sums[: pending * vectors]]
+    for phi, first, later in zip([i, *begun], [INT(0), *start * pending], values, strict=True):
+        join(phi, (first, before), (later, latch))
+    builder.position_at_end(done)
+
+
+@intrinsic
+def _outputs(
+    typingctx, block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row,
+    P, count,
+):  # fmt: skip
+    p, n = types.CPointer(block.float), types.int64
+    signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n)
+    return signature, widths(_emit_outputs, block.block)
+
+
+@part
+def convolve_plane(
+    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
+):
+    """Convolve a plane x (H, W) with a filter w of block.extents; y gets P rows and `count` columns.
+
+    The first output reads the input from row h and from `column` on; both may be negative, and what lies
+    outside the plane reads as zero. The columns of neighbouring outputs are block.step apart; x_row and y_row
+    are the distances of rows, in elements. `vectors` vectors, at most block.vectors, hold the columns.
+    """
+    _outputs(
+        block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P,
+        count,
+    )  # fmt: skip
+
+
+def _emit_gradient(builder: Any, block: Block, args: Any) -> None:
+    """Emit the loops over rows of outputs of a strip one vector wide: a vector of sums for each tap.
+
+    Rolling, SHARING_ROWS at a time as long as there are so many: they read most rows of the input together.
+    """
+    totals = args[-1]
+    simd = Vectors(builder, block)
+    places = [INT(tap * block.lanes) for tap in range(block.extents[0] * block.extents[1])]
+    sums, first = [simd.load(totals, place) for place in places], INT(0)
+    for rows in (SHARING_ROWS, 1) if block.rolling else (1,):
+        first, sums = _emit_gradient_rows(builder, block, args, rows, first, sums)
+    for place, value in zip(places, sums, strict=True):
+        simd.store(value, totals, place)
+
+
+def _emit_gradient_rows(
+    builder: Any, block: Block, args: Any, rows: int, first: Any, sums: list[Any]
+) -> tuple[Any, list[Any]]:
+    """Emit a loop from row `first` on, `rows` rows at a time; return where it ends, and the sums."""
+    *strip, h, stride_h, dilation_h, y, y_row, P, count, _ = args
+    plane = _Plane(builder, block, 1, strip, count)
+    simd, (R, S), live = plane.simd, block.extents, plane.simd.first_lanes(count)
+    before = builder.block
+    loop, done = builder.append_basic_block("rows"), builder.append_basic_block("done")
+    last = builder.sub(P, INT(rows))
+    builder.cbranch(builder.icmp_signed("<=", first, last), loop, done)
+
+    builder.position_at_end(loop)
+    p, begun = builder.phi(INT, "p"), [builder.phi(simd.type) for _ in sums]
+    top = builder.add(h, builder.mul(p, stride_h))
+    lines = [builder.mul(builder.add(p, INT(i)), y_row) for i in range(rows)]
+    for i in range(max(rows, block.step)):
+        plane.fetch(builder.add(top, INT(FETCHED_ROWS + i)))
+    for line in lines:
+        simd.prefetch(y, builder.add(line, builder.mul(y_row, INT(FETCHED_ROWS // block.step))))
+    gradients = [simd.load_masked(y, line, live) for line in lines]
+
+    def add(sums: list[Any], met: list[tuple[int, int]], read: list[list[Any]]) -> list[Any]:
+        """Add a row times the gradients i to the rows r of taps that meet it there."""
+        for (i, r), s in itertools.product(met, range(S)):
+            sums[r * S + s] = simd.fma(gradients[i], read[s][0], sums[r * S + s])
+        return sums
+
+    new: list[Any] = begun
+    for j in range(R + rows - 1):  # of the rows of the input; with one row of outputs, j is a row of taps
+        met = [(i, j - i) for i in range(rows) if 0 <= j - i < R]
+
+        row = builder.add(top, builder.mul(dilation_h, INT(j)))
+        new = plane.read(row, new, partial(add, list(new), met))
+    following = builder.add(p, INT(rows))
+    latch = builder.block
+    keep_rolled(builder.cbranch(builder.icmp_signed("<=", following, last), loop, done))
+    for phi, start, later in zip([p, *begun], [first, *sums], [following, *new], strict=True):
+        join(phi, (start, before), (later, latch))
+
+    builder.position_at_end(done)
+    ends = [builder.phi(value.type) for value in [first, *sums]]
+    for phi, start, later in zip(ends, [first, *sums], [following, *new], strict=True):
+        join(phi, (start, before), (later, latch))
+    return ends[0], ends[1:]
+
+
+@intrinsic
+def _gradient(
+    typingctx, block, x, x_row, H, W, column, dilation_w, h, stride_h, dilation_h, y, y_row, P, count, totals
+):
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _emit_gradient(builder, block.block, args[1:])
+        return context.get_dummy_value()
+
+    p, n = types.CPointer(block.float), types.int64
+    return types.void(block, p, n, n, n, n, n, n, n, n, p, n, n, n, p), codegen
+
+
+@part
+def differentiate_plane(
+    block, x, x_row, H, W, column, dilation_w, h, stride_h, dilation_h, y, y_row, P, count, totals
+):
+    """Add the gradient of a filter of block.extents to totals: for each tap a vector, whose sum it is.
+
+    y is the gradient of P rows and `count` columns of outputs, at most a vector; the others are as in
+    `convolve_plane`.
+    """
+    _gradient(block, x, x_row, H, W, column, dilation_w, h, stride_h, dilation_h, y, y_row, P, count, totals)
+
+
+@intrinsic
+def sum_lanes(typingctx: Any, block: BlockType, p: Any) -> Any:
+    """Return the sum of the elements of a vector: of its halves, of the halves of that, and so on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        simd = Vectors(builder, block.block)
+        value, lanes = simd.load(args[1], INT(0)), simd.lanes
+        while lanes > 1:
+            lanes //= 2
+            halves = [
+                builder.shuffle_vector(
+                    value, value, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(half))
+                )
+                for half in (range(lanes), range(lanes, 2 * lanes))
+            ]
+            value = builder.fadd(*halves)
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return block.float(block, types.CPointer(block.float)), codegen
