@@ -63,7 +63,7 @@ setup(
     # Every package by name: automatic discovery would also install the top-level bench, tests and kernels.
     packages=[
         "fastconv",
-        *("fastconv.cpu", "fastconv.cpu.grad_weight"),
+        *("fastconv.cpu", "fastconv.cpu.grad_input", "fastconv.cpu.grad_weight"),
         *("fastconv.gpu", "fastconv.gpu.grad_weight"),
         "fastconv.torch",
         "fastconv.kernels",

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -192,22 +193,29 @@ def _met_parts(problem: ConvProblem) -> list[Part]:
 class InputGradient:
     """A backend's file of an algorithm turned round: the same members, for problems of direction grad_input.
 
-    A file that says TAKES_VIEWS is given views of the weight, others what is cut of it.
+    A file that says TAKES_VIEWS is given views of the weight, others what is cut of it. A file of the same
+    name in a backend's folder grad_input computes the gradients that it `suits` as a whole.
 
     Operands.x is then the gradient with respect to the output, Operands.out that with respect to the input;
     bias (C,) and residual are of the latter's shape.
     """
 
-    def __init__(self, forward: ModuleType, memory: ModuleType) -> None:
+    def __init__(self, forward: ModuleType, memory: ModuleType, whole: ModuleType | None) -> None:
         self.TILES = forward.TILES
-        self._forward, self._memory = forward, memory
+        self._forward, self._memory, self._whole = forward, memory, whole
 
     def cost(self, problem: ConvProblem, tile: Any, device: Any) -> float:
         """Return the estimated seconds."""
+        whole = self._find_whole(problem, tile)
+        if whole is not None:
+            return float(whole.cost(problem, tile, device))
         return sum(float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
         """Return the bytes that are allocated at a time, the rearranged weights of all parts included."""
+        whole = self._find_whole(problem, tile)
+        if whole is not None:
+            return int(whole.workspace(problem, tile, device))
         parts = find_parts(problem)
         weights = 0 if self._takes_view(problem) else find_cuts(problem).elements
         most = max(self._workspace_of(part, tile, device) for part in parts)
@@ -225,14 +233,20 @@ class InputGradient:
             held = math.prod(part.problem.weight_shape5)
         return own + held * self._memory.itemsize(part.problem)
 
-    def prepare(self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray) -> list[Any]:
+    def prepare(self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray) -> Any:
         """Return the weight of every part, rearranged and prepared."""
+        whole = self._find_whole(problem, tile)
+        if whole is not None:
+            return whole.prepare(problem, tile, device, weight)
         weights = zip(find_parts(problem), self._weights_of(problem, weight), strict=True)
         return [self._forward.prepare(part.problem, tile, device, own) for part, own in weights]
 
     def run(self, problem: ConvProblem, tile: Any, device: Any, operands: Operands) -> None:
-        """Compute the gradient part by part; the weight is prepared or as given."""
-        o = operands
+        """Compute the gradient as a whole or part by part; the weight is prepared or as given."""
+        o, whole = operands, self._find_whole(problem, tile)
+        if whole is not None and whole.reads(operands):
+            whole.run(problem, tile, device, operands)
+            return
         weights = o.weight if isinstance(o.weight, list) else self._weights_of(problem, o.weight)
         for part, weight in zip(find_parts(problem), weights, strict=True):
             if isinstance(part, Patches):
@@ -246,6 +260,10 @@ class InputGradient:
             self._forward.run(part.problem, tile, device, own)
             if out is not place:
                 self._memory.put(out, place)
+
+    def _find_whole(self, problem: ConvProblem, tile: Any) -> ModuleType | None:
+        """Return the file that computes the gradient as a whole with this tile, if there is one."""
+        return self._whole if self._whole is not None and self._whole.suits(problem, tile) else None
 
     def _is_staged(self, part: Part) -> bool:
         """Say whether a part is computed in memory of its own and copied then."""
@@ -296,5 +314,7 @@ class InputGradient:
 @lru_cache(maxsize=16)
 def turn(backend: str, algo: str) -> InputGradient:
     """Return a backend's file of an algorithm turned round."""
-    forward = import_module(f"fastconv.{backend}.{algo}")
-    return InputGradient(forward, import_module(f"fastconv.{backend}.memory"))
+    package = f"fastconv.{backend}"
+    forward, memory = import_module(f"{package}.{algo}"), import_module(f"{package}.memory")
+    own = find_spec(f"{package}.grad_input") and find_spec(f"{package}.grad_input.{algo}")
+    return InputGradient(forward, memory, import_module(own.name) if own else None)

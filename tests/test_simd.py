@@ -636,6 +636,49 @@ def correlate_at(x, w, corner, stride, dilation, shape):
     return y
 
 
+@Kernel
+def call_spread_plane(block, first, last, addresses, y_row, y_size, padding, out_row, size):
+    y, w, bias, out = addresses
+    planes.spread_plane(
+        block, pointer(block, y), y_row, y_size[0], y_size[1], pointer(block, w), pointer(block, bias),
+        padding[0], padding[1], pointer(block, out), out_row, size[0], size[1],
+    )  # fmt: skip
+
+
+@every_dtype
+@pytest.mark.parametrize("extents", [(3, 3), (1, 1), (2, 5), (5, 2), (1, 4), (7, 7)])
+class TestSpreadPlane:
+    """The gradient of the input of one filter with stride 2 on one plane."""
+
+    def test_definition(self, extents, dtype, rng):
+        lanes = current().lanes(dtype)
+        block = Block(dtype, 1, 1, lanes, "plane", extents=extents)
+        w, bias = integers(rng, extents, dtype), integers(rng, 1, dtype)
+        for y_size, padding, size in (
+            ((1, 1), (0, 0), (1, 1)),
+            ((3, 4), (1, 1), (6, 7)),
+            ((4, lanes), (1, 0), (7, 2 * lanes)),
+            ((2, lanes + 1), (0, 1), (9, 2 * lanes + 5)),
+            ((5, 2 * lanes), (2, 3), (4, 3 * lanes)),
+        ):
+            around = np.full((y_size[0] + 2, y_size[1] + 3), np.nan, dtype)
+            y = around[1:-1, 1:-2]
+            y[:] = integers(rng, y_size, dtype)
+            out = np.full((size[0] + 1, size[1] + 1), np.nan, dtype)
+            call_spread_plane(
+                block, 1, 1, tuple(map(address, (y, w, bias, out))), around.shape[1], y_size, padding,
+                out.shape[1], size,
+            )  # fmt: skip
+            expected = np.full(size, float(bias[0]))
+            for p, q, r, s in product(*map(range, (*y_size, *extents))):
+                h, v = 2 * p + r - padding[0], 2 * q + s - padding[1]
+                if 0 <= h < size[0] and 0 <= v < size[1]:
+                    expected[h, v] += float(y[p, q]) * float(w[r, s])
+            assert_exact(out[:-1, :-1], expected, dtype)
+            assert np.isnan(out[-1]).all(), "wrote below the plane"
+            assert np.isnan(out[:, -1]).all(), "wrote beside the plane"
+
+
 def test_an_edited_helper_is_compiled_anew():
     """The digest of all sources is in the type of every kernel's first argument."""
     kind = simd.BlockType(Block("float32", 1, 1, 4), "another digest")

@@ -505,6 +505,7 @@ def test_code_that_an_older_version_has_kept(tmp_path, monkeypatch):
 
 def test_code_of_other_types_than_its_index_says():
     """Where two processes have written to one file at once, what is loaded is not what was asked for."""
+
     def add(a, b):
         return a + b
 

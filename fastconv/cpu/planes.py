@@ -15,7 +15,19 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from fastconv.cpu.simd import INT, Block, BlockType, Vectors, emit_split, join, keep_rolled, part, widths
+from fastconv.cpu.simd import (
+    INT,
+    Block,
+    BlockType,
+    Vectors,
+    block_lanes,
+    emit_merge,
+    emit_split,
+    join,
+    keep_rolled,
+    part,
+    widths,
+)
 
 FETCHED_ROWS = 16  # of a plane, that far ahead of the row in hand; a row takes 20 to 40 cycles
 SHARING_ROWS = 3  # of outputs, for whose gradient an input row is loaded once
@@ -24,21 +36,19 @@ SHARING_ROWS = 3  # of outputs, for whose gradient an input row is loaded once
 class _Plane:
     """Emits loads of rows of a plane, as a strip of outputs reads them.
 
+    S, step  columns of the filter, and the distance of the columns that neighbouring outputs read
     columns  per step of columns of the filter, where the vectors begin that it reads
     masks    the lanes of those that are read: they lie in the plane and, with a count, belong to an output
     """
 
     def __init__(
-        self, builder: Any, block: Block, vectors: int, args: list[Any], count: Any | None = None
+        self, builder: Any, block: Block, vectors: int, args: list[Any], S: int, step: int, count: Any = None
     ) -> None:
         self.x, self.x_row, self.H, W, column, dilation_w = args
-        self.builder, self.block, self.vectors = builder, block, vectors
+        self.builder, self.block, self.vectors, self.S, self.step = builder, block, vectors, S, step
         self.simd = simd = Vectors(builder, block)
-        shifts = [
-            builder.add(column, builder.mul(dilation_w, INT(s)))
-            for s in range(0, block.extents[1], block.step)
-        ]
-        parts = [INT(e * block.lanes) for e in range(vectors * block.step)]
+        shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
+        parts = [INT(e * block.lanes) for e in range(vectors * step)]
         self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
         ends = [W if count is None else self._end(shift, count, W) for shift in shifts]
         self.masks = [
@@ -48,7 +58,7 @@ class _Plane:
     def _end(self, shift: Any, count: Any, W: Any) -> Any:
         """Return the column before which `count` outputs read the plane, from `shift` on."""
         builder = self.builder
-        end = builder.add(shift, builder.mul(count, INT(self.block.step)))
+        end = builder.add(shift, builder.mul(count, INT(self.step)))
         end = builder.select(builder.icmp_signed("<", end, W), end, W)
         return builder.select(builder.icmp_signed("<", end, INT(0)), INT(0), end)
 
@@ -74,12 +84,12 @@ class _Plane:
 
     def _load(self, line: Any) -> list[list[Any]]:
         """Return the vectors of a row for each column of the filter; step 2 splits pairs: even and odd."""
-        step, read = self.block.step, []
+        step, read = self.step, []
         for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
             loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
             pairs = [loaded[j * step : (j + 1) * step] for j in range(self.vectors)]
             split = [emit_split(self.builder, pair, self.block.lanes) for pair in pairs]
-            read += [[values[s] for values in split] for s in range(min(step, self.block.extents[1] - first))]
+            read += [[values[s] for values in split] for s in range(min(step, self.S - first))]
         return read
 
 
@@ -90,8 +100,9 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
     """
     *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count = args
-    plane = _Plane(builder, block, vectors, strip)
-    simd, (R, S) = plane.simd, block.extents
+    (R, S) = block.extents
+    plane = _Plane(builder, block, vectors, strip, S, block.step)
+    simd = plane.simd
     factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
 
     def add(h: Any, sums: list[Any], taps: list[int]) -> list[Any]:
@@ -185,8 +196,9 @@ def _emit_gradient_rows(
 ) -> tuple[Any, list[Any]]:
     """Emit a loop from row `first` on, `rows` rows at a time; return where it ends, and the sums."""
     *strip, h, stride_h, dilation_h, y, y_row, P, count, _ = args
-    plane = _Plane(builder, block, 1, strip, count)
-    simd, (R, S), live = plane.simd, block.extents, plane.simd.first_lanes(count)
+    (R, S) = block.extents
+    plane = _Plane(builder, block, 1, strip, S, block.step, count)
+    simd, live = plane.simd, plane.simd.first_lanes(count)
     before = builder.block
     loop, done = builder.append_basic_block("rows"), builder.append_basic_block("done")
     last = builder.sub(P, INT(rows))
@@ -249,6 +261,97 @@ def differentiate_plane(
     `convolve_plane`.
     """
     _gradient(block, x, x_row, H, W, column, dilation_w, h, stride_h, dilation_h, y, y_row, P, count, totals)
+
+
+def _emit_spread(builder: Any, block: Block, args: Any) -> None:
+    """Emit the loop over pairs of rows of outputs, two vectors wide: one pass over y, row after row.
+
+    Row 2 i + a meets rows r = a + 2 m of the filter, with row i - m of y; columns alike. Of 3x3 taps four
+    vectors of y, each at one of two columns in one of two rows, make four vectors of outputs.
+    """
+    y, y_row, P, Q, w, bias, i_first, i_last, j_first, pad_h, pad_w, out, out_row, H, W = args
+    R, S = block.extents
+    rows, columns = -(-R // 2), -(-S // 2)
+    strip = [y, y_row, P, Q, builder.sub(j_first, INT(columns - 1)), INT(1)]
+    plane = _Plane(builder, block, 1, strip, columns, 1)
+    simd = plane.simd
+    factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
+    start = [simd.broadcast(bias, INT(0))] * 4
+    column = builder.sub(builder.mul(j_first, INT(2)), pad_w)
+    places = [column, builder.add(column, INT(block.lanes))]
+    masks = [simd.within(place, W) for place in places]
+
+    def add(m: int, sums: list[Any], read: list[list[Any]]) -> list[Any]:
+        """Add row i - m of y times its taps to the outputs (a, b) of a pair of rows and of columns."""
+        for (q, (value,)), a, b in itertools.product(enumerate(read), range(2), range(2)):
+            r, s = a + 2 * m, b + 2 * (columns - 1 - q)
+            if r < R and s < S:
+                sums[2 * a + b] = simd.fma(factors[r][s], value, sums[2 * a + b])
+        return sums
+
+    before = builder.block
+    loop, done = builder.append_basic_block("pair"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(INT, "i")
+    plane.fetch(builder.add(i, INT(FETCHED_ROWS)))
+    sums = start
+    for m in reversed(range(rows)):  # rows of y in order, as convolutions phase by phase add them
+        sums = plane.read(builder.sub(i, INT(m)), sums, partial(add, m, list(sums)))
+    top = builder.sub(builder.mul(i, INT(2)), pad_h)
+    for a in range(2):
+        h = builder.add(top, INT(a))
+        with builder.if_then(builder.icmp_unsigned("<", h, H)):
+            line = builder.gep(out, [builder.mul(h, out_row)])
+            both = emit_merge(builder, sums[2 * a], sums[2 * a + 1], block.lanes)
+            for value, place, mask in zip(both, places, masks, strict=True):
+                simd.store_masked(value, builder.gep(line, [place]), mask)
+    following = builder.add(i, INT(1))
+    latch = builder.block
+    keep_rolled(builder.cbranch(builder.icmp_signed("<", following, i_last), loop, done))
+    join(i, (i_first, before), (following, latch))
+    builder.position_at_end(done)
+
+
+@intrinsic
+def _spread(
+    typingctx, block, y, y_row, P, Q, w, bias, i_first, i_last, j_first, pad_h, pad_w, out, out_row, H, W
+):
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _emit_spread(builder, block.block, args[1:])
+        return context.get_dummy_value()
+
+    p, n = types.CPointer(block.float), types.int64
+    return types.void(block, p, n, n, n, p, p, n, n, n, n, n, p, n, n, n), codegen
+
+
+@part
+def spread_plane(block, y, y_row, P, Q, w, bias, pad_h, pad_w, out, out_row, H, W):
+    """Compute out (H, W), the gradient of the input of a convolution with stride 2, from y (P, Q).
+
+    Each element of y adds the filter w of block.extents, times itself, to the outputs of its window, whose
+    corner lies twice its place less the padding from the first output; all outputs begin with the bias.
+    """
+    lanes = block_lanes(block)
+    for j in range(pad_w // 2, (pad_w + W + 1) // 2, lanes):
+        _spread(
+            block,
+            y,
+            y_row,
+            P,
+            Q,
+            w,
+            bias,
+            pad_h // 2,
+            (pad_h + H + 1) // 2,
+            j,
+            pad_h,
+            pad_w,
+            out,
+            out_row,
+            H,
+            W,
+        )
 
 
 @intrinsic

@@ -1067,3 +1067,9 @@ def emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     odd = [_shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
     halves = emit_split(builder, even, lanes), emit_split(builder, odd, lanes)
     return [v for pair in zip(*halves, strict=True) for v in pair]
+
+
+def emit_merge(builder: Any, even: Any, odd: Any, lanes: int) -> list[Any]:
+    """Return two vectors that hold the elements of two others in turn."""
+    halves = (range(lanes // 2), range(lanes // 2, lanes))
+    return [_shuffle(builder, even, odd, [e + o for e in half for o in (0, lanes)]) for half in halves]
