@@ -55,6 +55,7 @@ LAYOUTS = {op: _LAYOUTS_OF[ndim] for op, ndim in NDIM.items()}
 
 _NUMBERS = ("stride", "padding", "dilation", "groups", "precision")
 _TRANSPOSED_NUMBERS = (*_NUMBERS, "output_padding")
+_PLAIN = (*[int] * 4, str, str, bool)  # types of most options, which are then as good as `_plain` ones
 _NO_EPILOGUE = Epilogue()
 
 # Larger than any array, yet only a Python int: the input a layer is checked against before it has seen one.
@@ -267,6 +268,13 @@ def find_form(key: Any, given: tuple[Array, ...]) -> Any:
 
 def as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
     """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
+    if (
+        activation is None
+        and tuple(map(type, options)) == _PLAIN
+        and options[-1] is False
+        and type(algo) is str
+    ):
+        return op, algo, options
     *numbers, layout, flip = options
     names = (op, algo, layout) if activation is None else (op, algo, layout, activation)
     if flip is not False or set(map(type, names)) != {str}:

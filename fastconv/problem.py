@@ -78,8 +78,26 @@ def span(kernel: int, dilation: int) -> int:
     return dilation * (kernel - 1) + 1
 
 
+class HashedOnce:
+    """A frozen dataclass that is the key of many caches: its fields are not hashed at every call.
+
+    A class says `__hash__ = HashedOnce.__hash__`, else it gets another one as a dataclass.
+    """
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is remembered: the hash of a string differs between processes."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class ConvProblem:
+class ConvProblem(HashedOnce):
     """One convolution without its data: what is computed, never how. make_problem checks and builds it.
 
     ========  ==========================================================================
@@ -121,17 +139,7 @@ class ConvProblem:
     precision: str = "high"
     direction: str = "forward"
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """Problems are keys of many caches; eighteen fields are not hashed at every call."""
-        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out what is remembered: the hash of a string differs between processes."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    __hash__ = HashedOnce.__hash__
 
     @cached_property
     def _output_sizes(self) -> Triple:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastconv import environment
 from fastconv.cpu.threads import thread_count
+from fastconv.problem import HashedOnce
 
 if TYPE_CHECKING:
     from fastconv.problem import ConvProblem
@@ -29,7 +30,7 @@ BOX_ROW_CYCLES = 15  # one of several that are copied together
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(HashedOnce):
     """One CPU as the kernels see it.
 
     name         model, as the operating system names it
@@ -43,6 +44,8 @@ class Device:
     registers: int
     l1: int
     l2: int
+
+    __hash__ = HashedOnce.__hash__
 
     def label(self) -> str:
         """Return the name that measurements are kept under: vectors and threads decide what is fastest."""

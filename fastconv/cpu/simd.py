@@ -34,6 +34,7 @@ from numba.extending import NativeValue, intrinsic, register_model, typeof_impl,
 from fastconv.cpu import team
 from fastconv.cpu.device import CACHE_LINE
 from fastconv.cpu.team import PART, compile_cached, compile_for, launch
+from fastconv.problem import HashedOnce
 from fastconv.winograd_math import Matrices, matrices
 
 INT = ir.IntType(64)
@@ -127,7 +128,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(HashedOnce):
     """A tile for one dtype and vector width: the compile-time part of a kernel's arguments.
 
     Numba's cache holds blocks that an older version has pickled: a new field needs a default.
@@ -160,6 +161,8 @@ class Block:
     step: int = 1
     extents: tuple[int, int] = (0, 0)
     rolling: bool = False
+
+    __hash__ = HashedOnce.__hash__
 
     @property
     def sides(self) -> tuple[int, int, int, int]:
