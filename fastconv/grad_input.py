@@ -213,9 +213,6 @@ class InputGradient:
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
         """Return the bytes that are allocated at a time, the rearranged weights of all parts included."""
-        whole = self._find_whole(problem, tile)
-        if whole is not None:
-            return int(whole.workspace(problem, tile, device))
         parts = find_parts(problem)
         weights = 0 if self._takes_view(problem) else find_cuts(problem).elements
         most = max(self._workspace_of(part, tile, device) for part in parts)
@@ -244,7 +241,7 @@ class InputGradient:
     def run(self, problem: ConvProblem, tile: Any, device: Any, operands: Operands) -> None:
         """Compute the gradient as a whole or part by part; the weight is prepared or as given."""
         o, whole = operands, self._find_whole(problem, tile)
-        if whole is not None and whole.reads(operands):
+        if whole is not None and not isinstance(o.weight, list) and whole.reads(operands):
             whole.run(problem, tile, device, operands)
             return
         weights = o.weight if isinstance(o.weight, list) else self._weights_of(problem, o.weight)
@@ -260,6 +257,7 @@ class InputGradient:
             self._forward.run(part.problem, tile, device, own)
             if out is not place:
                 self._memory.put(out, place)
+            del own, out  # before the next part allocates as much
 
     def _find_whole(self, problem: ConvProblem, tile: Any) -> ModuleType | None:
         """Return the file that computes the gradient as a whole with this tile, if there is one."""

@@ -56,6 +56,10 @@ CASES = [
     Case("pointwise_stride_per_axis", "conv2d", (1, 8, 7, 16), (5, 8, 1, 1), {"stride": (3, 2)}),
     Case("pointwise_groups", "conv2d", (2, 8, 7, 9), (12, 4, 1, 1), {"groups": 2}),
     Case("depthwise", "conv2d", (2, 7, 12, 13), (7, 1, 3, 3), {"groups": 7, "padding": 1}),
+    Case(
+        "depthwise_stride_2", "conv2d", (2, 7, 13, 14), (7, 1, 3, 3),
+        {"groups": 7, "stride": 2, "padding": 1},
+    ),
     Case("depthwise_7x7", "conv2d", (2, 7, 12, 13), (7, 1, 7, 7), {"groups": 7, "padding": 3}),
     Case("depthwise_multiplier", "conv2d", (1, 5, 12, 13), (15, 1, 3, 3), {"groups": 5, "stride": 2}),
     Case("channels_dilated", "conv2d", (2, 4, 9, 9), (4, 1, 3, 3), {"groups": 4, "dilation": 2}),
@@ -100,6 +104,7 @@ TALL = [
     Case("tall_stride_2", "conv2d", (1, 3, 41, 103), (17, 3, 3, 3), {"stride": 2, "padding": 1}),
     Case("tall_pixels", "conv2d", (1, 3, 25, 51), (65, 3, 1, 1)),
     Case("tall_channels", "conv2d", (1, 65, 25, 51), (65, 1, 3, 3), {"groups": 65, "padding": 1}),
+    Case("tall_planes", "conv2d", (2, 3, 150, 9), (3, 1, 3, 3), {"groups": 3, "padding": 1}),
     Case("tall_multiplier", "conv2d", (1, 3, 25, 51), (15, 1, 5, 5), {"groups": 3, "padding": 2}),
 ]  # fmt: skip
 

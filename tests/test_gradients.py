@@ -222,6 +222,19 @@ def test_inputs_between_the_windows_are_made_zero_at_once():
     assert len(find_parts(problem)) == 2
 
 
+@pytest.mark.parametrize("output_padding", [0, 1, (0, 1)])
+def test_ending_of_a_depthwise_transposed_convolution(output_padding, rng):
+    """With stride 2, where all phases of a plane are made together."""
+    x, w, bias = integers(rng, (2, 5, 7, 9)), integers(rng, (5, 1, 3, 3)), integers(rng, (5,))
+    options = {"stride": 2, "padding": 1, "groups": 5, "output_padding": output_padding}
+    plain = fastconv.conv_transpose2d(x, w, **options)
+    sizes = {"stride": 2, "padding": 1, "groups": 5}
+    assert_exact(plain, reference.conv2d_input(plain.shape, w, x, **sizes), "float32")
+    residual = integers(rng, plain.shape)
+    found = fastconv.conv_transpose2d(x, w, bias, **options, residual=residual, activation="relu")
+    assert_exact(found, np.maximum(plain + bias[:, None, None] + residual, 0), "float32")
+
+
 class TestSideBySide:
     """Windows that cover the input without overlap: one convolution makes all taps as channels."""
 

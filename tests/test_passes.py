@@ -1,15 +1,19 @@
 """The gradients with respect to input and weight: every algorithm and tile against the reference."""
 
 import dataclasses
+import math
+import re
 
 import numpy as np
 import pytest
 
 from fastconv import reference
 from fastconv.algorithms import TABLE
+from fastconv.cpu.grad_input import depthwise as grad_input
+from fastconv.cpu.grad_weight import depthwise as grad_weight
 from fastconv.cpu.grad_weight import pointwise
 from fastconv.plan import Plan, make_plan, possible_plans, why_refused
-from fastconv.problem import ConvProblem, Epilogue, make_problem
+from fastconv.problem import ConvError, ConvProblem, Epilogue, make_problem
 from tests.cases import CASES, TALL, WIDE, around_tile, options_of
 from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals, poisoned
 from tests.kernels import DTYPES, ORDERS, in_order, with_caches
@@ -132,6 +136,7 @@ class TestAlgorithm:
             "stride_2",
             "pointwise_stride_2",
             "depthwise",
+            "depthwise_stride_2",
             "conv3d_mixed",
             "conv1d",
         )
@@ -148,7 +153,8 @@ class TestAlgorithm:
                     assert np.isnan(surroundings(out)).all(), f"{plan}: wrote beside out, {label}"
 
     def test_one_thread_or_many(self, algorithm, direction, order, rng, monkeypatch):
-        cases = [case for case in TALL + CASES if case.name in ("tall", "tall_pixels", "tall_channels")]
+        names = {"tall", "tall_pixels", "tall_channels", "tall_planes", "depthwise_stride_2"}
+        cases = [case for case in TALL + CASES if case.name in names]
         for problem in problems(algorithm, direction, cases, order=order):
             gradient = make_gradient(rng, problem, normals)
             found = set()
@@ -206,6 +212,51 @@ def test_bits_of_1x1_for_any_threads(order, rng, monkeypatch):
             shares.add(d.k_parts)
             found.add(gradient.run(plan).tobytes())
         assert len(found) == 1 < len(shares)
+
+
+class TestDepthwisePlanes:
+    """Planes that are read in place, for either gradient."""
+
+    @pytest.mark.parametrize(
+        ("direction", "module", "stride"),
+        [("grad_weight", grad_weight, 1), ("grad_weight", grad_weight, 2), ("grad_input", grad_input, 2)],
+    )
+    def test_which_arrays(self, direction, module, stride, rng, monkeypatch):
+        """Those whose columns lie side by side, for the tile that is meant for them."""
+        kernel, called = module._run_planes, []
+        monkeypatch.setattr(module, "_run_planes", lambda *given: called.append(given) or kernel(*given))
+        problem = make_problem(
+            "conv2d", (2, 7, 13, 14), (7, 1, 3, 3), stride=stride, padding=1, groups=7, direction=direction
+        )  # fmt: skip
+        gradient = make_gradient(rng, problem, integers)
+        for plan in possible_plans(problem, "depthwise"):
+            gradient.check(plan)
+            assert len(called) == str(plan.tile).startswith("plane")
+            called.clear()
+            dataclasses.replace(gradient, first=gradient.first[..., ::-1].copy()[..., ::-1]).check(plan)
+            assert not called
+
+    def test_blocks_of_rows(self, rng, monkeypatch):
+        """Few channels, many rows: blocks of them are parts with sums of their own."""
+        problem = make_problem(
+            "conv2d", (2, 3, 150, 9), (3, 1, 3, 3), padding=1, groups=3, direction="grad_weight"
+        )
+        assert grad_weight._divide(problem) == (64, 3, 6, 6)
+        gradient, found = make_gradient(rng, problem, normals), set()
+        make_gradient(rng, problem, integers).check(make_plan(problem, "depthwise", tile="plane1"))
+        for threads in ("1", "2", "5"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            found.add(gradient.run(make_plan(problem, "depthwise", tile="plane1")).tobytes())
+        assert len(found) == 1
+
+    def test_limit_that_is_told_is_enough(self, monkeypatch):
+        """Of a filter too large for planes as well."""
+        problem = make_problem("conv2d", (2, 64, 28, 28), (64, 1, 7, 7), groups=64, direction="grad_weight")
+        monkeypatch.setenv("FASTCONV_WORKSPACE", "1")
+        with pytest.raises(ConvError, match="must be at least") as caught:
+            make_plan(problem, "depthwise")
+        monkeypatch.setenv("FASTCONV_WORKSPACE", re.search(r"at least (\d+)", str(caught.value))[1])
+        assert make_plan(problem, "depthwise").cost() < math.inf
 
 
 def surroundings(view):

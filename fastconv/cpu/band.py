@@ -129,6 +129,11 @@ def flatten(problem: ConvProblem) -> ConvProblem | None:
     return replace(problem, H=1, W=problem.H * problem.W)
 
 
+def columns_touch(*arrays: np.ndarray) -> bool:
+    """Say whether the columns of arrays of rank 5 lie side by side."""
+    return all(array.strides[4] == array.itemsize for array in arrays)
+
+
 def lie_in_rows(operands: Operands) -> bool:
     """Say whether the pixels of every plane lie one after the other."""
     x, residual, out = operands.x, operands.residual, operands.out

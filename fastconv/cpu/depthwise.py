@@ -118,8 +118,7 @@ def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands)
     if isinstance(tile, RowsTile) and depthwise_rows.is_for(problem, tile):
         depthwise_rows.run(problem, tile, device, operands)
         return
-    rows_whole = x.strides[4] == x.itemsize == out.strides[4]  # columns lie side by side
-    planes = _plan_planes(problem, tile, device) if rows_whole else None
+    planes = _plan_planes(problem, tile, device) if band.columns_touch(x, out) else None
     if planes is not None:
         _run_in_place(problem, *planes, operands)
         return

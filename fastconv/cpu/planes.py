@@ -1,7 +1,9 @@
 """Planes read where they lie, under one small filter whose taps are unrolled: depthwise, channels first.
 
-A strip of a plane's outputs, some vectors wide, is made row after row; masks leave out what lies beside the
-plane, so that nothing is packed and no padding is computed with.
+A strip of a plane, one or two vectors wide, is passed over row after row: for the outputs (`convolve_plane`),
+for the gradient of the filter (`differentiate_plane`) or, with stride 2, for that of the input
+(`spread_plane`). Masks leave out what lies beside a row, and rows beside the plane are skipped, so that
+nothing is packed.
 """
 
 from __future__ import annotations
@@ -215,7 +217,8 @@ def _emit_gradient_rows(
     gradients = [simd.load_masked(y, line, live) for line in lines]
 
     def add(sums: list[Any], met: list[tuple[int, int]], read: list[list[Any]]) -> list[Any]:
-        """Add a row times the gradients i to the rows r of taps that meet it there."""
+        """Return the sums with a row times the gradients i added, for the rows r of taps that meet it."""
+        sums = list(sums)
         for (i, r), s in itertools.product(met, range(S)):
             sums[r * S + s] = simd.fma(gradients[i], read[s][0], sums[r * S + s])
         return sums
@@ -223,9 +226,8 @@ def _emit_gradient_rows(
     new: list[Any] = begun
     for j in range(R + rows - 1):  # of the rows of the input; with one row of outputs, j is a row of taps
         met = [(i, j - i) for i in range(rows) if 0 <= j - i < R]
-
         row = builder.add(top, builder.mul(dilation_h, INT(j)))
-        new = plane.read(row, new, partial(add, list(new), met))
+        new = plane.read(row, new, partial(add, new, met))
     following = builder.add(p, INT(rows))
     latch = builder.block
     keep_rolled(builder.cbranch(builder.icmp_signed("<=", following, last), loop, done))
@@ -282,7 +284,8 @@ def _emit_spread(builder: Any, block: Block, args: Any) -> None:
     masks = [simd.within(place, W) for place in places]
 
     def add(m: int, sums: list[Any], read: list[list[Any]]) -> list[Any]:
-        """Add row i - m of y times its taps to the outputs (a, b) of a pair of rows and of columns."""
+        """Return the sums of the outputs (a, b) of pairs of rows and columns, with row i - m of y added."""
+        sums = list(sums)
         for (q, (value,)), a, b in itertools.product(enumerate(read), range(2), range(2)):
             r, s = a + 2 * m, b + 2 * (columns - 1 - q)
             if r < R and s < S:
@@ -297,7 +300,7 @@ def _emit_spread(builder: Any, block: Block, args: Any) -> None:
     plane.fetch(builder.add(i, INT(FETCHED_ROWS)))
     sums = start
     for m in reversed(range(rows)):  # rows of y in order, as convolutions phase by phase add them
-        sums = plane.read(builder.sub(i, INT(m)), sums, partial(add, m, list(sums)))
+        sums = plane.read(builder.sub(i, INT(m)), sums, partial(add, m, sums))
     top = builder.sub(builder.mul(i, INT(2)), pad_h)
     for a in range(2):
         h = builder.add(top, INT(a))
@@ -335,23 +338,9 @@ def spread_plane(block, y, y_row, P, Q, w, bias, pad_h, pad_w, out, out_row, H, 
     lanes = block_lanes(block)
     for j in range(pad_w // 2, (pad_w + W + 1) // 2, lanes):
         _spread(
-            block,
-            y,
-            y_row,
-            P,
-            Q,
-            w,
-            bias,
-            pad_h // 2,
-            (pad_h + H + 1) // 2,
-            j,
-            pad_h,
-            pad_w,
-            out,
-            out_row,
-            H,
-            W,
-        )
+            block, y, y_row, P, Q, w, bias, pad_h // 2, (pad_h + H + 1) // 2, j, pad_h, pad_w, out, out_row,
+            H, W,
+        )  # fmt: skip
 
 
 @intrinsic

@@ -140,7 +140,7 @@ class Block(HashedOnce):
     form     "rows"         A is broadcast, the bias belongs to the rows (weights x pixels, channels first)
              "columns"      A is broadcast, the bias belongs to the columns (pixels x weights, channels last)
              "elementwise"  A is a vector like B: c[i][j] += A[i, t, j] * B[t, j] (depthwise, channels last)
-             "plane"        no A: one row of outputs of a plane, under one filter (`convolve_plane`)
+             "plane"        no A: a strip of a plane, row by row, under one filter (planes.py)
              "ragged"       A is one filter, a row of which meets other rows of B in every row of the tile
                             (`multiply_filter`)
     adds     whether a tile begins with what lies in memory as C does, in place of a bias

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.cpu.band import arguments_of, finish, locate, task_threads
-from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, AnyTile, PlaneTile, reads_planes
+from fastconv.cpu.band import arguments_of, columns_touch, finish, locate, task_threads
+from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, AnyTile, Geometry, PlaneTile, make_geometry, reads_planes
 from fastconv.cpu.device import TILE_CYCLES
 from fastconv.cpu.planes import spread_plane
 from fastconv.cpu.simd import Block, Kernel, advance, block_extents, table, view_of
@@ -25,18 +25,7 @@ if TYPE_CHECKING:
 STORE_CYCLES = 8  # to interleave and store what a vector of grad_y makes
 
 
-class Planes(NamedTuple):
-    """The sizes of a plane of the gradient, and of that of the output."""
-
-    C: int
-    H: int
-    W: int
-    P: int
-    Q: int
-    pad_h: int
-    pad_w: int
-
-
+@lru_cache(maxsize=256, typed=True)  # tiles of two classes may hold the same numbers
 def suits(problem: ConvProblem, tile: AnyTile) -> bool:
     """Say whether a tile makes neighbouring rows and columns together."""
     by_two = problem.stride[1:] == (2, 2) and problem.dilation[1:] == (1, 1)
@@ -50,35 +39,29 @@ def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     return device.seconds(problem, problem.N * problem.C * (TILE_CYCLES + cycles))
 
 
-def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
-    """Return the bytes that are allocated: none."""
-    return 0
-
-
 def prepare(problem: ConvProblem, tile: AnyTile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return the weight as the kernel reads it."""
     return np.ascontiguousarray(weight)
 
 
 def reads(operands: Operands) -> bool:
-    """Say whether these arrays are read and written in place: columns lie side by side."""
-    return operands.x.strides[4] == operands.x.itemsize == operands.out.strides[4]
+    """Say whether these arrays are read and written in place."""
+    return columns_touch(operands.x, operands.out)
 
 
 def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
-    """Compute the gradient; the weight is prepared or as given."""
+    """Compute the gradient, with no memory beside it; the weight is prepared or as given."""
     block, g = _plan(problem, device)
     tasks, workers = problem.N * problem.C, task_threads(problem)
     _run_planes(block, tasks, workers, g, *arguments_of(problem, operands, 0))
 
 
 @lru_cache(maxsize=256)
-def _plan(problem: ConvProblem, device: Device) -> tuple[Block, Planes]:
+def _plan(problem: ConvProblem, device: Device) -> tuple[Block, Geometry]:
     """Return what of the arguments of `_run_planes` does not change from call to call."""
     dtype = problem.compute_dtype
     block = Block(dtype, 1, 1, device.lanes(dtype), "plane", extents=(problem.R, problem.S))
-    _, pad_h, pad_w = problem.padding_before
-    return block, Planes(problem.C, problem.H, problem.W, problem.P, problem.Q, pad_h, pad_w)
+    return block, make_geometry(problem)
 
 
 @Kernel

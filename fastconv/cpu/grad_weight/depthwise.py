@@ -2,7 +2,8 @@
 
 Two ways: the "plane" tile reads input and grad_y where they lie and has a vector of sums for each tap (small
 filters, channels first); elsewhere vectors run over channels: input and grad_y are packed channels last, a
-few channels at a time, and the rows of A are the taps (t, r, s).
+few channels at a time, and the rows of A are the taps (t, r, s). The order of sums is another one, so that
+the strides of the arrays may decide the last bits.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import band
-from fastconv.cpu.band import Geometry, columns_inside, locate, task_threads, view
-from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, PlaneTile, make_geometry, reads_planes
-from fastconv.cpu.depthwise import Geometry as Planes
+from fastconv.cpu.band import columns_inside, columns_touch, locate, task_threads, view
+from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, Geometry, PlaneTile, make_geometry, reads_planes
 from fastconv.cpu.device import TILE_CYCLES, itemsize
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import (
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 AnyTile = PlaneTile | Tile
-TILES = (PlaneTile(1, 1), Tile(9, 1), Tile(5, 2), Tile(3, 4))
+PACKED = Tile(9, 1)  # in place of a plane tile that does not suit the problem or the arrays
+TILES = (PlaneTile(1, 1), PACKED, Tile(5, 2), Tile(3, 4))
 
 PACK_CYCLES = 8  # to turn and store a vector
 SUM_CYCLES = 8  # to add up the elements of a vector
@@ -68,7 +69,7 @@ class Blocks(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry]:
+def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, band.Geometry]:
     """Divide the pixels into bands, of which a task packs one tile of channels."""
     width, taps = tile.vectors * device.lanes(problem.compute_dtype), problem.gemm_k
     pixels = max(64, device.l2 // 4 // (itemsize(problem) * width))
@@ -105,6 +106,7 @@ def _plane_cost(problem: ConvProblem, device: Device) -> float:
     return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + cycles))
 
 
+@lru_cache(maxsize=256)
 def _fits_planes(problem: ConvProblem, device: Device) -> bool:
     """Say whether planes can be read in place, with the sums of all taps in registers."""
     return reads_planes(problem) and problem.gemm_k + SPARE_REGISTERS <= device.registers
@@ -119,12 +121,12 @@ def _divide(problem: ConvProblem) -> Blocks:
 
 
 def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
-    """Return the bytes of sums and of the packed blocks that all threads hold."""
+    """Return the bytes of sums and of the packed blocks that all threads hold, in place or not."""
     if isinstance(tile, PlaneTile):
-        parts = _divide(problem).parts
+        parts, held = _divide(problem).parts, task_threads(problem) * device.lanes(problem.compute_dtype)
         sums = parts * problem.K if parts > 1 else 0
-        held = task_threads(problem) * device.lanes(problem.compute_dtype)
-        return itemsize(problem) * problem.gemm_k * (sums + held)
+        in_place = itemsize(problem) * problem.gemm_k * (sums + held)
+        return max(in_place, workspace(problem, PACKED, device))
     d, g = _plan(problem, tile, device)
     return outer.workspace(problem, d, g.T * g.Hb * g.Wb * d.k_step)
 
@@ -132,11 +134,10 @@ def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
 def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
     if isinstance(tile, PlaneTile):
-        x, y = operands.x, operands.weight
-        if _fits_planes(problem, device) and x.strides[4] == x.itemsize == y.strides[4]:
+        if _fits_planes(problem, device) and columns_touch(operands.x, operands.weight):
             _run_in_place(problem, device, operands)
             return
-        tile = TILES[1]
+        tile = PACKED
     d, g = _plan(problem, tile, device)
     lanes = device.lanes(problem.compute_dtype)
     block = Block(problem.compute_dtype, tile.rows, tile.vectors, lanes, "elementwise", adds=True)
@@ -157,7 +158,7 @@ def _run_in_place(problem: ConvProblem, device: Device, operands: Operands) -> N
 
 
 @lru_cache(maxsize=256)
-def _plan_in_place(problem: ConvProblem, device: Device) -> tuple[Block, int, Planes, Blocks]:
+def _plan_in_place(problem: ConvProblem, device: Device) -> tuple[Block, int, Geometry, Blocks]:
     """Return what of the arguments of `_run_planes` does not change from call to call."""
     d, dtype = _divide(problem), problem.compute_dtype
     block = Block(
