@@ -9,6 +9,7 @@ import pytest
 
 from fastconv import reference
 from fastconv.algorithms import TABLE
+from fastconv.cpu import memory
 from fastconv.cpu.grad_input import depthwise as grad_input
 from fastconv.cpu.grad_weight import depthwise as grad_weight
 from fastconv.cpu.grad_weight import pointwise
@@ -212,6 +213,20 @@ def test_bits_of_1x1_for_any_threads(order, rng, monkeypatch):
             shares.add(d.k_parts)
             found.add(gradient.run(plan).tobytes())
         assert len(found) == 1 < len(shares)
+
+
+@pytest.mark.parametrize("algorithm", ["im2col", "pointwise"])
+@pytest.mark.parametrize("size", [2, 5, 12])
+def test_weight_of_1x1_left_as_it_lies_or_exchanged(algorithm, size, rng, monkeypatch):
+    """Its rows are packed tile by tile, or read in place, unless its lines would drive out each other."""
+    problem = make_problem("conv2d", (2, 256, size, size), (24, 256, 1, 1), direction="grad_input")
+    exchange, called = memory.exchange, []
+    monkeypatch.setattr(memory, "exchange", lambda *given: called.append(given) or exchange(*given))
+    for plan in possible_plans(problem, algorithm):
+        for l2, exchanges in ((1 << 20, 0), (16 << 10, 1)):
+            called.clear()
+            make_gradient(rng, problem, integers).check(with_caches(plan, 16 << 10, l2))
+            assert len(called) == exchanges
 
 
 class TestDepthwisePlanes:

@@ -33,7 +33,6 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
-    copy_padded,
     copy_rows,
     fill,
     finish_lanes,
@@ -63,6 +62,7 @@ SERIAL_FLOPS = 500_000  # below this, 5 to 10 us, a second thread costs more tha
 ACTIVATION_CODES = {
     None: 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "sigmoid": 5, "tanh": 6, "leaky_relu": 7,
 }  # fmt: skip
+COLLIDING = 1024  # bytes: lines so far apart share 4 of the 64 sets of L1, and fewer at multiples
 LAST_CLIP = ACTIVATION_CODES["relu6"]  # codes up to this one only clip
 
 
@@ -298,10 +298,13 @@ def run(problem: ConvProblem, block: Block, geometry: Geometry, tables: Tables, 
 
 
 def arguments_of(
-    problem: ConvProblem, operands: Operands, slack: int
+    problem: ConvProblem, operands: Operands, slack: int, *, any_weight: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Ending]:
-    """Return x, weight, bias, y and ending, as kernels take them; `slack` as in `padded_bias`."""
-    weight = np.ascontiguousarray(operands.weight)
+    """Return x, weight, bias, y and ending, as kernels take them; `slack` as in `padded_bias`.
+
+    any_weight  whether the weight may have any strides
+    """
+    weight = operands.weight if any_weight else np.ascontiguousarray(operands.weight)
     bias = padded_bias(problem, operands.bias, slack)
     return operands.x, weight, bias, operands.out, make_ending(operands)
 
@@ -330,6 +333,15 @@ def _zeros(count: int, dtype: str) -> np.ndarray:
     return np.zeros(count, dtype)
 
 
+def packs_fast(problem: ConvProblem, device: Device) -> bool:
+    """Say whether rows of a turned 1x1 weight are soon packed: it lies in L2, or its lines do not collide.
+
+    Taps then lie K elements apart; a power of two of bytes puts all of them into few sets of the cache.
+    """
+    apart = problem.K * itemsize(problem)
+    return problem.gemm_k * apart <= device.l2 // 2 or apart % COLLIDING != 0
+
+
 def make_ending(operands: Operands) -> Ending:
     """Return what `finish` takes: the residual's view (address 0: none), the activation's code, its slope."""
     residual, epilogue = operands.residual, operands.epilogue
@@ -351,7 +363,7 @@ def _run_bands(block, first, last, g, tables, elements, x, w, bias, y, ending):
             pack_band(block, band, locate(block, x, (n, group * g.C, 0, 0, 0)), x, g, tables, o, p, q, rows)
             held = here
         multiply(
-            block, advance(w, channel * taps), k_count,
+            block, advance(w, channel * taps), (taps, 1), k_count,
             band, table(tables.b_taps), taps, advance(bias, channel),
             _find_strips(g, rows, cols), 0, 0, g.Wb, cols,
             y, (n, channel, o, p, q), tile, rows, ending,
@@ -424,11 +436,12 @@ _find_strips = small_part(cut_strips)
 
 @part
 def multiply(
-    block, w, k_count, b, b_taps, taps, bias, strips, line, first, pitch, cols,
+    block, w, w_steps, k_count, b, b_taps, taps, bias, strips, line, first, pitch, cols,
     y, origin, tile, rows, ending,
 ):  # fmt: skip
     """Multiply weight rows by strips of pixels, tile by tile; store the pixels that exist and finish them.
 
+    w_steps  how far apart the weight's rows lie, and the taps of one
     strips   the pixels of all, those of each, how many pixels apart they begin, and how far apart in B
     line     0, or elements, if B, maybe the caller's, ends with the pixels, of which it then holds at least a
              vector: tiles between the first and the last begin at addresses that are a multiple of it
@@ -441,15 +454,17 @@ def multiply(
     pixels, most, step, b_step = strips
     height = block_rows(block)
     live = min(height, k_count)
-    spare = allocate(block, height * taps if live < height else 0)
-    if live < height:  # rows of zeros make a whole tile
-        copy_padded(block, spare, w, 1, height * taps, 0, live * taps)
-        w = spare
+    packs = live < height or (w_steps[1] != 1 and pixels > block_columns(block))
+    spare = allocate(block, height * taps if packs else 0)
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before
+        a, a_steps = advance(w, k * w_steps[0]), w_steps
+        if packs:  # with zeros for the rows that make a whole tile
+            copy_rows(block, taps, spare, height, a, w_steps[1], w_steps[0], height, 0, live)
+            a, a_steps = spare, (1, height)
         for begin in range(0, pixels, step):
             _multiply_strip(
-                block, advance(w, k * taps), live, advance(b, begin // step * b_step), b_taps, taps,
+                block, a, a_steps, live, advance(b, begin // step * b_step), b_taps, taps,
                 advance(bias, k), min(most, pixels - begin), line, first + begin, pitch, cols,
                 locate(block, y, (n, channel + k, o, p, q)), (y[2], y[4], y[5]), tile,
             )  # fmt: skip
@@ -459,7 +474,7 @@ def multiply(
 
 @part
 def _multiply_strip(
-    block, w, live, b, b_taps, taps, bias, pixels, line, first, pitch, cols, y, y_steps, tile
+    block, w, w_steps, live, b, b_taps, taps, bias, pixels, line, first, pitch, cols, y, y_steps, tile
 ):
     """Multiply `live` weight rows by one strip of pixels; the arguments are those of `multiply`."""
     step_k, step_p, step_q = y_steps
@@ -477,8 +492,9 @@ def _multiply_strip(
         whole = live == block_rows(block) and count == vectors * lanes and q + count <= cols and step_q == 1
         c = advance(y, p * step_p + q) if whole else tile
         multiply_tile(
-            block, vectors, w, taps, 1, advance(b, j), b_taps, taps, bias, c, step_k if whole else width
-        )
+            block, vectors, w, w_steps[0], w_steps[1], advance(b, j), b_taps, taps, bias, c,
+            step_k if whole else width,
+        )  # fmt: skip
         if not whole:
             store_rows(block, tile, y, y_steps, live, first + j, count, pitch, cols)
 

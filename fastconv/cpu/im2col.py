@@ -25,6 +25,7 @@ from fastconv.cpu.band import (
     locate,
     make_block,
     multiply,
+    packs_fast,
     task_threads,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
@@ -162,13 +163,22 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
     return np.ascontiguousarray(weight)
 
 
+def takes_view(problem: ConvProblem, device: Device) -> bool:
+    """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
+    return _is_matrix(problem) and packs_fast(problem, device)
+
+
+def _is_matrix(problem: ConvProblem) -> bool:
+    return problem.T == problem.R == problem.S == 1
+
+
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
     rows = flatten(problem)
     if rows is not None and lie_in_rows(operands):
         problem = rows
     plan = _plan(problem, tile, device, task_threads(problem))
-    _run_blocks(*plan, *arguments_of(problem, operands, tile.rows))
+    _run_blocks(*plan, *arguments_of(problem, operands, tile.rows, any_weight=_is_matrix(problem)))
 
 
 @lru_cache(maxsize=256)
@@ -183,8 +193,9 @@ def _plan(
 
 @Kernel
 def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
-    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
+    x, filters, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
     lanes, width, taps = block_lanes(block), block_columns(block), g.C * g.T * g.R * g.S
+    w_steps = (filters[1], filters[2]) if taps == g.C else (taps, 1)
     panels = allocate(block, d.panels * taps * width)
     tile = allocate(block, block_rows(block) * width)
     size = d.panel * lanes
@@ -203,7 +214,8 @@ def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
         in_row = g.P == 1  # then pixels are finished while they lie in the cache
         begin, pitch, q = (0, count, pixel) if in_row else (pixel, row, 0)
         multiply(
-            block, advance(w, channel * taps), k_count, panels, width, taps, advance(bias, channel),
+            block, advance(w, channel * w_steps[0]), w_steps, k_count, panels, width, taps,
+            advance(bias, channel),
             (count, size, size, taps * width), 0, begin, pitch, pitch,
             y, (n, channel, o, 0, q), tile, int(in_row), ending,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from fastconv.cpu.band import (
     locate,
     make_block,
     multiply,
+    packs_fast,
     share_channels,
     task_threads,
 )
@@ -93,13 +94,19 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
 prepare = direct.prepare
 
 
+def takes_view(problem: ConvProblem, device: Device) -> bool:
+    """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
+    return problem.order == "NCHW" and packs_fast(problem, device)
+
+
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
     plan = _plan_in_place(problem, tile, device, task_threads(problem))
     if plan is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)
         return
-    _run_bands(plan.block, plan.tasks, plan.workers, plan.cut, *arguments_of(problem, operands, tile.rows))
+    arguments = arguments_of(problem, operands, tile.rows, any_weight=True)
+    _run_bands(plan.block, plan.tasks, plan.workers, plan.cut, *arguments)
     if plan.shared is not None:
         direct.run(plan.shared, tile, device, _last_pixels(operands, plan.cut.pixels))
 
@@ -165,8 +172,8 @@ def _plan_in_place(problem: ConvProblem, tile: Tile, device: Device, workers: in
 
 @Kernel
 def _run_bands(block, first, last, g, x, w, bias, y, ending):
-    x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
-    lanes = block_lanes(block)
+    x, filters, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
+    lanes, w_steps = block_lanes(block), (filters[1], filters[2])
     tile = allocate(block, block_rows(block) * block_columns(block))
     line = g.line if x[2] % g.line == 0 else 1  # else rows do not all begin a line at once
     for task in range(first, last):
@@ -179,7 +186,7 @@ def _run_bands(block, first, last, g, x, w, bias, y, ending):
         q, end = _find_edge(g, index, plane, lanes, line), _find_edge(g, index + 1, plane, lanes, line)
         count = end - q
         multiply(
-            block, advance(w, channel * g.C), min(g.k_step, g.K - k_part * g.k_step),
+            block, advance(w, channel * w_steps[0]), w_steps, min(g.k_step, g.K - k_part * g.k_step),
             advance(plane, q), x[2], g.C, advance(bias, channel),
             (count, count, count, count), line, 0, count, count,
             y, (n, channel, o, 0, q), tile, 1, ending,

@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
-TAKES_VIEWS = True  # of a weight of rank 5, whatever its strides: none has to be copied before
 GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
 OWN_INPUTS = 128  # up to so many vectors of tiles every worker transforms for itself: sharing costs more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
@@ -223,6 +222,11 @@ def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     dtype, m = problem.compute_dtype, _possible(problem, tile).m
     extents = (problem.R, problem.S)
     return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), adds=True, m=m, extents=extents)
+
+
+def takes_view(problem: ConvProblem, device: Device) -> bool:
+    """Say whether a weight of rank 5 may have any strides."""
+    return True
 
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
