@@ -33,6 +33,7 @@ from fastconv.cpu.simd import (
     block_columns,
     block_lanes,
     block_rows,
+    copy_padded,
     copy_rows,
     fill,
     finish_lanes,
@@ -333,13 +334,14 @@ def _zeros(count: int, dtype: str) -> np.ndarray:
     return np.zeros(count, dtype)
 
 
-def packs_fast(problem: ConvProblem, device: Device) -> bool:
-    """Say whether rows of a turned 1x1 weight are soon packed: it lies in L2, or its lines do not collide.
+def weight_lies_well(problem: ConvProblem, device: Device) -> bool:
+    """Say whether a turned 1x1 weight need not be copied: of one image, in L2 or of lines apart in the cache.
 
-    Taps then lie K elements apart; a power of two of bytes puts all of them into few sets of the cache.
+    Each image packs the rows again. Taps lie K elements apart, and a power of two of bytes puts all of them
+    into few sets of the cache.
     """
     apart = problem.K * itemsize(problem)
-    return problem.gemm_k * apart <= device.l2 // 2 or apart % COLLIDING != 0
+    return problem.N == 1 and (problem.gemm_k * apart <= device.l2 // 2 or apart % COLLIDING != 0)
 
 
 def make_ending(operands: Operands) -> Ending:
@@ -459,7 +461,10 @@ def multiply(
     for row in range(0, k_count, height):
         k = min(row, k_count - live)  # the last tile overlaps the one before
         a, a_steps = advance(w, k * w_steps[0]), w_steps
-        if packs:  # with zeros for the rows that make a whole tile
+        if packs and w_steps[0] == taps and w_steps[1] == 1:  # rows of zeros make a whole tile
+            copy_padded(block, spare, a, 1, height * taps, 0, live * taps)
+            a = spare
+        elif packs:  # here too
             copy_rows(block, taps, spare, height, a, w_steps[1], w_steps[0], height, 0, live)
             a, a_steps = spare, (1, height)
         for begin in range(0, pixels, step):

@@ -25,8 +25,8 @@ from fastconv.cpu.band import (
     locate,
     make_block,
     multiply,
-    packs_fast,
     task_threads,
+    weight_lies_well,
 )
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
@@ -163,13 +163,10 @@ def prepare(problem: ConvProblem, tile: Tile, device: Device, weight: np.ndarray
     return np.ascontiguousarray(weight)
 
 
+@lru_cache(maxsize=256)
 def takes_view(problem: ConvProblem, device: Device) -> bool:
     """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
-    return _is_matrix(problem) and packs_fast(problem, device)
-
-
-def _is_matrix(problem: ConvProblem) -> bool:
-    return problem.T == problem.R == problem.S == 1
+    return problem.T == problem.R == problem.S == 1 and weight_lies_well(problem, device)
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
@@ -178,7 +175,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if rows is not None and lie_in_rows(operands):
         problem = rows
     plan = _plan(problem, tile, device, task_threads(problem))
-    _run_blocks(*plan, *arguments_of(problem, operands, tile.rows, any_weight=_is_matrix(problem)))
+    _run_blocks(*plan, *arguments_of(problem, operands, tile.rows, any_weight=takes_view(problem, device)))
 
 
 @lru_cache(maxsize=256)
@@ -193,9 +190,9 @@ def _plan(
 
 @Kernel
 def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
-    x, filters, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
+    x, w_view, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
     lanes, width, taps = block_lanes(block), block_columns(block), g.C * g.T * g.R * g.S
-    w_steps = (filters[1], filters[2]) if taps == g.C else (taps, 1)
+    w_steps = (w_view[1], w_view[2]) if taps == g.C else (taps, 1)
     panels = allocate(block, d.panels * taps * width)
     tile = allocate(block, block_rows(block) * width)
     size = d.panel * lanes

@@ -24,9 +24,9 @@ from fastconv.cpu.band import (
     locate,
     make_block,
     multiply,
-    packs_fast,
     share_channels,
     task_threads,
+    weight_lies_well,
 )
 from fastconv.cpu.device import CACHE_LINE, itemsize
 from fastconv.cpu.simd import (
@@ -94,9 +94,10 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
 prepare = direct.prepare
 
 
+@lru_cache(maxsize=256)
 def takes_view(problem: ConvProblem, device: Device) -> bool:
     """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
-    return problem.order == "NCHW" and packs_fast(problem, device)
+    return weight_lies_well(problem, device) and _plan_in_place(problem, TILES[0], device, 1) is not None
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
@@ -105,7 +106,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if plan is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)
         return
-    arguments = arguments_of(problem, operands, tile.rows, any_weight=True)
+    arguments = arguments_of(problem, operands, tile.rows, any_weight=takes_view(problem, device))
     _run_bands(plan.block, plan.tasks, plan.workers, plan.cut, *arguments)
     if plan.shared is not None:
         direct.run(plan.shared, tile, device, _last_pixels(operands, plan.cut.pixels))
@@ -172,8 +173,8 @@ def _plan_in_place(problem: ConvProblem, tile: Tile, device: Device, workers: in
 
 @Kernel
 def _run_bands(block, first, last, g, x, w, bias, y, ending):
-    x, filters, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
-    lanes, w_steps = block_lanes(block), (filters[1], filters[2])
+    x, w_view, w, bias, y = view_of(x), view_of(w), table(w), table(bias), view_of(y)
+    lanes, w_steps = block_lanes(block), (w_view[1], w_view[2])
     tile = allocate(block, block_rows(block) * block_columns(block))
     line = g.line if x[2] % g.line == 0 else 1  # else rows do not all begin a line at once
     for task in range(first, last):

@@ -225,7 +225,7 @@ def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
 
 
 def takes_view(problem: ConvProblem, device: Device) -> bool:
-    """Say whether a weight of rank 5 may have any strides."""
+    """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
     return True
 
 
