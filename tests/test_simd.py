@@ -619,20 +619,24 @@ class TestDifferentiatePlane:
 def meet(x, y, corner, stride, dilation, extents):
     """For each tap the sum of what its outputs read times their gradient, by the definition."""
     w = np.zeros(extents)
-    for p, q, r, s in product(*map(range, (*y.shape, *extents))):
-        h, v = corner[0] + p * stride[0] + r * dilation[0], corner[1] + q * stride[1] + s * dilation[1]
-        if 0 <= h < x.shape[0] and 0 <= v < x.shape[1]:
-            w[r, s] += float(y[p, q]) * float(x[h, v])
+    for output, tap, place in meetings(x.shape, y.shape, extents, corner, stride, dilation):
+        w[tap] += float(y[output]) * float(x[place])
     return w
+
+
+def meetings(size, shape, extents, corner, stride, dilation):
+    """Yield every output, each of its taps and what that reads, for what lies inside a plane of this size."""
+    for p, q, r, s in product(*map(range, (*shape, *extents))):
+        h, v = corner[0] + p * stride[0] + r * dilation[0], corner[1] + q * stride[1] + s * dilation[1]
+        if 0 <= h < size[0] and 0 <= v < size[1]:
+            yield (p, q), (r, s), (h, v)
 
 
 def correlate_at(x, w, corner, stride, dilation, shape):
     """The outputs of a plane whose first window begins at a corner, by the definition; zeros outside."""
     y = np.zeros(shape)
-    for p, q, r, s in product(*map(range, (*shape, *w.shape))):
-        h, v = corner[0] + p * stride[0] + r * dilation[0], corner[1] + q * stride[1] + s * dilation[1]
-        if 0 <= h < x.shape[0] and 0 <= v < x.shape[1]:
-            y[p, q] += float(w[r, s]) * float(x[h, v])
+    for output, tap, place in meetings(x.shape, shape, w.shape, corner, stride, dilation):
+        y[output] += float(w[tap]) * float(x[place])
     return y
 
 
@@ -671,10 +675,9 @@ class TestSpreadPlane:
                 around_out.shape[1], size,
             )  # fmt: skip
             expected = np.full(size, float(bias[0]))
-            for p, q, r, s in product(*map(range, (*y_size, *extents))):
-                h, v = 2 * p + r - padding[0], 2 * q + s - padding[1]
-                if 0 <= h < size[0] and 0 <= v < size[1]:
-                    expected[h, v] += float(y[p, q]) * float(w[r, s])
+            corner = (-padding[0], -padding[1])
+            for output, tap, place in meetings(size, y_size, extents, corner, (2, 2), (1, 1)):
+                expected[place] += float(y[output]) * float(w[tap])
             assert_exact(out, expected, dtype)
             out[:] = np.nan
             assert np.isnan(around_out).all(), "wrote beside the plane"

@@ -28,6 +28,7 @@ from fastconv.cpu.simd import (
     join,
     keep_rolled,
     part,
+    shuffle,
     widths,
 )
 
@@ -102,7 +103,7 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
     """
     *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count = args
-    (R, S) = block.extents
+    R, S = block.extents
     plane = _Plane(builder, block, vectors, strip, S, block.step)
     simd = plane.simd
     factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
@@ -198,7 +199,7 @@ def _emit_gradient_rows(
 ) -> tuple[Any, list[Any]]:
     """Emit a loop from row `first` on, `rows` rows at a time; return where it ends, and the sums."""
     *strip, h, stride_h, dilation_h, y, y_row, P, count, _ = args
-    (R, S) = block.extents
+    R, S = block.extents
     plane = _Plane(builder, block, 1, strip, S, block.step, count)
     simd, live = plane.simd, plane.simd.first_lanes(count)
     before = builder.block
@@ -352,13 +353,8 @@ def sum_lanes(typingctx: Any, block: BlockType, p: Any) -> Any:
         value, lanes = simd.load(args[1], INT(0)), simd.lanes
         while lanes > 1:
             lanes //= 2
-            halves = [
-                builder.shuffle_vector(
-                    value, value, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(half))
-                )
-                for half in (range(lanes), range(lanes, 2 * lanes))
-            ]
-            value = builder.fadd(*halves)
+            low, high = list(range(lanes)), list(range(lanes, 2 * lanes))
+            value = builder.fadd(shuffle(builder, value, value, low), shuffle(builder, value, value, high))
         return builder.extract_element(value, ir.IntType(32)(0))
 
     return block.float(block, types.CPointer(block.float)), codegen

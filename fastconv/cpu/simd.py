@@ -1055,7 +1055,7 @@ def transpose(
     return types.void(*kinds), codegen
 
 
-def _shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, indices: list[int]) -> Any:
     """Return the vector of the elements at `indices` of a followed by b."""
     kind = ir.VectorType(ir.IntType(32), len(indices))
     return builder.shuffle_vector(a, b, ir.Constant(kind, indices))
@@ -1066,8 +1066,8 @@ def emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
     if len(vectors) == 1:
         return vectors
     pairs = list(zip(vectors[0::2], vectors[1::2], strict=True))
-    even = [_shuffle(builder, a, b, list(range(0, 2 * lanes, 2))) for a, b in pairs]
-    odd = [_shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
+    even = [shuffle(builder, a, b, list(range(0, 2 * lanes, 2))) for a, b in pairs]
+    odd = [shuffle(builder, a, b, list(range(1, 2 * lanes, 2))) for a, b in pairs]
     halves = emit_split(builder, even, lanes), emit_split(builder, odd, lanes)
     return [v for pair in zip(*halves, strict=True) for v in pair]
 
@@ -1075,4 +1075,4 @@ def emit_split(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
 def emit_merge(builder: Any, even: Any, odd: Any, lanes: int) -> list[Any]:
     """Return two vectors that hold the elements of two others in turn."""
     halves = (range(lanes // 2), range(lanes // 2, lanes))
-    return [_shuffle(builder, even, odd, [e + o for e in half for o in (0, lanes)]) for half in halves]
+    return [shuffle(builder, even, odd, [e + o for e in half for o in (0, lanes)]) for half in halves]
