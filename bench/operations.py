@@ -133,6 +133,10 @@ class InputGradient(Forward):
     def operands(self) -> tuple[np.ndarray, np.ndarray]:
         return self.w, self.grad
 
+    def scale(self, first: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
+        """The sum of the terms' magnitudes, for errors that travel so many pixels of grad_output."""
+        return _scale_of_turned(self.problem, first, grad, reach) if reach else self.refer(first, grad)
+
 
 class WeightGradient(InputGradient):
     """The gradient of the weight, made of the input and the gradient of the output."""
@@ -153,6 +157,12 @@ class WeightGradient(InputGradient):
     def operands(self) -> tuple[np.ndarray, np.ndarray]:
         return self.x, self.grad
 
+    def scale(self, first: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
+        """The sum of the terms' magnitudes, for errors that travel so many pixels of the input."""
+        for axis in range(2, first.ndim):
+            first = reference.largest_near(first, axis, reach)
+        return self.refer(first, grad)
+
 
 class GradientOracle(Oracle):
     """Judges a gradient."""
@@ -163,11 +173,8 @@ class GradientOracle(Oracle):
         super().__init__(gradient.problem, *gradient.operands(), expected)
 
     def scale(self, reach: int) -> np.ndarray:
-        """The sum of the terms' magnitudes, for errors that travel so many pixels of grad_output."""
         first, grad = (np.abs(array.astype(np.float64)) for array in self.gradient.operands())
-        if not reach:
-            return self.gradient.refer(first, grad)
-        return _scale_of_turned(self.problem, first, grad, reach)
+        return self.gradient.scale(first, grad, reach)
 
 
 def _scale_of_turned(problem: ConvProblem, w: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:

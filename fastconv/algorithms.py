@@ -66,8 +66,6 @@ def _accepts_all(problem: ConvProblem) -> str | None:
 
 
 def _winograd_refuses(problem: ConvProblem) -> str | None:
-    if problem.direction == "grad_weight":
-        return "has no gradient of the weight"
     filters = [(3, 3), (5, 5), (1, 3), (3, 1), (1, 5), (5, 1)]
     is_flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
     if not is_flat or (problem.R, problem.S) not in filters:

@@ -432,9 +432,9 @@ class TestOperations:
             assert not oracle.judge(y, bound).passed
 
     def test_errors_that_travel(self, name):
-        """Winograd's are judged by the largest element nearby, in the gradient of the input too."""
+        """Winograd's are judged by the largest element nearby."""
         plans = possible_plans(operations.turn(self.PROBLEMS[0], name), "winograd")
-        assert bool(plans) == (name != "grad_weight")
+        assert plans
         operation = operations.OPERATIONS[name](self.PROBLEMS[0])
         for plan in plans:
             oracle, bound = operation.oracle(), plan.error_bound()

@@ -1,6 +1,7 @@
 """The gradients with respect to input and weight: every algorithm and tile against the reference."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -12,7 +13,7 @@ from fastconv.algorithms import TABLE
 from fastconv.cpu import memory
 from fastconv.cpu.grad_input import depthwise as grad_input
 from fastconv.cpu.grad_weight import depthwise as grad_weight
-from fastconv.cpu.grad_weight import pointwise
+from fastconv.cpu.grad_weight import pointwise, winograd
 from fastconv.plan import Plan, make_plan, possible_plans, why_refused
 from fastconv.problem import ConvError, ConvProblem, Epilogue, make_problem
 from tests.cases import CASES, TALL, WIDE, around_tile, options_of
@@ -165,7 +166,7 @@ class TestAlgorithm:
             assert len(found) == 1
 
 
-@pytest.mark.parametrize("algorithm", sorted(set(TABLE) - {"winograd"}))
+@every_algorithm
 def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
     """One tap less than 4, 8 or 16 hold: were a whole vector stored, it would end behind the gradient."""
     K = 32
@@ -174,11 +175,34 @@ def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
         shapes = (1, C * groups, 9, 11), (K, C, *taps)
         problem = make_problem("conv2d", *shapes, groups=groups, direction="grad_weight")
         gradient = make_gradient(rng, problem, integers)
-        for plan in possible_plans(problem, algorithm):
+        for plan in exact_plans(problem, algorithm):
             for label, out in layouts(np.full(gradient.shape, np.nan, np.float32)):
                 if out.flags.writeable:
                     gradient.check(plan, out=out)
                     assert np.isnan(surroundings(out)).all(), f"{plan}: wrote beside out, {label}"
+
+
+@every_order
+@pytest.mark.parametrize("groups", [1, 2])
+def test_winograd_in_blocks_and_panels(groups, order, rng, monkeypatch):
+    """Sums of many tiles, block after block, of the batch: the same bits for any panels and threads."""
+    problem = make_problem(
+        "conv2d", (3, 70 * groups, 26, 39), (81 * groups, 70, 3, 3), padding=1, groups=groups, order=order,
+        direction="grad_weight",
+    )  # fmt: skip
+    for any_caches in possible_plans(problem, "winograd"):
+        found, panels = set(), set()
+        is_exact = any_caches.algorithm.exact(problem, any_caches.tile)
+        gradient = make_gradient(rng, problem, integers if is_exact else normals)
+        for threads, l2 in itertools.product(("1", "2", "5"), (1 << 17, 1 << 24)):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            plan = with_caches(any_caches, 1 << 12, l2)
+            d = winograd._divide(problem, plan.tile, plan.device, int(threads))
+            assert min(d.blocks, d.c_parts) > 1
+            panels.add(d.k_parts)
+            found.add(gradient.run(plan).tobytes())
+        assert len(found) == 1 < len(panels)
+        gradient.check(plan) if is_exact else gradient.check_bounded(plan)
 
 
 @pytest.mark.parametrize("order", ORDERS)

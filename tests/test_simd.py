@@ -201,6 +201,16 @@ def call_output(block, first, last, M, M_step, bias, y, y_row):
     simd.transform_output(block, pointer(block, M), M_step, pointer(block, bias), pointer(block, y), y_row)
 
 
+@Kernel
+def call_output_gradient(block, first, last, y, y_row, M, M_step):
+    simd.transform_output_gradient(block, pointer(block, y), y_row, pointer(block, M), M_step)
+
+
+@Kernel
+def call_filter_gradient(block, first, last, U, U_step, w):
+    simd.transform_filter_gradient(block, pointer(block, U), U_step, pointer(block, w))
+
+
 @every_dtype
 @pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1), (3, 1), (1, 5)])
 @every_m
@@ -240,6 +250,30 @@ class TestTransforms:
         products = M.vectors().reshape(a_h, a_w, lanes)
         expected = bias + sandwich(left, products, right)
         assert_exact(y.vectors().reshape(m_h * m_w, lanes), expected, dtype)
+
+    def test_output_gradient(self, lanes, m, extents, dtype, rng):
+        """Of rows longer than those of a tile."""
+        block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
+        m_h, m_w, _, _ = block.sides
+        y = rng.integers(-1, 2, (m_h, m_w + 1, lanes)).astype(dtype)
+        y[:, m_w] = np.nan
+        M = Gapped(places(block), lanes, dtype)
+        call_output_gradient(block, 1, 1, address(y), (m_w + 1) * lanes, M.address, M.step)
+        left, right = axes("AT", block)
+        assert_exact(M.vectors(), sandwich(left.T, y[:, :m_w], right.T), dtype)
+
+    def test_filter_gradient(self, lanes, m, extents, dtype, rng):
+        block = Block(dtype, 1, 1, lanes, m=m, extents=extents)
+        _, _, a_h, a_w = block.sides
+        U = Gapped(places(block), lanes, dtype)
+        U.array[:, :lanes] = integers(rng, (places(block), lanes))
+        w = np.full((extents[0] * extents[1] + 1, lanes), np.nan, dtype)
+        call_filter_gradient(block, 1, 1, U.address, U.step, address(w))
+        left, right = axes("G", block)
+        products = U.vectors().reshape(a_h, a_w, lanes)
+        bound = 4 * np.finfo(dtype).eps * sandwich(np.abs(left.T), np.abs(products), np.abs(right.T))
+        assert_bounded(w[:-1], sandwich(left.T, products, right.T), bound, dtype)
+        assert np.isnan(w[-1]).all()
 
 
 class Gapped:

@@ -19,6 +19,7 @@ from torch.library import opcheck  # noqa: E402
 import fastconv  # noqa: E402
 import fastconv.torch as ft  # noqa: E402
 from fastconv.problem import ConvError  # noqa: E402
+from fastconv.torch import convolution  # noqa: E402
 
 NDIM = (1, 2, 3)
 SIZES, KERNELS = (6, 5, 4), (3, 2, 2)
@@ -316,14 +317,16 @@ def test_memory_order_is_kept(ndim):
 
 
 def test_an_algorithm_by_name():
-    """Winograd has no gradient of the weight: another algorithm computes that."""
-    x = torch.ones(1, 2, 8, 8, requires_grad=True)
-    w = torch.ones(2, 2, 3, 3, requires_grad=True)
-    ft.conv2d(x, w, padding=1, algo="winograd").sum().backward()
-    assert (
-        w.grad.flatten().tolist()
-        == nn.grad.conv2d_weight(x, w.shape, torch.ones(1, 2, 8, 8), padding=1).flatten().tolist()
-    )
+    """Forwards and backwards; on a GPU, where Winograd has no gradient of the weight, not for that."""
+    x, w = torch.rand(1, 2, 8, 8, requires_grad=True), torch.rand(2, 2, 3, 3, requires_grad=True)
+    y = ft.conv2d(x, w, padding=1, algo="winograd")
+    y.sum().backward()
+    arrays, options = (x.detach().numpy(), w.detach().numpy()), {"padding": 1, "algo": "winograd"}
+    assert np.array_equal(y.detach().numpy(), fastconv.conv2d(*arrays, **options))
+    ones = np.ones(y.shape, np.float32)
+    assert np.array_equal(w.grad.numpy(), fastconv.grad.conv2d_weight(arrays[0], w.shape, ones, **options))
+    geometry = convolution.Geometry([1, 1], [1, 1, 1, 1], [1, 1], 1, "winograd", "high")
+    assert [convolution._for_weight(geometry, on_gpu).algo for on_gpu in (0, 1)] == ["winograd", "auto"]
     with pytest.raises(ConvError, match="needs stride 1"):
         ft.conv2d(x, w, stride=2, algo="winograd")
 

@@ -35,7 +35,7 @@ from fastconv.cpu import team
 from fastconv.cpu.device import CACHE_LINE
 from fastconv.cpu.team import PART, compile_cached, compile_for, launch
 from fastconv.problem import HashedOnce
-from fastconv.winograd_math import Matrices, matrices
+from fastconv.winograd_math import Matrices, Matrix, matrices
 
 INT = ir.IntType(64)
 FETCHED_TAPS = 16  # ahead of the tap in hand, which takes 12 cycles in a tile of 8x3
@@ -920,17 +920,40 @@ def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any
     target  pointer to U: element e of its rows, one after the other, is the vector at e * target_step
     """
     floats = types.CPointer(block.float)
-    (R, S), (rows, columns) = block.block.extents, _axes(block.block)
+    extents, (rows, columns) = block.block.extents, _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, target, target_step = args
         simd = Vectors(builder, block.block)
-        w = _load_rows(builder, simd, source, INT(simd.lanes), (R, S))
+        w = _load_rows(builder, simd, source, INT(simd.lanes), extents)
         U = _emit_sandwich(builder, simd, rows.G, columns.G, w)
         _store_columns(builder, simd, U, target, target_step)
         return context.get_dummy_value()
 
     return types.void(block, floats, floats, types.int64), codegen
+
+
+@intrinsic
+def transform_filter_gradient(
+    typingctx: Any, block: BlockType, source: Any, source_step: Any, target: Any
+) -> Any:
+    """Winograd: grad_w = G^T U G of a vector of filters, U the gradient of what `transform_filters` makes.
+
+    source  pointer to U: element e of its rows, one after the other, is the vector at e * source_step
+    target  pointer to the gradients: of each tap one vector, one after the other
+    """
+    floats, (_, _, a_h, a_w) = types.CPointer(block.float), block.block.sides
+    G_rows, G_columns = (_transposed(axis.G) for axis in _axes(block.block))
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, source_step, target = args
+        simd = Vectors(builder, block.block)
+        U = _load_rows(builder, simd, source, source_step, (a_h, a_w))
+        w = _emit_sandwich(builder, simd, G_rows, G_columns, U)
+        _store_columns(builder, simd, w, target, INT(simd.lanes))
+        return context.get_dummy_value()
+
+    return types.void(block, floats, types.int64, floats), codegen
 
 
 @intrinsic
@@ -944,17 +967,40 @@ def transform_input(
     """
     floats, (_, _, a_h, a_w) = types.CPointer(block.float), block.block.sides
     rows, columns = _axes(block.block)
+    signature = types.void(block, floats, types.int64, floats, types.int64)
+    return signature, _pixels_transform(block.block, (a_h, a_w), rows.BT, columns.BT)
+
+
+@intrinsic
+def transform_output_gradient(
+    typingctx: Any, block: BlockType, source: Any, source_row: Any, target: Any, target_step: Any
+) -> Any:
+    """Winograd: M = A grad_y A^T of one tile, the gradient of what `transform_output` takes.
+
+    source  pointer to the gradients of the tile's outputs, target pointer to M: as in `transform_input`
+    """
+    floats, (m_h, m_w, _, _) = types.CPointer(block.float), block.block.sides
+    A_rows, A_columns = (_transposed(axis.AT) for axis in _axes(block.block))
+    signature = types.void(block, floats, types.int64, floats, types.int64)
+    return signature, _pixels_transform(block.block, (m_h, m_w), A_rows, A_columns)
+
+
+def _pixels_transform(block: Block, shape: tuple[int, int], left: Matrix, right: Matrix) -> Any:
+    """Return what emits left X right^T of `shape` pixels X."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, source_row, target, target_step = args
-        simd = Vectors(builder, block.block)
-        lines = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(a_h)]
-        d = [[simd.load(line, INT(j * simd.lanes)) for j in range(a_w)] for line in lines]
-        V = _emit_sandwich(builder, simd, rows.BT, columns.BT, d)
-        _store_columns(builder, simd, V, target, target_step)
+        simd = Vectors(builder, block)
+        lines = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(shape[0])]
+        X = [[simd.load(line, INT(j * simd.lanes)) for j in range(shape[1])] for line in lines]
+        _store_columns(builder, simd, _emit_sandwich(builder, simd, left, right, X), target, target_step)
         return context.get_dummy_value()
 
-    return types.void(block, floats, types.int64, floats, types.int64), codegen
+    return codegen
+
+
+def _transposed(matrix: Matrix) -> Matrix:
+    return tuple(zip(*matrix, strict=True))
 
 
 @intrinsic

@@ -63,7 +63,7 @@ def compile_for(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
     """Return what Numba compiles of a function for arguments of these types."""
     try:
         dispatcher.compile(signature)
-    except AttributeError:  # an older version has kept code for a class that this one does not have
+    except (AttributeError, ImportError):  # an older version has kept code for a class that is gone
         dispatcher._cache.flush()
         dispatcher.compile(signature)
     if signature not in dispatcher.overloads:  # two processes have written to one file of the cache at once

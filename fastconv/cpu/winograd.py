@@ -132,7 +132,7 @@ class Geometry(NamedTuple):
 def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int) -> Geometry:
     """Divide a problem into blocks of tiles, panels of output channels and steps of input channels."""
     lanes = device.lanes(problem.compute_dtype)
-    m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
+    m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
     groups, C, K = problem.groups, problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
     tiles = problem.N * tiles_h * tiles_w
@@ -163,10 +163,10 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
 
 def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     """Return the estimated seconds on one core, the transform of the filters included."""
-    if tile != _possible(problem, tile):
+    if tile != possible(problem, tile):
         return float("inf")
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
-    m_h, m_w, a_h, a_w = _block(problem, tile, device).sides
+    m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1)
     C_vectors = g.C_padded // lanes
     product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, g.C, dtype, True)
@@ -190,7 +190,7 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     return itemsize(problem) * g.places * (U + V + g.M_step * workers)
 
 
-def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
+def possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
     """Return the tile, or F(2 x 2) in place of F(4 x 4, 5 x 5), whose rounding errors reach 380 eps."""
     return tile._replace(m=2) if problem.R == problem.S == 5 else tile
 
@@ -200,7 +200,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
 
     Not U, which is four times as large: to read that takes longer than to make it, where it is read once.
     """
-    block = _block(problem, tile, device)
+    block = make_block(problem, tile, device)
     g = _geometry(problem, tile, device, 1)
     rows = g.groups * g.K_vectors
     regrouped = memory.allocate((rows, g.C * problem.R * problem.S * block.lanes), problem.compute_dtype)
@@ -217,9 +217,9 @@ def _with_taps_in_line(weight: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
+def make_block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     """Return a tile as the microkernel and the transforms take it."""
-    dtype, m = problem.compute_dtype, _possible(problem, tile).m
+    dtype, m = problem.compute_dtype, possible(problem, tile).m
     extents = (problem.R, problem.S)
     return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), adds=True, m=m, extents=extents)
 
@@ -252,7 +252,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
 @lru_cache(maxsize=256)
 def _plan(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int) -> tuple[Block, Geometry]:
     """Return what of the arguments of kernels does not change from call to call."""
-    return _block(problem, tile, device), _geometry(problem, tile, device, workers)
+    return make_block(problem, tile, device), _geometry(problem, tile, device, workers)
 
 
 @Kernel
@@ -364,7 +364,7 @@ def _find_tiles(block, g, tile_block):
 
 
 @small_part
-def _find_run(g, tile, end):
+def find_run(g, tile, end):
     """Return a tile's image, row and column, and how many tiles from it on, before `end`, lie in this row."""
     rest, column = divmod(tile, g.tiles_w)
     n, row = divmod(rest, g.tiles_h)
@@ -384,21 +384,13 @@ def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
 
     Rows that no tile has are zeros: what memory holds by chance may be subnormal, which takes 100 cycles.
     """
-    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
+    lanes = block_lanes(block)
     first, end = _find_tiles(block, g, tile_block)
-    line = GATHERED * lanes * lanes
-    pixels = allocate(block, a_h * line)
+    pixels = allocate_pixels(block)
     for c in range(c_first, c_end, lanes):
-        tile = first
-        while tile < end:
-            n, row, column, count = _find_run(g, tile, end)
-            count = min(count, (GATHERED * lanes - a_w + m) // m)
-            at = n, group * g.C + c, 0, row * m_h - g.pad_h, column * m - g.pad_w
-            _gather_pixels(block, x, g, at, min(lanes, g.C - c), count * m + a_w - m, pixels, line)
-            for j in range(count):
-                target = advance(V, (tile - first + j) * g.C_padded + c)
-                transform_input(block, advance(pixels, j * m * lanes), line, target, g.V_step)
-            tile += count
+        channel, count = group * g.C + c, min(lanes, g.C - c)
+        target = advance(V, c)
+        transform_tiles(block, x, g, channel, count, first, end, pixels, target, g.C_padded, g.V_step)
     if c_first == 0:
         for e in range(g.places):
             rest = g.height - (end - first)
@@ -406,20 +398,49 @@ def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
     release(pixels)
 
 
-@part
-def _gather_pixels(block, x, g, at, channels, columns, pixels, line):
-    """Copy the rows and columns under a run of tiles, channels on the lanes, zeros for padding.
-
-    at    n, channel, d, h, w of the first, which may lie outside the image
-    line  how far apart the rows lie in `pixels`
-    """
+@small_part
+def allocate_pixels(block):
+    """Return memory for the inputs of a run of tiles, a vector of channels; to be released."""
     lanes, (_, _, a_h, _) = block_lanes(block), block_sides(block)
+    return allocate(block, a_h * GATHERED * lanes * lanes)
+
+
+@part
+def transform_tiles(block, x, g, channel, channels, first, end, pixels, V, V_row, V_step):
+    """Gather tiles first ... end-1 of a vector of channels and transform them; V: where the first one goes.
+
+    V_row, V_step  how far apart tiles lie in V, and the places of a tile
+    """
+    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
+    line = GATHERED * lanes * lanes
+    tile = first
+    while tile < end:
+        n, row, column, count = find_run(g, tile, end)
+        count = min(count, (GATHERED * lanes - a_w + m) // m)
+        at = n, channel, 0, row * m_h - g.pad_h, column * m - g.pad_w
+        gather_pixels(block, x, (g.H, g.W), at, channels, (a_h, count * m + a_w - m), pixels, line)
+        for j in range(count):
+            target = advance(V, (tile - first + j) * V_row)
+            transform_input(block, advance(pixels, j * m * lanes), line, target, V_step)
+        tile += count
+
+
+@part
+def gather_pixels(block, x, limits, at, channels, sizes, pixels, line):
+    """Copy rows and columns of pixels, channels on the lanes, zeros for those outside the image.
+
+    limits  rows and columns of the image
+    at      n, channel, d, h, w of the first pixel, which may lie outside
+    sizes   how many rows and columns
+    line    how far apart the rows lie in `pixels`
+    """
+    lanes, (H, W), (rows, columns) = block_lanes(block), limits, sizes
     h, w = at[3], at[4]
     source, every = locate(block, x, at), lane_bits(block, 0, lanes)
-    low, high = columns_inside(w, 1, columns, g.W)
-    for i in range(a_h):
+    low, high = columns_inside(w, 1, columns, W)
+    for i in range(rows):
         target, row = advance(pixels, i * line), advance(source, i * x[4])
-        if h + i < 0 or h + i >= g.H:
+        if h + i < 0 or h + i >= H:
             fill(block, target, columns * lanes)
         elif x[5] == 1:
             for j in range(0, columns, lanes):
@@ -464,7 +485,7 @@ def _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending):
     first, end = _find_tiles(block, g, tile_block)
     tile = first
     while tile < end:
-        n, row, column, count = _find_run(g, tile, end)
+        n, row, column, count = find_run(g, tile, end)
         p, q = row * m_h, column * m
         rows, columns = min(m_h, g.P - p), min(count * m, g.Q - q)
         products = advance(M, (tile - first) * g.panel)

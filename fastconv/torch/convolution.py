@@ -300,7 +300,8 @@ def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry
 def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{len(weight_size) - 2}d_weight")
     input, grad_output = _plain(input, grad_output)
-    return function(input, tuple(weight_size), grad_output, **_for_weight(Geometry(*geometry)).options())
+    options = _for_weight(Geometry(*geometry), input.is_cuda).options()
+    return function(input, tuple(weight_size), grad_output, **options)
 
 
 @define(
@@ -312,9 +313,9 @@ def _convolution_transposed(input: Any, weight: Any, bias: Any, output_padding: 
     return function(*_plain(input, weight, bias), output_padding=output_padding, **options)
 
 
-def _for_weight(geometry: Geometry) -> Geometry:
-    """Winograd, asked for by name, has no gradient of the weight: the cost model chooses."""
-    return geometry._replace(algo="auto") if geometry.algo == "winograd" else geometry
+def _for_weight(geometry: Geometry, is_cuda: bool) -> Geometry:
+    """Winograd, asked for by name, has no gradient of the weight on a GPU: the cost model chooses."""
+    return geometry._replace(algo="auto") if is_cuda and geometry.algo == "winograd" else geometry
 
 
 @_convolution.register_fake
