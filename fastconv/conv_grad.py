@@ -265,7 +265,7 @@ def _differentiate(
     """The one implementation of all gradients; `size` is the shape of the array that is not given."""
     *numbers, layout, algo, out = options
     name, example = op + DIRECTIONS[direction], next(iter(given.values()))
-    form = find_form(as_key(name, algo, None, (*numbers, size, layout, False)), (*given.values(), out))
+    form = find_form(as_key(name, algo, None, (*numbers, layout, False), size), (*given.values(), out))
     route = find_route(form)
     if out is not None:
         given["out"] = out

@@ -18,8 +18,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -48,32 +48,33 @@ class Phase(NamedTuple):
     padding: Pair
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One of the convolutions that make the gradient: a phase along d, h and w."""
 
     problem: ConvProblem
     phases: tuple[Phase, Phase, Phase]
 
-    @property
+    @cached_property
     def is_zero(self) -> bool:
         return any(phase.taps is None for phase in self.phases)
 
-    @property
+    @cached_property
     def columns_apart(self) -> bool:
         """Say whether the elements of a row that it makes have others between them."""
         return (self.phases[2].inputs.step or 1) > 1
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[slice, ...]:
         """What of the input's gradient it makes."""
         return slice(None), slice(None), *(phase.inputs for phase in self.phases)
 
-    @property
+    @cached_property
     def taps(self) -> tuple[Any, ...]:
         """What it takes of the filters (..., T, R, S)."""
         return ..., *(phase.taps for phase in self.phases)
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[slice, ...]:
         """What of the output's gradient it is made of."""
         return slice(None), slice(None), *(phase.outputs for phase in self.phases)
@@ -302,14 +303,19 @@ class InputGradient:
 
     def _takes_view(self, problem: ConvProblem, device: Any) -> bool:
         """Say whether the weight of the only part is a view of the one given."""
-        takes_view, parts = getattr(self._forward, "takes_view", None), _met_parts(problem)
-        if takes_view is None or not problem.groups == len(parts) == 1:
-            return False
-        return bool(takes_view(parts[0].problem, device))
+        return _takes_view(self._forward, problem, device)
 
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return zeros of a shape: one element of memory, seen as often as needed."""
         return np.broadcast_to(self._memory.zeros((1,), dtype), shape)
+
+
+@lru_cache(maxsize=256)
+def _takes_view(forward: ModuleType, problem: ConvProblem, device: Any) -> bool:
+    takes_view, parts = getattr(forward, "takes_view", None), _met_parts(problem)
+    if takes_view is None or not problem.groups == len(parts) == 1:
+        return False
+    return bool(takes_view(parts[0].problem, device))
 
 
 @lru_cache(maxsize=16)

@@ -266,8 +266,16 @@ def find_form(key: Any, given: tuple[Array, ...]) -> Any:
     return key, *forms, planning.settings("cpu")
 
 
-def as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
-    """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
+def as_key(
+    op: str, algo: str, activation: Activation, options: Options, size: Any = None
+) -> tuple[Any, ...] | None:
+    """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these.
+
+    size  of a gradient, whose options are others
+    """
+    if size is not None:
+        key, plain = as_key(op, algo, activation, options), _plain(size)
+        return None if key is None or plain is None else (key, plain)
     if (
         activation is None
         and tuple(map(type, options)) == _PLAIN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastconv.cpu.simd import (
 )
 
 if TYPE_CHECKING:
+    from fastconv.cpu.device import Device
     from fastconv.problem import Cuts
 
 FILTERS = 64  # of a task: what is read of them, a line of each, stays in L1
@@ -34,10 +36,10 @@ SERIAL_ELEMENTS = 20_000  # below this, about 10 us, a second thread costs more 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Return an array, not set, that begins with a cache line; NumPy's begin with 16 bytes of one."""
-    item = np.dtype(dtype).itemsize
-    raw = np.empty(math.prod(shape) * item + CACHE_LINE, np.uint8)
-    first = -address(raw) % CACHE_LINE
-    return raw[first : first + math.prod(shape) * item].view(dtype).reshape(shape)
+    count = math.prod(shape)
+    raw = np.empty(count + CACHE_LINE, dtype)
+    first = -address(raw) % CACHE_LINE // raw.itemsize
+    return raw[first : first + count].reshape(shape)
 
 
 def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
@@ -50,12 +52,17 @@ def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
     steps = zip((T, R, S), filters.strides[3:], (R * S * item, S * item, item), strict=True)
     if any(size > 1 and step != wanted for size, step, wanted in steps):
         filters = np.ascontiguousarray(filters)
-    block = Block(dtype, 1, 1, device.current().lanes(dtype))
+    block = _make_block(dtype, device.current())
     tasks = math.ceil(K / FILTERS)
     workers = threads.thread_count() if filters.size > SERIAL_ELEMENTS else 1
     result = allocate((cuts.elements,), dtype)
     _exchange(block, G * tasks, workers, (K, C, tasks), cuts.taps, filters, result)
     return [result[i : i + math.prod(shape)].reshape(shape) for i, shape in zip(cuts.begins, cuts.shapes)]
+
+
+@lru_cache(maxsize=16)
+def _make_block(dtype: str, device: Device) -> Block:
+    return Block(dtype, 1, 1, device.lanes(dtype))
 
 
 @Kernel
@@ -102,7 +109,7 @@ def put(array: np.ndarray, place: np.ndarray) -> None:
     """Copy contiguous (N, C, D, H, W) to where its columns lie apart."""
     N, C, D, H, W = array.shape
     dtype = array.dtype.name
-    block = Block(dtype, 1, 1, device.current().lanes(dtype))
+    block = _make_block(dtype, device.current())
     workers = threads.thread_count() if array.size > SERIAL_ELEMENTS else 1
     _put(block, N * C, workers, (C, D, H, W), array, place)
 

@@ -29,35 +29,34 @@ TILES = outer.TILES
 
 
 @lru_cache(maxsize=256)
-def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry, Tables]:
-    """Divide the pixels into bands, of which a task packs some channels."""
+def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Geometry, Tables, np.ndarray]:
+    """Divide the pixels into bands, of which a task packs some channels; offsets of A's rows come last."""
     pixels = outer.pixels_of_block(problem, tile, device, gathered=problem.T)
     cols = band.even_share(problem.Q, pixels)
     rows = band.even_share(problem.P, pixels // cols)
     bands = -(-problem.P // rows) * -(-problem.Q // cols)
     d = outer.divide(problem, tile, device, problem.N * problem.O * bands)
     geometry, tables = band.cut_bands(problem, d.c_step, rows, cols)
-    return d, geometry, tables
+    return d, geometry, tables, outer.row_offsets(d, tables.b_taps)
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    d, g, tables = _plan(problem, tile, device)
+    d, g, tables, _ = _plan(problem, tile, device)
     packed = device.copy_cycles(problem, band.band_elements(g, tables) / g.Wb, g.Wb, problem.stride[2])
     return outer.cost(problem, tile, device, d, problem.groups * d.c_parts * d.blocks * packed)
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of sums and of the packed blocks that all threads hold."""
-    d, g, tables = _plan(problem, tile, device)
+    d, g, tables, _ = _plan(problem, tile, device)
     return outer.workspace(problem, d, band.band_elements(g, tables))
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
-    d, g, tables = _plan(problem, tile, device)
+    d, g, tables, rows = _plan(problem, tile, device)
     block = outer.make_sums_block(problem, tile, device)
-    rows = outer.row_offsets(d, tables.b_taps)
     elements = band.band_elements(g, tables)
     x, y = view(operands.x), view(operands.weight)
 

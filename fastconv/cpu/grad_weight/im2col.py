@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,19 +29,23 @@ if TYPE_CHECKING:
 TILES = outer.TILES
 
 
-def _plan(problem: ConvProblem, tile: Tile, device: Device) -> tuple[Division, Windows, Pixels]:
-    """Divide the pixels into blocks, of which a task gathers the taps of some channels."""
+@lru_cache(maxsize=256)
+def _plan(
+    problem: ConvProblem, tile: Tile, device: Device
+) -> tuple[Division, Windows, Pixels, np.ndarray, np.ndarray]:
+    """Divide the pixels into blocks, of which a task gathers some channels; offsets of A come last."""
     pixels = outer.pixels_of_block(
         problem, tile, device, gathered=problem.gemm_k * problem.groups // problem.C
     )
     cut = outer.cut_pixels(problem, pixels)
     d = outer.divide(problem, tile, device, problem.N * problem.O * cut.blocks)
-    return d, make_windows(problem)._replace(C=d.c_step), cut
+    rows = outer.row_offsets(d, np.arange(d.c_step * d.taps) * cut.columns)
+    return d, make_windows(problem)._replace(C=d.c_step), cut, rows, np.arange(cut.columns)
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
-    d, _, _ = _plan(problem, tile, device)
+    d = _plan(problem, tile, device)[0]
     lines = problem.groups * problem.gemm_k * problem.N * problem.O * problem.P
     return outer.cost(
         problem, tile, device, d, device.copy_cycles(problem, lines, problem.Q, problem.stride[2])
@@ -49,16 +54,14 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of sums, and of the gathered and packed blocks that all threads hold."""
-    d, _, cut = _plan(problem, tile, device)
+    d, _, cut, _, _ = _plan(problem, tile, device)
     return outer.workspace(problem, d, d.c_step * d.taps * cut.columns)
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
     """Compute the gradient; operands.weight is that of the output."""
-    d, g, cut = _plan(problem, tile, device)
+    d, g, cut, a_rows, a_pixels = _plan(problem, tile, device)
     block = outer.make_sums_block(problem, tile, device)
-    a_rows = outer.row_offsets(d, np.arange(d.c_step * d.taps) * cut.columns)
-    a_pixels = np.arange(cut.columns)
     x, y = view(operands.x), view(operands.weight)
 
     out = outer.by_group(problem, operands.out)

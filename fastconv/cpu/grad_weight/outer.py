@@ -53,6 +53,9 @@ MOST_ROWS = 256  # taps of a task, unless one channel has more: enough to make u
 MOST_COLUMNS = 128  # output channels of a task
 TASKS = 16  # at least, if there are as many blocks of pixels
 
+CALL_CYCLES = 45_000  # that a call takes beside, more than one of Winograd
+SUM_CYCLES = 1.5  # to clear an element of the sums, to turn it and to store it
+
 
 class Division(NamedTuple):
     """How the work is divided; C and K are those of one group."""
@@ -125,7 +128,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device, d: Division, gathered
     starts = d.blocks * d.c_parts * d.k_parts * (d.rows // tile.rows) * (d.columns // tile.vectors)
     packed = d.c_parts * device.copy_cycles(problem, problem.gemm_m, problem.gemm_n, 1)
     cycles = problem.groups * (d.c_parts * d.k_parts * multiply + packed + starts) + d.k_parts * gathered
-    return device.seconds(problem, cycles)
+    return device.seconds(problem, cycles + CALL_CYCLES + SUM_CYCLES * problem.parameters)
 
 
 def workspace(problem: ConvProblem, d: Division, placed: int) -> int:
@@ -135,6 +138,7 @@ def workspace(problem: ConvProblem, d: Division, placed: int) -> int:
     return itemsize(problem) * (sums + threads.thread_count() * (placed + pixels * d.columns))
 
 
+@lru_cache(maxsize=256)
 def make_sums_block(problem: ConvProblem, tile: Tile, device: Device) -> Block:
     """Return the tile as the microkernel takes it: it adds to what is there."""
     return replace(make_block(problem, tile, device, "columns"), adds=True)
