@@ -138,10 +138,10 @@ def columns_touch(*arrays: np.ndarray) -> bool:
 def lie_in_rows(operands: Operands) -> bool:
     """Say whether the pixels of every plane lie one after the other."""
     x, residual, out = operands.x, operands.residual, operands.out
-    return _is_one_row(x) and _is_one_row(out) and (residual is None or _is_one_row(residual))
+    return is_one_row(x) and is_one_row(out) and (residual is None or is_one_row(residual))
 
 
-def _is_one_row(array: np.ndarray) -> bool:
+def is_one_row(array: np.ndarray) -> bool:
     item, shape, strides = array.itemsize, array.shape, array.strides
     return strides[4] == item and (strides[3] == item * shape[4] or shape[3] == 1)
 
