@@ -81,8 +81,8 @@ def _winograd_error(problem: ConvProblem, tile: Any) -> float:
     """Return a factor above the worst that was measured, of one channel.
 
     On normal data that is 2.6 for F(2 x 2, 3 x 3), 17.3 for F(4 x 4, 3 x 3), 9.0 for F(2 x 2, 5 x 5) and 17.9
-    for F(4, 5); under filters of one tap, in a corner, 4.7, 48, 50 and 36. In the gradient of the weight it is
-    less: 3.8, 21, 35 and 22 where every channel of grad_output has one element.
+    for F(4, 5); under filters of one tap, in a corner, 4.7, 48, 50 and 36. In the gradient of the weight it
+    is less: 3.8, 21, 35 and 22 where every channel of grad_output has one element.
     """
     return DIRECT_ERROR if _is_like_direct(problem, tile) else 64.0
 

@@ -194,8 +194,9 @@ def _met_parts(problem: ConvProblem) -> list[Part]:
 class InputGradient:
     """A backend's file of an algorithm turned round: the same members, for problems of direction grad_input.
 
-    A file that says so in `takes_view` is given a view of the weight, others what is cut of it. A file of the
-    same name in a backend's folder grad_input computes the gradients that it `suits` as a whole.
+    A tile that `reads_any_weight` is given a view of the weight, and a file that says so in `takes_view`;
+    others what is cut of it. A file of the same name in a backend's folder grad_input computes the gradients
+    that it `suits` as a whole.
 
     Operands.x is then the gradient with respect to the output, Operands.out that with respect to the input;
     bias (C,) and residual are of the latter's shape.
@@ -210,13 +211,17 @@ class InputGradient:
         whole = self._find_whole(problem, tile)
         if whole is not None:
             return float(whole.cost(problem, tile, device))
-        return sum(float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
+        cut = 0 if _reads_any_weight(tile) else problem.parameters
+        parts = (float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
+        return cut * self._memory.CUT_SECONDS + sum(parts)
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
         """Return the bytes that are allocated at a time, the rearranged weights of all parts included."""
         parts, is_matrix = find_parts(problem), math.prod(problem.weight_shape5[2:]) == 1
-        # Of a matrix that is left as it lies some rows are packed.
-        weights = find_cuts(problem).elements if is_matrix or not self._takes_view(problem, device) else 0
+        # Of a matrix that is left as it lies some rows are packed, unless a tile counts them itself.
+        is_packed = is_matrix and not _reads_any_weight(tile)
+        is_cut = is_packed or not self._takes_view(problem, tile, device)
+        weights = find_cuts(problem).elements if is_cut else 0
         most = max(self._workspace_of(part, tile, device) for part in parts)
         return most + weights * self._memory.itemsize(problem)
 
@@ -237,7 +242,7 @@ class InputGradient:
         whole = self._find_whole(problem, tile)
         if whole is not None:
             return whole.prepare(problem, tile, device, weight)
-        weights = zip(find_parts(problem), self._weights_of(problem, device, weight), strict=True)
+        weights = zip(find_parts(problem), self._weights_of(problem, tile, device, weight), strict=True)
         return [self._forward.prepare(part.problem, tile, device, own) for part, own in weights]
 
     def run(self, problem: ConvProblem, tile: Any, device: Any, operands: Operands) -> None:
@@ -246,7 +251,8 @@ class InputGradient:
         if whole is not None and not isinstance(o.weight, list) and whole.reads(operands):
             whole.run(problem, tile, device, operands)
             return
-        weights = o.weight if isinstance(o.weight, list) else self._weights_of(problem, device, o.weight)
+        is_list = isinstance(o.weight, list)
+        weights = o.weight if is_list else self._weights_of(problem, tile, device, o.weight)
         for part, weight in zip(find_parts(problem), weights, strict=True):
             if isinstance(part, Patches):
                 self._run_patches(problem, part, tile, device, o._replace(weight=weight))
@@ -287,10 +293,12 @@ class InputGradient:
         in_places = y.reshape(problem.N, problem.C, T, R, S, O, P, Q).transpose(0, 1, 5, 2, 6, 3, 7, 4)
         self._memory.write(in_places, o.out.reshape(places))
 
-    def _weights_of(self, problem: ConvProblem, device: Any, weight: np.ndarray) -> Iterator[np.ndarray]:
+    def _weights_of(
+        self, problem: ConvProblem, tile: Any, device: Any, weight: np.ndarray
+    ) -> Iterator[np.ndarray]:
         """Yield the taps of every part, reversed, with the roles of input and output channels exchanged."""
         grouped = weight.reshape(problem.groups, problem.gemm_m, *weight.shape[1:])
-        is_view, cuts = self._takes_view(problem, device), find_cuts(problem)
+        is_view, cuts = self._takes_view(problem, tile, device), find_cuts(problem)
         exchanged = iter(self._memory.exchange(grouped, cuts) if cuts.shapes and not is_view else ())
         for part in find_parts(problem):
             shape = part.problem.weight_shape5
@@ -301,9 +309,9 @@ class InputGradient:
             else:
                 yield weight.swapaxes(0, 1)[part.taps] if is_view else next(exchanged)
 
-    def _takes_view(self, problem: ConvProblem, device: Any) -> bool:
+    def _takes_view(self, problem: ConvProblem, tile: Any, device: Any) -> bool:
         """Say whether the weight of the only part is a view of the one given."""
-        return _takes_view(self._forward, problem, device)
+        return _takes_view(self._forward, problem, tile, device)
 
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return zeros of a shape: one element of memory, seen as often as needed."""
@@ -311,11 +319,16 @@ class InputGradient:
 
 
 @lru_cache(maxsize=256)
-def _takes_view(forward: ModuleType, problem: ConvProblem, device: Any) -> bool:
-    takes_view, parts = getattr(forward, "takes_view", None), _met_parts(problem)
-    if takes_view is None or not problem.groups == len(parts) == 1:
+def _takes_view(forward: ModuleType, problem: ConvProblem, tile: Any, device: Any) -> bool:
+    parts = _met_parts(problem)
+    if not problem.groups == len(parts) == 1:
         return False
-    return bool(takes_view(parts[0].problem, device))
+    takes_view = getattr(forward, "takes_view", lambda problem, device: False)
+    return _reads_any_weight(tile) or bool(takes_view(parts[0].problem, device))
+
+
+def _reads_any_weight(tile: Any) -> bool:
+    return getattr(tile, "reads_any_weight", False)
 
 
 @lru_cache(maxsize=16)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FILTERS = 64  # of a task: what is read of them, a line of each, stays in L1
 STAGES = True  # what has columns that lie apart is computed elsewhere first: kernels store them one by one
+CUT_SECONDS = 0.7e-9  # to exchange an element of filters, or to pack it from where it lies
 SERIAL_ELEMENTS = 20_000  # below this, about 10 us, a second thread costs more than it saves
 
 

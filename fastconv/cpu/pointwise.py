@@ -4,6 +4,8 @@ Where all rows begin alike, as those of 28 x 28 pixels do, tiles begin with a ca
 
 Where planes end within a vector, those of a batch share vectors: 16 planes of 7 x 7 pixels are three vectors
 each and one of all their last pixels, 49 in all and not 64. That one is packed, as `direct` packs its bands.
+
+Tiles whose vectors are output channels need no vectors of pixels: `pointwise_channels.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastconv.cpu import direct
+from fastconv.cpu import direct, pointwise_channels
 from fastconv.cpu.band import (
     arguments_of,
     count_parts,
@@ -29,6 +31,7 @@ from fastconv.cpu.band import (
     weight_lies_well,
 )
 from fastconv.cpu.device import CACHE_LINE, itemsize
+from fastconv.cpu.pointwise_channels import ChannelTile
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -49,7 +52,10 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
-TILES = direct.TILES
+AnyTile = Tile | ChannelTile
+
+TILES: tuple[AnyTile, ...] = (*direct.TILES, *pointwise_channels.TILES)
+PACKED = Tile(4, 3)  # in place of a ChannelTile, where planes cannot be read in place
 
 
 class Cut(NamedTuple):
@@ -77,31 +83,46 @@ class Plan(NamedTuple):
     shared: ConvProblem | None
 
 
-def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
+def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
+    if isinstance(tile, ChannelTile):
+        is_possible = pointwise_channels.suits(problem, tile)
+        return pointwise_channels.cost(problem, tile, device) if is_possible else math.inf
     if flatten(problem) is None:
         return direct.cost(problem, tile, device)
     return _cost_of_parts(*_divide(problem, tile, device), tile, device)
 
 
-def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
+def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
     """Return the bytes that are packed of planes that do not lie in one piece, or of their last pixels."""
+    if isinstance(tile, ChannelTile):
+        packed = direct.workspace(problem, PACKED, device)
+        is_possible = pointwise_channels.suits(problem, tile)
+        return max(packed, pointwise_channels.workspace(problem, tile, device)) if is_possible else packed
     _, shared = _divide(problem, tile, device)
     whole = direct.workspace(problem, tile, device)
     return whole if shared is None else max(whole, direct.workspace(shared, tile, device))
 
 
-prepare = direct.prepare
+def prepare(problem: ConvProblem, tile: AnyTile, device: Device, weight: np.ndarray) -> np.ndarray:
+    """Return the weight as `direct` does."""
+    return direct.prepare(problem, PACKED if isinstance(tile, ChannelTile) else tile, device, weight)
 
 
 @lru_cache(maxsize=256)
 def takes_view(problem: ConvProblem, device: Device) -> bool:
     """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
-    return weight_lies_well(problem, device) and _plan_in_place(problem, TILES[0], device, 1) is not None
+    return weight_lies_well(problem, device) and _plan_in_place(problem, PACKED, device, 1) is not None
 
 
-def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:
+def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
+    if isinstance(tile, ChannelTile):
+        if pointwise_channels.suits(problem, tile) and lie_in_rows(operands):
+            pointwise_channels.run(problem, tile, device, operands)
+        else:
+            direct.run(problem, PACKED, device, operands)
+        return
     plan = _plan_in_place(problem, tile, device, task_threads(problem))
     if plan is None or not lie_in_rows(operands):
         direct.run(problem, tile, device, operands)

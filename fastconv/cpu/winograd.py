@@ -82,6 +82,11 @@ class WinogradTile(NamedTuple):
     vectors: int
 
     @property
+    def reads_any_weight(self) -> bool:
+        """Whether a weight of rank 5 is best left as it lies, whatever its strides."""
+        return True
+
+    @property
     def bits(self) -> int:
         """What decides the bits of a result."""
         return self.m
@@ -222,11 +227,6 @@ def make_block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Bloc
     dtype, m = problem.compute_dtype, possible(problem, tile).m
     extents = (problem.R, problem.S)
     return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), adds=True, m=m, extents=extents)
-
-
-def takes_view(problem: ConvProblem, device: Device) -> bool:
-    """Say whether a weight of rank 5 is best left as it lies, whatever its strides."""
-    return True
 
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:

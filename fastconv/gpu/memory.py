@@ -184,6 +184,7 @@ def copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 STAGES = False  # kernels store any columns as they come: there is no `put`
+CUT_SECONDS = 0.0  # to exchange an element of filters: every algorithm has to
 
 
 def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:
