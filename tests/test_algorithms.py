@@ -10,9 +10,10 @@ import pytest
 import fastconv
 from fastconv import reference
 from fastconv.algorithms import TABLE
-from fastconv.cpu import im2col, pointwise, winograd
+from fastconv.cpu import im2col, pointwise, pointwise_channels, winograd
 from fastconv.cpu.device import current
-from fastconv.plan import possible_plans
+from fastconv.cpu.pointwise_channels import ChannelTile
+from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ACTIVATIONS, ConvError
 from tests.backends import CPU, EMULATOR
 from tests.cases import CASES, HEAVY, TALL, WIDE, Case, around_tile, operands, options_of, sizes_around
@@ -499,6 +500,29 @@ class TestSameBits:
             monkeypatch.setenv("FASTCONV_THREADS", threads)
             results.add(layer.run(plan).tobytes())
         assert len(results) == 1
+
+    @pytest.mark.parametrize("pixels", [7, 9, 196, 3137])
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_vectors_of_output_channels(self, pixels, groups, rng, monkeypatch):
+        """Bands of pixels, of which the last has one, and panels of other widths: the bits of any 1x1."""
+        case = Case(
+            "channels", "conv2d", (2, 50 * groups, 1, pixels), (100 * groups, 50, 1, 1), {"groups": groups}
+        )
+        problem = case.problem()
+        layer = make_layer(rng, problem, normals)
+        wanted = layer.run(make_plan(problem, "pointwise", tile="4x3")).tobytes()
+        for plan in possible_plans(problem, "pointwise"):
+            if isinstance(plan.tile, ChannelTile):
+                found, divisions = set(), set()
+                for threads, l1 in itertools.product(("1", "2", "5"), (1 << 12, 1 << 20)):
+                    monkeypatch.setenv("FASTCONV_THREADS", threads)
+                    cut = with_caches(plan, l1, 1 << 20)
+                    divisions.add(pointwise_channels._divide(problem, cut.tile, cut.device, int(threads)))
+                    found.add(layer.run(cut).tobytes())
+                    found.add(layer.run(cut, layer.prepare(cut)).tobytes())
+                assert found == {wanted}
+                assert len({d.parts for d in divisions}) > 1 < len({d.c_step for d in divisions})
+                assert all(d.pixels - d.band * (d.bands - 1) == 1 for d in divisions) == (pixels == 3137)
 
     @every_dtype
     @pytest.mark.parametrize("threads", ["1", "2"])

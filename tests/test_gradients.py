@@ -486,16 +486,17 @@ class TestCallsLikeOneBefore:
 
     def test_directions_and_out(self, rng):
         """The same shapes in both passes, into memory of the caller's too."""
+        options = {"padding": 1, "precision": "highest"}
         x, w, grad = (integers(rng, (3, 3, 3, 3)) for _ in range(3))
         for _ in range(2):
             of_input = reference.conv2d_input(x.shape, w, grad, padding=1)
             of_weight = reference.conv2d_weight(x, w.shape, grad, padding=1)
             out = np.full(x.shape, np.nan, np.float32)
-            assert conv_grad.conv2d_input(x.shape, w, grad, padding=1, out=out) is out
+            assert conv_grad.conv2d_input(x.shape, w, grad, **options, out=out) is out
             assert_exact(out, of_input, "float32")
-            assert_exact(conv_grad.conv2d_weight(x, w.shape, grad, padding=1), of_weight, "float32")
+            assert_exact(conv_grad.conv2d_weight(x, w.shape, grad, **options), of_weight, "float32")
             with pytest.raises(ConvError, match=r"overlap|share"):
-                conv_grad.conv2d_input(x.shape, w, grad, padding=1, out=grad)
+                conv_grad.conv2d_input(x.shape, w, grad, **options, out=grad)
 
 
 def test_output_padding_of_more_than_a_stride():

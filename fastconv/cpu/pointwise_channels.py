@@ -10,7 +10,7 @@ A plane of 7 x 7 pixels is 7 tiles of 7 pixels. In tiles whose vectors are pixel
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +44,7 @@ from fastconv.cpu.simd import (
     transpose,
     view_of,
 )
+from fastconv.problem import HashedOnce
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
@@ -56,11 +57,17 @@ FAR = 2048  # bytes from channel to channel beyond which the processor does not 
 FAR_FACTOR = 1.3  # a product takes so much longer then
 
 
-class ChannelTile(NamedTuple):
-    """A register tile of `rows` pixels times `vectors` vectors of output channels."""
+@dataclass(frozen=True)
+class ChannelTile(HashedOnce):
+    """A register tile of `rows` pixels times `vectors` vectors of output channels.
+
+    No NamedTuple: that would equal a Tile of these numbers, and be taken for it by what is remembered.
+    """
 
     rows: int
     vectors: int
+
+    __hash__ = HashedOnce.__hash__
 
     @property
     def reads_any_weight(self) -> bool:
@@ -192,7 +199,7 @@ def _pack_panel(block, w, w_view, count, C, panel):
     if w_view[2] != 1:
         copy_rows(block, C, panel, width, w, w_view[2], w_view[1], width, 0, count)
         return
-    for k in range(0, width, lanes):
+    for k in range(0, count, lanes):
         for c in range(0, C, lanes):
             transpose(
                 block, advance(w, k * w_view[1] + c), w_view[1], count - k, lane_bits(block, 0, C - c),
