@@ -524,6 +524,24 @@ class TestSameBits:
                 assert len({d.parts for d in divisions}) > 1 < len({d.c_step for d in divisions})
                 assert all(d.pixels - d.band * (d.bands - 1) == 1 for d in divisions) == (pixels == 3137)
 
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_prepared_panels_of_output_channels(self, groups, rng):
+        """They fit planes of any size, and those that cannot be read in place."""
+        shapes = [((2, 50 * groups, 3, width), (100 * groups, 50, 1, 1)) for width in (1, 14)]
+        few, many = (Case("size", "conv2d", *both, {"groups": groups}).problem() for both in shapes)
+        layer = make_layer(rng, many, normals)
+        wanted = layer.run(make_plan(many, "pointwise", tile="4x3"))
+        for plan in possible_plans(many, "pointwise"):
+            if isinstance(plan.tile, ChannelTile):
+                prepared = layer.prepare(plan)
+                assert prepared.ndim == 2
+                apart = layer.with_array(x=layer.x.repeat(2, axis=-1)[..., ::2])
+                assert np.array_equal(apart.run(plan, prepared), wanted)
+                small = layer.with_array(problem=few, x=layer.x[..., :1], residual=layer.residual[..., :1])
+                of_few = dataclasses.replace(plan, problem=few)
+                assert of_few.weight_form == plan.weight_form
+                assert np.array_equal(small.run(of_few, prepared), wanted[..., :1])
+
     @every_dtype
     @pytest.mark.parametrize("threads", ["1", "2"])
     def test_planes_that_share_vectors(self, threads, dtype, rng, monkeypatch):

@@ -96,7 +96,7 @@ def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
 def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
     """Return the bytes that are packed of planes that do not lie in one piece, or of their last pixels."""
     if isinstance(tile, ChannelTile):
-        packed = direct.workspace(problem, PACKED, device)
+        packed = direct.workspace(problem, PACKED, device) + problem.parameters * itemsize(problem)
         is_possible = pointwise_channels.suits(problem, tile)
         return max(packed, pointwise_channels.workspace(problem, tile, device)) if is_possible else packed
     _, shared = _divide(problem, tile, device)
@@ -105,8 +105,12 @@ def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
 
 
 def prepare(problem: ConvProblem, tile: AnyTile, device: Device, weight: np.ndarray) -> np.ndarray:
-    """Return the weight as `direct` does."""
-    return direct.prepare(problem, PACKED if isinstance(tile, ChannelTile) else tile, device, weight)
+    """Return the weight as `direct` does, or packed for vectors of output channels."""
+    if not isinstance(tile, ChannelTile):
+        return direct.prepare(problem, tile, device, weight)
+    if flatten(problem) is None:
+        return direct.prepare(problem, PACKED, device, weight)
+    return pointwise_channels.prepare(problem, tile, device, weight)
 
 
 @lru_cache(maxsize=256)
@@ -118,10 +122,7 @@ def takes_view(problem: ConvProblem, device: Device) -> bool:
 def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands) -> None:
     """Convolve; the weight is prepared or as given."""
     if isinstance(tile, ChannelTile):
-        if pointwise_channels.suits(problem, tile) and lie_in_rows(operands):
-            pointwise_channels.run(problem, tile, device, operands)
-        else:
-            direct.run(problem, PACKED, device, operands)
+        _run_channels(problem, tile, device, operands)
         return
     plan = _plan_in_place(problem, tile, device, task_threads(problem))
     if plan is None or not lie_in_rows(operands):
@@ -131,6 +132,17 @@ def run(problem: ConvProblem, tile: AnyTile, device: Device, operands: Operands)
     _run_bands(plan.block, plan.tasks, plan.workers, plan.cut, *arguments)
     if plan.shared is not None:
         direct.run(plan.shared, tile, device, _last_pixels(operands, plan.cut.pixels))
+
+
+def _run_channels(problem: ConvProblem, tile: ChannelTile, device: Device, operands: Operands) -> None:
+    """Convolve with vectors of output channels, where planes can be read in place."""
+    weight = operands.weight
+    if pointwise_channels.suits(problem, tile) and lie_in_rows(operands):
+        pointwise_channels.run(problem, tile, device, operands)
+        return
+    if weight.ndim == 2:
+        weight = pointwise_channels.unpack(problem, tile, device, weight)
+    direct.run(problem, PACKED, device, operands._replace(weight=weight))
 
 
 def _last_pixels(operands: Operands, first: int) -> Operands:

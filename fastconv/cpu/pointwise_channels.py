@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from fastconv.cpu import memory
 from fastconv.cpu.band import (
     count_parts,
     even_share,
@@ -40,6 +43,7 @@ from fastconv.cpu.simd import (
     part,
     pointer,
     release,
+    small_part,
     table,
     transpose,
     view_of,
@@ -143,13 +147,32 @@ def workspace(problem: ConvProblem, tile: ChannelTile, device: Device) -> int:
     return itemsize(problem) * min(workers, d.tasks) * width * (d.C + d.band)
 
 
+def prepare(problem: ConvProblem, tile: ChannelTile, device: Device, weight: np.ndarray) -> np.ndarray:
+    """Return all panels of a weight of rank 5: (groups * panels, C * vectors * lanes)."""
+    block, d = _plan(problem, tile, device, 1)
+    panels = memory.allocate((d.groups * d.panels, d.C * block.vectors * block.lanes), problem.compute_dtype)
+    _pack_panels(block, d.groups * d.panels, 1, d, weight, panels)
+    return panels
+
+
+def unpack(problem: ConvProblem, tile: ChannelTile, device: Device, panels: np.ndarray) -> np.ndarray:
+    """Return the weight of rank 5 that `prepare` has packed."""
+    d, lanes = _divide(problem, tile, device, 1), device.lanes(problem.compute_dtype)
+    weight = np.empty((d.groups, d.K, d.C), problem.compute_dtype)
+    for i, panel in enumerate(panels.reshape(d.groups, d.panels, d.C, -1).swapaxes(0, 1)):
+        some = weight[:, d.vectors * i // d.panels * lanes : d.vectors * (i + 1) // d.panels * lanes]
+        some[...] = panel[..., : some.shape[1]].swapaxes(1, 2)
+    return weight.reshape(problem.weight_shape5)
+
+
 def run(problem: ConvProblem, tile: ChannelTile, device: Device, operands: Operands) -> None:
-    """Convolve planes whose pixels lie one after the other; the weight is of rank 5, with any strides."""
-    workers = task_threads(problem)
+    """Convolve planes whose pixels lie one after the other; the weight is prepared (rank 2) or as given."""
+    workers, weight = task_threads(problem), operands.weight
     block, d = _plan(problem, tile, device, workers)
-    bias = padded_bias(problem, operands.bias, block.vectors * block.lanes)
-    ending = make_ending(operands)
-    _run(block, d.tasks, workers, d, operands.x, operands.weight, bias, operands.out, ending)
+    is_packed = weight.ndim == 2
+    w = weight[:, :, None, None, None] if is_packed else weight
+    bias, ending = padded_bias(problem, operands.bias, block.vectors * block.lanes), make_ending(operands)
+    _run(block, d.tasks, workers, d, is_packed, operands.x, w, bias, operands.out, ending)
 
 
 @lru_cache(maxsize=256)
@@ -160,19 +183,31 @@ def _plan(problem: ConvProblem, tile: ChannelTile, device: Device, workers: int)
 
 
 @Kernel
-def _run(block, first, last, d, x, w, bias, y, ending):
-    x, w, bias, y = view_of(x), view_of(w), table(bias), view_of(y)
-    lanes, width, height = block_lanes(block), block_columns(block), block_rows(block)
-    panel, sums = allocate(block, d.C * width), allocate(block, d.band * width)
+def _pack_panels(block, first, last, d, w, panels):
+    w = view_of(w)
     for task in range(first, last):
-        rest, index = divmod(task, d.parts)
-        group, k_part = divmod(rest, d.panels)
-        k, end = d.vectors * k_part // d.panels * lanes, d.vectors * (k_part + 1) // d.panels * lanes
-        channel, count = group * d.K + k, min(end, d.K) - k
+        channel, count = _find_channels(block, d, task)
+        panel = advance(table(panels), task * d.C * block_columns(block))
         _pack_panel(block, advance(pointer(block, w[0]), channel * w[1]), w, count, d.C, panel)
+
+
+@Kernel
+def _run(block, first, last, d, is_packed, x, w, bias, y, ending):
+    x, w, bias, y = view_of(x), view_of(w), table(bias), view_of(y)
+    width, height = block_columns(block), block_rows(block)
+    own, sums = allocate(block, 0 if is_packed else d.C * width), allocate(block, d.band * width)
+    for task in range(first, last):
+        number, index = divmod(task, d.parts)
+        group = number // d.panels
+        channel, count = _find_channels(block, d, number)
+        panel = own
+        if is_packed:
+            panel = advance(pointer(block, w[0]), number * d.C * width)
+        else:
+            _pack_panel(block, advance(pointer(block, w[0]), channel * w[1]), w, count, d.C, panel)
         bands = d.N * d.O * d.bands
-        for number in range(bands * index // d.parts, bands * (index + 1) // d.parts):
-            rest, band = divmod(number, d.bands)
+        for place in range(bands * index // d.parts, bands * (index + 1) // d.parts):
+            rest, band = divmod(place, d.bands)
             n, o = divmod(rest, d.O)
             q = band * d.band
             pixels = min(d.band, d.pixels - q)
@@ -188,8 +223,17 @@ def _run(block, first, last, d, x, w, bias, y, ending):
                 last = advance(sums, (pixels + height - 2 * rest) * width)
                 _store(block, last, rest, count, advance(target, pixels - rest), y[2])
             finish(block, y, origin, (count, 1, pixels), ending)
-    release(panel)
+    release(own)
     release(sums)
+
+
+@small_part
+def _find_channels(block, d, number):
+    """Return the first output channel of a panel, among those of all groups, and how many it has."""
+    lanes = block_lanes(block)
+    group, k_part = divmod(number, d.panels)
+    k, end = d.vectors * k_part // d.panels * lanes, d.vectors * (k_part + 1) // d.panels * lanes
+    return group * d.K + k, min(end, d.K) - k
 
 
 @part
