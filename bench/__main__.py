@@ -235,10 +235,15 @@ def _add_fit(commands: Commands) -> None:
     parser = _add_command(
         commands,
         "fit",
-        "from a file that gpu wrote: each algorithm's times over its estimates, what auto loses to the "
-        "fastest algorithm, and which constants to change",
+        "from a file that gpu or layers wrote: each algorithm's times over its estimates, what auto loses to "
+        "the fastest algorithm, and which constants to change",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="such as bench/results/<gpu>.json")
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="such as bench/results/<gpu>.json or bench/results/layers.jsonl",
+    )
 
 
 def _add_train(commands: Commands) -> None:

@@ -89,7 +89,8 @@ def run_algorithm(
     if verdict.passed and not np.array_equal(call(), checked):
         verdict = Verdict(WRONG, "the timed call gave other bits than the checked one")
     return {
-        "kind": "layer", **case.columns(), "algorithm": name, "tile": str(plan.tile),
+        "kind": "layer", **case.columns(), "batch": problem.N, "dtype": problem.dtype,
+        "order": problem.order, "algorithm": name, "tile": str(plan.tile), "estimate": plan.cost(),
         "prepared": settings.prepared, "min": times.minimum, "median": times.median, "p80": times.p80,
         "samples": len(times.samples), "bound_factor": bound.factor, "error": verdict.error,
         "passed": verdict.passed, "reason": verdict.reason,

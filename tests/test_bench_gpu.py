@@ -38,6 +38,7 @@ from bench.gpu import (
 )
 from bench.gpu.clock import Deadline, share_of
 from bench.gpu.compile import Compiled
+from bench.rows import write
 from fastconv import reference
 from fastconv.algorithms import ErrorBound
 from fastconv.gpu import cupy_driver, launch
@@ -696,6 +697,24 @@ class TestFit:
         assert shown.startswith(f"python -m bench fit: {path}: ")
         assert message in shown
         assert shown.count("\n") == 1
+
+    def test_rows_of_a_cpu(self, tmp_path, capsys):
+        """Those of the last run; only how algorithms stand to each other is to be changed."""
+        path = tmp_path / "layers.jsonl"
+        of_layer = {"kind": "layer", "network": "net", "layer": "conv", "uses": [["net", "conv", 1]]}
+        of_layer |= {"batch": 1, "dtype": "float32", "order": "NCHW", "key": "a", "run": "now"}
+        direct = {**of_layer, "algorithm": "direct", "auto": True, "estimate": 1.0, "median": 4.0}
+        im2col = {**of_layer, "algorithm": "im2col", "auto": False, "estimate": 2.0, "median": 2.0}
+        write(path, [{**direct, "run": "before", "median": 9.0}, direct, im2col])
+        assert main(["fit", str(path)]) == 0
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert lines[1:3] == ["direct 1 4.00 4.00 4.00", "im2col 1 1.00 1.00 1.00"]
+        assert lines[5] == "batch 1 float32 net conv NCHW: direct, not im2col 1 2.000 <= 1.05 2.00"
+        assert lines[8] == "batch 1 float32 1 1.000 <= 1.05 1.00"
+        assert "of fastconv/cpu/direct.py by 2.00, of fastconv/cpu/im2col.py by 0.50. All" in lines[-1]
+        write(path, [direct, {**of_layer, "algorithm": "direct", "run": "later"}])
+        assert main(["fit", str(path)]) == 2
+        assert "its last run has no estimates" in capsys.readouterr().err
 
     def test_entries_of_an_older_run_have_no_estimates(self, path):
         path.write_text(path.read_text().replace('"estimate"', '"guess"', 1))

@@ -13,7 +13,8 @@ from bench.gpu import results
 from bench.gpu.choice import Choose, find_distances
 from bench.gpu.table import distance_table, format_table
 from bench.gpu.targets import find_prepared
-from bench.rows import Row, algorithms_of, of_kind
+from bench.rows import Row, algorithms_of, of_kind, read
+from bench.summary import by_layer
 from bench.timing import geometric_mean
 from fastconv.problem import ORDERS
 
@@ -35,14 +36,31 @@ def run_fit(path: Path) -> int:
     except (OSError, ValueError) as error:
         print(f"python -m bench fit: {error}", file=sys.stderr)
         return 2
-    print("\n".join(report_fit(layers)))
+    advise = advise_cpu if path.suffix == ".jsonl" else advise_gpu
+    print("\n".join([*report_fit(layers), advise(find_fits(layers))]))
     return 0
 
 
 def read_layers(path: Path) -> list[Row]:
-    """The layer rows of the part `bench`, all with estimates."""
+    """The layer rows that `gpu` has written, or `layers`, all with estimates."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
+    return _read_rows(path) if path.suffix == ".jsonl" else _read_results(path)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of the last run of `layers`, in the form of a GPU's: all algorithms of a layer in one."""
+    rows = of_kind(read(path), "layer")
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
+    if any("estimate" not in row for row in rows) or not rows:
+        raise ValueError(f"{path}: its last run has no estimates; python -m bench layers writes them")
+    return [
+        {**group[0], "fastconv": [{**row, "call": "prepared"} for row in group]} for group in by_layer(rows)
+    ]
+
+
+def _read_results(path: Path) -> list[Row]:
+    """The layer rows of the part `bench`."""
     bench = results.read(path, gpu="").get("parts", {}).get("bench")
     if bench is None:
         raise ValueError(f'{path}: it has no part "bench"; make gpu PART=bench adds it')
@@ -88,11 +106,27 @@ def report_fit(layers: Sequence[Row]) -> list[str]:
         [fit.algorithm, str(fit.entries), *(f"{ratio:.2f}" for ratio in (fit.mean, fit.low, fit.high))]
         for fit in fits
     ]
-    where = ", ".join(f"in fastconv/gpu/{fit.algorithm}.py by {fit.mean:.2f}" for fit in fits)
     return [
         format_table(["measured over estimated", "entries", "mean", "10 %", "90 %"], lines), "",
         distance_table("auto over the fastest, as it is", find_distances(layers)), "",
         distance_table("with estimates times their means", find_distances(layers, choose_by(fits))), "",
-        f"To fit the estimates, divide EFFICIENCY and the constants whose names end so {where}; "
-        "what memory or launches bound does not change.",
     ]  # fmt: skip
+
+
+def advise_gpu(fits: Sequence[Fit]) -> str:
+    """What to change so that estimates are right."""
+    where = ", ".join(f"in fastconv/gpu/{fit.algorithm}.py by {fit.mean:.2f}" for fit in fits)
+    return (
+        f"To fit the estimates, divide EFFICIENCY and the constants whose names end so {where}; "
+        "what memory or launches bound does not change."
+    )
+
+
+def advise_cpu(fits: Sequence[Fit]) -> str:
+    """What to change so that estimates stand in the right relation: the clock is nominal."""
+    common = geometric_mean([fit.mean for fit in fits])
+    where = ", ".join(f"of fastconv/cpu/{fit.algorithm}.py by {fit.mean / common:.2f}" for fit in fits)
+    return (
+        f"To fit the estimates to each other, multiply the cycles {where}. "
+        f"All are off by {common:.2f}, which changes no choice: the clock is nominal."
+    )

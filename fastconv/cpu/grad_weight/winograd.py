@@ -121,10 +121,10 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     if tile != winograd.possible(problem, tile):
         return float("inf")
-    d, dtype, lanes = _divide(problem, tile, device, 1), problem.compute_dtype, device.lanes("float32")
+    d, dtype = _divide(problem, tile, device, 1), problem.compute_dtype
     product = device.multiply_cycles(tile, d.K, d.C, d.height, dtype, aligned=True)
     inputs = d.tiles * (d.C_vectors + d.K_vectors) * 20 * d.places
-    filters = d.K * d.C_vectors * (6 * d.places + 5 * lanes)
+    filters = d.K * d.C_vectors * (6 * d.places + 5 * device.lanes(dtype))
     return device.seconds(problem, d.groups * (d.blocks * d.places * product + inputs + filters))
 
 
