@@ -158,10 +158,13 @@ class WeightGradient(InputGradient):
         return self.x, self.grad
 
     def scale(self, first: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
-        """The sum of the terms' magnitudes, for errors that travel so many pixels of the input."""
+        """The sum of the terms' magnitudes, for errors that travel so many pixels of the padded input."""
+        options = keywords(self.problem)
+        padded = np.pad(first, [(0, 0), (0, 0), *options["padding"]])
         for axis in range(2, first.ndim):
-            first = reference.largest_near(first, axis, reach)
-        return self.refer(first, grad)
+            padded = reference.largest_near(padded, axis, reach)
+        function = getattr(reference, f"{self.problem.op}_weight")
+        return np.asarray(function(padded, self.problem.weight_shape, grad, **{**options, "padding": 0}))
 
 
 class GradientOracle(Oracle):

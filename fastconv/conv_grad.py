@@ -17,11 +17,11 @@ from fastconv.ops import (
     Array,
     Frame,
     Shapes,
-    as_key,
     find_form,
     find_frame,
     find_route,
     finish,
+    gradient_key,
     is_channels_last,
     remember,
 )
@@ -142,7 +142,8 @@ def conv2d_weight(
 
     Arguments, arrays, dtypes and errors are those of conv2d. It is the sum over all pixels of the products of
     each output channel's gradient with each input that a tap meets there (Chellapilla, Puri, Simard 2006).
-    Every algorithm computes it on the CPU, every one but `winograd` on a GPU.
+    Every algorithm computes it on the CPU, every one but `winograd` on a GPU. With precision "high" it may be
+    computed by Winograd's F(4 x 4, 3 x 3), which spreads a NaN over all taps of a filter.
 
     >>> import numpy as np
     >>> conv2d_weight(np.array([[[[1.0, 2.0, 4.0]]]]), (1, 1, 1, 2), np.ones((1, 1, 1, 2)))
@@ -265,7 +266,7 @@ def _differentiate(
     """The one implementation of all gradients; `size` is the shape of the array that is not given."""
     *numbers, layout, algo, out = options
     name, example = op + DIRECTIONS[direction], next(iter(given.values()))
-    form = find_form(as_key(name, algo, None, (*numbers, layout, False), size), (*given.values(), out))
+    form = find_form(gradient_key(name, algo, (*numbers, layout, False), size), (*given.values(), out))
     route = find_route(form)
     if out is not None:
         given["out"] = out

@@ -211,7 +211,8 @@ class InputGradient:
         whole = self._find_whole(problem, tile)
         if whole is not None:
             return float(whole.cost(problem, tile, device))
-        cut = 0 if _reads_any_weight(tile) else problem.parameters
+        is_left = _reads_any_weight(tile) and self._takes_view(problem, tile, device)
+        cut = 0 if is_left else problem.parameters
         parts = (float(self._forward.cost(part.problem, tile, device)) for part in find_parts(problem))
         return cut * self._memory.CUT_SECONDS + sum(parts)
 

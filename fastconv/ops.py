@@ -266,16 +266,14 @@ def find_form(key: Any, given: tuple[Array, ...]) -> Any:
     return key, *forms, planning.settings("cpu")
 
 
-def as_key(
-    op: str, algo: str, activation: Activation, options: Options, size: Any = None
-) -> tuple[Any, ...] | None:
-    """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these.
+def gradient_key(op: str, algo: str, options: Options, size: Any) -> tuple[Any, ...] | None:
+    """Return what `as_key` returns, for a gradient: the size of what it is made for belongs to it."""
+    key, plain = as_key(op, algo, None, options), _plain(size)
+    return None if key is None or plain is None else (key, plain)
 
-    size  of a gradient, whose options are others
-    """
-    if size is not None:
-        key, plain = as_key(op, algo, activation, options), _plain(size)
-        return None if key is None or plain is None else (key, plain)
+
+def as_key(op: str, algo: str, activation: Activation, options: Options) -> tuple[Any, ...] | None:
+    """Return what is no array in a form, or None where other values, maybe wrong ones, would equal these."""
     if (
         activation is None
         and tuple(map(type, options)) == _PLAIN

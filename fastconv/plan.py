@@ -207,6 +207,7 @@ def _named_plan(problem: ConvProblem, op: str, algo: str, backend: str, tile: st
 def _out_of_workspace(problem: ConvProblem, backend: str, names: tuple[str, ...]) -> ConvError:
     """Return the error that says how little workspace would do for one of these algorithms."""
     plans = [plan for name in names for plan in possible_plans(problem, name, backend)]
+    plans = [plan for plan in plans if plan.cost() < math.inf]  # others would not be taken
     least = min(plans, key=Plan.workspace)
     need = f"{least.workspace()} bytes, which algo={least.algorithm.name!r} takes"
     rule = f"FASTCONV_WORKSPACE must be at least {need}"

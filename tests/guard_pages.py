@@ -2,6 +2,7 @@
 
     python -m tests.guard_pages direct               every tile and order; arrays end or begin at a page
     python -m tests.guard_pages direct --workspace   the same for the memory that kernels allocate themselves
+    python -m tests.guard_pages direct --gradients   the same for the arrays of the gradient of the weight
     python -m tests.guard_pages direct --lie x       x is said to lie one element further: must end in a crash
 
 Prints the names of what it runs, so that the last line tells where a crash was, and finally what the kernels
@@ -14,6 +15,7 @@ import ctypes
 import faulthandler
 import mmap
 import tempfile
+from dataclasses import replace
 from itertools import product
 
 import numba
@@ -23,8 +25,10 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from fastconv.algorithms import TABLE
+from fastconv.plan import possible_plans
 from tests.cases import CASES, TALL, WIDE, around_tile
-from tests.compare import integers, poisoned
+from tests.compare import integers, normals, poisoned
+from tests.gradients import make_gradient, problems
 from tests.kernels import DTYPES, ORDERS, Layer, Way, make_layer, tile_plans, with_caches
 
 PAGE = mmap.PAGESIZE
@@ -70,6 +74,22 @@ def run_guarded(layer: Layer, plan, at_end: bool, lie: str | None = None) -> Non
     for weight in (None, place(placed.prepare(plan), at_end)):
         out = poisoned(problem.output_shape, problem.dtype, problem.order)
         layer.judge(plan, placed.run(plan, weight, place(out, at_end, shift * (lie == "out"))))
+
+
+def run_gradients(algorithm: str) -> None:
+    """Run every tile of the gradient of the weight between guarded arrays; large and small caches."""
+    rng = np.random.default_rng(0)
+    for dtype, order, at_end in product(("float32", "float64"), ORDERS, (True, False)):
+        for problem in problems(algorithm, "grad_weight", CASES + WIDE + TALL, dtype=dtype, order=order):
+            gradient = make_gradient(rng, problem, normals)
+            placed = replace(
+                gradient, first=place(gradient.first, at_end), second=place(gradient.second, at_end)
+            )
+            out = poisoned(gradient.shape, dtype)
+            for plan in possible_plans(problem, algorithm):
+                print(plan, "end" if at_end else "begin", flush=True)
+                for cut in (plan, with_caches(plan, *SMALL_CACHES)):
+                    assert np.isfinite(placed.run(cut, place(out, at_end))).all()
 
 
 def layers(algorithm: str, dtype: str, order: str, every_tile: bool):
@@ -160,9 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("algorithm", choices=list(TABLE))
     parser.add_argument("--workspace", action="store_true")
+    parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--lie", choices=["x", "w", "bias", "residual", "out", "workspace"])
     arguments = parser.parse_args()
     faulthandler.enable()
+    if arguments.gradients:
+        run_gradients(arguments.algorithm)
+        return
     is_workspace = arguments.workspace or arguments.lie == "workspace"
     if is_workspace:
         guard_workspace(arguments.lie == "workspace")

@@ -38,6 +38,13 @@ def test_arrays(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", TABLE)
+def test_arrays_of_the_gradient_of_the_weight(algorithm):
+    done = run_guarded(algorithm, "--gradients")
+    assert done.returncode == 0, failure(done)
+    assert f"{algorithm} " in done.stdout
+
+
+@pytest.mark.parametrize("algorithm", TABLE)
 def test_workspace(algorithm):
     """It is freed, and is what the plan states, but for some lines and tiles of each thread."""
     done = run_guarded(algorithm, "--workspace")

@@ -8,94 +8,24 @@ import re
 import numpy as np
 import pytest
 
-from fastconv import reference
 from fastconv.algorithms import TABLE
 from fastconv.cpu import memory
 from fastconv.cpu.grad_input import depthwise as grad_input
 from fastconv.cpu.grad_weight import depthwise as grad_weight
 from fastconv.cpu.grad_weight import pointwise, winograd
 from fastconv.cpu.pointwise_channels import ChannelTile
-from fastconv.plan import Plan, make_plan, possible_plans, why_refused
-from fastconv.problem import ConvError, ConvProblem, Epilogue, make_problem
-from tests.cases import CASES, TALL, WIDE, around_tile, options_of
-from tests.compare import assert_bounded, assert_exact, finfo, integers, layouts, normals, poisoned
-from tests.kernels import DTYPES, ORDERS, in_order, with_caches
+from fastconv.plan import make_plan, possible_plans
+from fastconv.problem import ConvError, make_problem
+from tests.cases import CASES, TALL, WIDE, around_tile
+from tests.compare import integers, layouts, normals
+from tests.gradients import exact_plans, make_gradient, problems
+from tests.kernels import DTYPES, ORDERS, with_caches
 
 DIRECTIONS = ("grad_input", "grad_weight")
 
 every_algorithm = pytest.mark.parametrize("algorithm", TABLE)
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 every_order = pytest.mark.parametrize("order", ORDERS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """A problem of one of the two directions with its data: first and second are what a plan takes."""
-
-    problem: ConvProblem
-    first: np.ndarray  # grad_output, or the input
-    second: np.ndarray  # the weight, or grad_output
-
-    @property
-    def shape(self):
-        is_input = self.problem.direction == "grad_input"
-        return self.problem.input_shape if is_input else self.problem.weight_shape
-
-    def refer(self, first, second, **more):
-        problem, options = self.problem, options_of(self.problem)
-        name = problem.op.removesuffix("_input").removesuffix("_weight")
-        if problem.direction == "grad_input":
-            return getattr(reference, f"{name}_input")(problem.input_shape, second, first, **options)
-        return getattr(reference, f"{name}_weight")(first, problem.weight_shape, second, **options)
-
-    def run(self, plan: Plan, out=None, prepared=False):
-        absent = (slice(None), slice(None), *(None,) * (3 - self.problem.ndim))
-        if out is None:
-            order = self.problem.order if self.problem.direction == "grad_input" else "NCHW"
-            out = poisoned(self.shape, self.problem.dtype, order)
-        second = self.second[absent]
-        second = plan.prepare(second) if prepared else second
-        plan.run(self.first[absent], second, None, None, Epilogue(), out[absent])
-        return out
-
-    def check(self, plan: Plan, **how):
-        try:
-            assert_exact(self.run(plan, **how), self.refer(self.first, self.second), self.problem.dtype)
-        except AssertionError as error:
-            raise AssertionError(f"{plan}\n{how}\n{error}") from None
-
-    def check_bounded(self, plan: Plan):
-        factor, reach = plan.error_bound()
-        first = np.abs(self.first)
-        for axis in range(2, first.ndim):
-            first = reference.largest_near(first, axis, reach)
-        bound = factor * finfo(self.problem.dtype).eps * self.refer(first, np.abs(self.second))
-        expected = self.refer(self.first, self.second)
-        try:
-            assert_bounded(self.run(plan), expected, bound, self.problem.dtype)
-        except AssertionError as error:
-            raise AssertionError(f"{plan}\n{error}") from None
-
-
-def make_gradient(rng, problem: ConvProblem, fill) -> Gradient:
-    direction = problem.direction
-    shapes = {"grad_input": (problem.output_shape, problem.weight_shape)}
-    shapes["grad_weight"] = (problem.input_shape, problem.output_shape)
-    first, second = (fill(rng, shape, problem.dtype) for shape in shapes[direction])
-    first = in_order(first, problem.order)
-    return Gradient(problem, first, second if direction == "grad_input" else in_order(second, problem.order))
-
-
-def problems(algorithm, direction, cases=CASES, **changes):
-    """Those of the cases that an algorithm accepts, without the empty batch."""
-    found = [case.problem(direction=direction, **changes) for case in cases]
-    return [problem for problem in found if why_refused(problem, algorithm) is None and problem.N]
-
-
-def exact_plans(problem, algorithm):
-    """A plan per tile that is exact on integers; two for the input's gradient, by the forward kernels."""
-    plans = [plan for plan in possible_plans(problem, algorithm) if plan.algorithm.exact(problem, plan.tile)]
-    return plans[:2] if problem.direction == "grad_input" else plans
 
 
 @every_order
@@ -185,25 +115,52 @@ def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
 
 @every_order
 @pytest.mark.parametrize("groups", [1, 2])
-def test_winograd_in_blocks_and_panels(groups, order, rng, monkeypatch):
-    """Sums of many tiles, block after block, of the batch: the same bits for any panels and threads."""
+@pytest.mark.parametrize(("batch", "size", "blocks"), [(3, (26, 39), {4, 13}), (1, (13, 12), {1})])
+def test_winograd_in_blocks_and_panels(batch, size, blocks, groups, order, rng, monkeypatch):
+    """Sums of many tiles, block after block, or of few: the same bits for any panels, threads, register tile."""
     problem = make_problem(
-        "conv2d", (3, 70 * groups, 26, 39), (81 * groups, 70, 3, 3), padding=1, groups=groups, order=order,
+        "conv2d", (batch, 70 * groups, *size), (81 * groups, 70, 3, 3), padding=1, groups=groups, order=order,
         direction="grad_weight",
     )  # fmt: skip
-    for any_caches in possible_plans(problem, "winograd"):
+    for m in (2, 4):
         found, panels = set(), set()
-        is_exact = any_caches.algorithm.exact(problem, any_caches.tile)
-        gradient = make_gradient(rng, problem, integers if is_exact else normals)
-        for threads, l2 in itertools.product(("1", "2", "5"), (1 << 17, 1 << 24)):
-            monkeypatch.setenv("FASTCONV_THREADS", threads)
-            plan = with_caches(any_caches, 1 << 12, l2)
-            d = winograd._divide(problem, plan.tile, plan.device, int(threads))
-            assert min(d.blocks, d.c_parts) > 1
-            panels.add(d.k_parts)
-            found.add(gradient.run(plan).tobytes())
+        gradient = make_gradient(rng, problem, integers if m == 2 else normals)
+        for any_caches in possible_plans(problem, "winograd"):
+            if any_caches.tile.m == m:
+                for threads, l2 in itertools.product(("1", "2", "5"), (1 << 17, 1 << 24)):
+                    monkeypatch.setenv("FASTCONV_THREADS", threads)
+                    plan = with_caches(any_caches, 1 << 12, l2)
+                    d = winograd._divide(problem, plan.tile, plan.device, int(threads))
+                    assert d.blocks in blocks
+                    assert d.c_parts > 1
+                    panels.add(d.k_parts)
+                    found.add(gradient.run(plan).tobytes())
+                gradient.check(plan) if m == 2 else gradient.check_bounded(plan)
         assert len(found) == 1 < len(panels)
-        gradient.check(plan) if is_exact else gradient.check_bounded(plan)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("size", [1, 6])
+def test_winograd_where_taps_meet_padding_alone(m, size, rng):
+    """Of one element of grad_output in a corner: their gradient is 0, but for the rounding of transforms."""
+    problem = make_problem("conv2d", (1, 3, size, size), (5, 3, 3, 3), padding=1, direction="grad_weight")
+    gradient = make_gradient(rng, problem, normals)
+    gradient.second[..., 1:, :] = gradient.second[..., 1:] = 0
+    for plan in possible_plans(problem, "winograd"):
+        if plan.tile.m == m:
+            gradient.check_bounded(plan)
+
+
+@pytest.mark.parametrize("algorithm", ["winograd", "pointwise"])
+def test_weights_in_narrow_vectors(algorithm, rng, monkeypatch):
+    """Vectors of two lanes, fewer than a register tile has rows."""
+    monkeypatch.setenv("FASTCONV_VECTOR_BITS", "128")
+    for order in ORDERS:
+        cases = CASES + around_tile(5, 7)
+        for problem in problems(algorithm, "grad_weight", cases, dtype="float64", order=order):
+            gradient = make_gradient(rng, problem, normals)
+            for plan in possible_plans(problem, algorithm):
+                gradient.check_bounded(plan)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 AnyTile = Tile | ChannelTile
 
 TILES: tuple[AnyTile, ...] = (*direct.TILES, *pointwise_channels.TILES)
-PACKED = Tile(4, 3)  # in place of a ChannelTile, where planes cannot be read in place
+PACKED = Tile(4, 3)  # fits all vectors; in place of a ChannelTile, where planes cannot be read in place
 
 
 class Cut(NamedTuple):
@@ -96,7 +96,9 @@ def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
 def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
     """Return the bytes that are packed of planes that do not lie in one piece, or of their last pixels."""
     if isinstance(tile, ChannelTile):
-        packed = direct.workspace(problem, PACKED, device) + problem.parameters * itemsize(problem)
+        packed = direct.workspace(problem, PACKED, device)
+        if problem.order == "NCHW":  # where planes do not lie in one piece the weight is copied
+            packed += problem.parameters * itemsize(problem)
         is_possible = pointwise_channels.suits(problem, tile)
         return max(packed, pointwise_channels.workspace(problem, tile, device)) if is_possible else packed
     _, shared = _divide(problem, tile, device)

@@ -74,6 +74,11 @@ class ChannelTile(HashedOnce):
     __hash__ = HashedOnce.__hash__
 
     @property
+    def packing(self) -> tuple[str, int]:
+        """What decides the form of a prepared weight."""
+        return "channels", self.vectors
+
+    @property
     def reads_any_weight(self) -> bool:
         """Whether a weight of rank 5 is best left as it lies, whatever its strides."""
         return True
@@ -149,9 +154,10 @@ def workspace(problem: ConvProblem, tile: ChannelTile, device: Device) -> int:
 
 def prepare(problem: ConvProblem, tile: ChannelTile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return all panels of a weight of rank 5: (groups * panels, C * vectors * lanes)."""
-    block, d = _plan(problem, tile, device, 1)
+    workers = task_threads(problem)
+    block, d = _plan(problem, tile, device, workers)
     panels = memory.allocate((d.groups * d.panels, d.C * block.vectors * block.lanes), problem.compute_dtype)
-    _pack_panels(block, d.groups * d.panels, 1, d, weight, panels)
+    _pack_panels(block, d.groups * d.panels, workers, d, weight, panels)
     return panels
 
 
@@ -217,11 +223,11 @@ def _run(block, first, last, d, is_packed, x, w, bias, y, ending):
                 taps, source = min(d.c_step, d.C - c), advance(plane, c * x[2] + q)
                 _multiply(block, source, x[2], taps, advance(panel, c * width), pixels, count, sums)
             origin = (n, channel, o, 0, q)
-            target, rest = locate(block, y, origin), pixels % height
-            _store(block, sums, pixels - rest, count, target, y[2])
-            if rest > 0:
-                last = advance(sums, (pixels + height - 2 * rest) * width)
-                _store(block, last, rest, count, advance(target, pixels - rest), y[2])
+            target, over = locate(block, y, origin), pixels % height
+            _store(block, sums, pixels - over, count, target, y[2])
+            if over > 0:  # the last rows of the tile that begins before them
+                ending_rows = advance(sums, (pixels + height - 2 * over) * width)
+                _store(block, ending_rows, over, count, advance(target, pixels - over), y[2])
             finish(block, y, origin, (count, 1, pixels), ending)
     release(own)
     release(sums)

@@ -75,7 +75,10 @@ BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to
 
 
 class WinogradTile(NamedTuple):
-    """F(m x m, R x S) with a register tile of `rows` tiles times `vectors` vectors of output channels."""
+    """F(m x m, R x S) with a register tile of `rows` tiles times `vectors` vectors of output channels.
+
+    In the gradient of the weight its rows are output channels and its vectors input channels.
+    """
 
     m: int
     rows: int

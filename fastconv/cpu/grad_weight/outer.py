@@ -53,7 +53,7 @@ MOST_ROWS = 256  # taps of a task, unless one channel has more: enough to make u
 MOST_COLUMNS = 128  # output channels of a task
 TASKS = 16  # at least, if there are as many blocks of pixels
 
-CALL_CYCLES = 45_000  # that a call takes beside, more than one of Winograd
+CALL_CYCLES = 45_000  # before and after the kernel: arrays are viewed, sums are cleared
 SUM_CYCLES = 1.5  # to clear an element of the sums, to turn it and to store it
 
 

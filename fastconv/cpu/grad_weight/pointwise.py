@@ -99,9 +99,10 @@ def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of sums and of the packed blocks that all threads hold, for a contiguous gradient."""
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)
-    packed = min(workers, d.tasks) * d.pixels * tile.vectors * device.lanes(problem.compute_dtype)
+    panel = tile.vectors * device.lanes(problem.compute_dtype) * itemsize(problem)
+    packed = min(workers, d.tasks) * d.pixels * (panel + 8)  # 8 bytes say where a pixel lies
     sums = d.parts * problem.K * d.C if d.parts > 1 else 0
-    return itemsize(problem) * (sums + packed)
+    return itemsize(problem) * sums + packed
 
 
 def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) -> None:

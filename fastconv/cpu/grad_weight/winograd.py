@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 
 TILES = winograd.TILES
 
+PLACE_CYCLES = 20  # to gather a place of a vector of tiles, to transform it and to store it
+U_CYCLES = 6  # to load a place of a vector of U and to transform it
+TAP_CYCLES = 5  # to turn and store a vector of grad_w
+
 
 class Division(NamedTuple):
     """How the work is divided; C and K are those of one group."""
@@ -123,13 +127,18 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
         return float("inf")
     d, dtype = _divide(problem, tile, device, 1), problem.compute_dtype
     product = device.multiply_cycles(tile, d.K, d.C, d.height, dtype, aligned=True)
-    inputs = d.tiles * (d.C_vectors + d.K_vectors) * 20 * d.places
-    filters = d.K * d.C_vectors * (6 * d.places + 5 * device.lanes(dtype))
-    return device.seconds(problem, d.groups * (d.blocks * d.places * product + inputs + filters))
+    tiles = d.tiles * (d.C_vectors + d.K_vectors) * d.places * PLACE_CYCLES
+    filters = d.K * d.C_vectors * (d.places * U_CYCLES + device.lanes(dtype) * TAP_CYCLES)
+    kept = 2 * (d.blocks - 1) * itemsize(problem) * d.places * d.tasks * d.U_step  # of U, read and written
+    cycles = d.groups * (d.blocks * d.places * product + tiles + filters) + device.fetch_cycles(kept)
+    return device.seconds(problem, cycles)
 
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
-    """Return the bytes of V and M of a block, and of U of every thread, or all; for a contiguous gradient."""
+    """Return the bytes of V and M of a block, and of U of every thread, or all.
+
+    A gradient whose taps do not lie one after the other is computed elsewhere first, which is not counted.
+    """
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)
     own = min(workers, d.tasks) * d.places * d.U_step if d.blocks == 1 else 0
@@ -146,7 +155,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     """Compute the gradient; operands.weight is that of the output."""
     workers, out = task_threads(problem), operands.out
     block, d, V_end, M_end, elements = _plan(problem, tile, device, workers)
-    w = out if out.flags.c_contiguous else memory.allocate(out.shape, problem.compute_dtype)
+    w = out if _has_taps_in_line(out) else memory.allocate(out.shape, problem.compute_dtype)
     shared = memory.allocate((elements,), problem.compute_dtype)
     V, M, U = shared[:V_end], shared[V_end:M_end], shared[M_end:]
     for tile_block in range(d.blocks):
@@ -154,6 +163,12 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
         _multiply(block, d.tasks, workers, d, tile_block, V, M, U, w)
     if w is not out:
         np.copyto(out, w)
+
+
+def _has_taps_in_line(out: np.ndarray) -> bool:
+    """Say whether the taps of each filter lie one after the other."""
+    item, (R, S), (of_R, of_S) = out.itemsize, out.shape[3:], out.strides[3:]
+    return (S == 1 or of_S == item) and (R == 1 or of_R == S * item)
 
 
 @lru_cache(maxsize=256)
