@@ -117,7 +117,7 @@ def test_rows_of_the_weight_that_almost_fill_a_vector(algorithm, rng):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("batch", "size", "blocks"), [(3, (26, 39), {4, 13}), (1, (13, 12), {1})])
 def test_winograd_in_blocks_and_panels(batch, size, blocks, groups, order, rng, monkeypatch):
-    """Sums of many tiles, block after block, or of few: the same bits for any panels, threads, register tile."""
+    """Sums of many tiles, block after block, or of few: the same bits for any panels, threads and tile."""
     problem = make_problem(
         "conv2d", (batch, 70 * groups, *size), (81 * groups, 70, 3, 3), padding=1, groups=groups, order=order,
         direction="grad_weight",
