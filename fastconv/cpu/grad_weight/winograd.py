@@ -238,7 +238,7 @@ def _transform_outputs(block, y, d, channel, channels, first, end, pixels, M, M_
 def _end_places(block, d, M):
     """Let zeros follow the tiles of every place, since a register tile reads beyond the last.
 
-    What memory holds by chance may be subnormal, which takes 100 cycles.
+    Results do not need them, but what memory holds by chance may be subnormal, which takes 100 cycles.
     """
     for e in range(d.places):
         fill(block, advance(M, e * d.M_step), block_rows(block))
