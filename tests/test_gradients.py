@@ -1,5 +1,7 @@
 """fastconv.grad and the transposed convolutions, as users call them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ import fastconv
 from fastconv import conv_grad, reference
 from fastconv.cpu import direct, memory
 from fastconv.grad_input import Patches, find_cuts, find_parts
-from fastconv.plan import make_plan
+from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ConvError, make_problem, make_transposed
 from tests.compare import assert_exact, integers, normals
 
@@ -497,6 +499,20 @@ class TestCallsLikeOneBefore:
             assert_exact(conv_grad.conv2d_weight(x, w.shape, grad, **options), of_weight, "float32")
             with pytest.raises(ConvError, match=r"overlap|share"):
                 conv_grad.conv2d_input(x.shape, w, grad, **options, out=grad)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "groups", "is_cut"), [("direct", 1, True), ("winograd", 1, False), ("winograd", 2, True)]
+)
+def test_cost_has_the_exchange_of_filters(algorithm, groups, is_cut):
+    """Where there is one: a tile that reads any weight is given a view of it, unless there are groups."""
+    shapes = (1, 4, 9, 9), (6, 4 // groups, 3, 3)
+    problem = make_problem("conv2d", *shapes, groups=groups, direction="grad_input")
+    (part,) = find_parts(problem)
+    for plan in possible_plans(problem, algorithm):
+        forward = dataclasses.replace(make_plan(part.problem, algorithm), tile=plan.tile)
+        exchange = is_cut * problem.parameters * memory.CUT_SECONDS
+        assert plan.cost() - forward.cost() == pytest.approx(exchange)
 
 
 def test_output_padding_of_more_than_a_stride():
