@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 BAND_PIXELS = 112  # of which the sums of a panel of 48 channels take 21 KB
 PACK_CYCLES = 3  # to turn a vector of the weight
-TURN_CYCLES = 6  # to turn a vector of sums, and to store it where rows end anywhere
+TURN_CYCLES = 5  # to turn a vector of sums, and to store it where rows end anywhere
 FAR = 2048  # bytes from channel to channel beyond which the processor does not foresee what is read
 FAR_FACTOR = 1.3  # a product takes so much longer then
 
