@@ -218,10 +218,15 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
 
 def _with_taps_in_line(weight: np.ndarray) -> np.ndarray:
     """Return a weight of rank 5, or a copy, whose taps lie one after the other, forward or backward."""
+    return weight if find_tap_step(weight) else np.ascontiguousarray(weight)
+
+
+def find_tap_step(weight: np.ndarray) -> int:
+    """Return 1 where the taps of a weight of rank 5 lie one after the other, -1 where backward, else 0."""
     item, (R, S), (of_R, of_S) = weight.itemsize, weight.shape[3:], weight.strides[3:]
     step = of_S if S > 1 else of_R if R > 1 else item
     is_in_line = abs(step) == item and (R == 1 or of_R == S * step)
-    return weight if is_in_line else np.ascontiguousarray(weight)
+    return step // item if is_in_line else 0
 
 
 @lru_cache(maxsize=256)

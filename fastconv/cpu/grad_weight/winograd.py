@@ -155,7 +155,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     """Compute the gradient; operands.weight is that of the output."""
     workers, out = task_threads(problem), operands.out
     block, d, V_end, M_end, elements = _plan(problem, tile, device, workers)
-    w = out if _has_taps_in_line(out) else memory.allocate(out.shape, problem.compute_dtype)
+    w = out if winograd.find_tap_step(out) == 1 else memory.allocate(out.shape, problem.compute_dtype)
     shared = memory.allocate((elements,), problem.compute_dtype)
     V, M, U = shared[:V_end], shared[V_end:M_end], shared[M_end:]
     for tile_block in range(d.blocks):
@@ -163,12 +163,6 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
         _multiply(block, d.tasks, workers, d, tile_block, V, M, U, w)
     if w is not out:
         np.copyto(out, w)
-
-
-def _has_taps_in_line(out: np.ndarray) -> bool:
-    """Say whether the taps of each filter lie one after the other."""
-    item, (R, S), (of_R, of_S) = out.itemsize, out.shape[3:], out.strides[3:]
-    return (S == 1 or of_S == item) and (R == 1 or of_R == S * item)
 
 
 @lru_cache(maxsize=256)
