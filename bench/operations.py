@@ -160,9 +160,7 @@ class WeightGradient(InputGradient):
     def scale(self, first: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
         """The sum of the terms' magnitudes, for errors that travel so many pixels of the padded input."""
         options = keywords(self.problem)
-        padded = np.pad(first, [(0, 0), (0, 0), *options["padding"]])
-        for axis in range(2, first.ndim):
-            padded = reference.largest_near(padded, axis, reach)
+        padded = reference.largest_near(np.pad(first, [(0, 0), (0, 0), *options["padding"]]), reach)
         function = getattr(reference, f"{self.problem.op}_weight")
         return np.asarray(function(padded, self.problem.weight_shape, grad, **{**options, "padding": 0}))
 
@@ -181,16 +179,20 @@ class GradientOracle(Oracle):
 
 
 def _scale_of_turned(problem: ConvProblem, w: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
-    """The scale of the input's gradient with stride 1: a convolution of grad with the weight turned round."""
-    if problem.stride != (1, 1, 1):
-        raise ValueError(f"an algorithm whose errors travel must have stride 1, got {problem}")
-    K, C, *extents = w.shape
+    """The scale of the input's gradient: grad, its elements a stride apart, by the weight turned round."""
+    options, (K, C, *extents) = keywords(problem), w.shape
+    sizes = [(n - 1) * step + 1 for n, step in zip(grad.shape[2:], options["stride"], strict=True)]
+    spread = np.zeros((*grad.shape[:2], *sizes))
+    spread[(..., *(slice(None, None, step) for step in options["stride"]))] = grad
     by_group = w.reshape(problem.groups, K // problem.groups, C, *extents).swapaxes(1, 2)
     turned = np.flip(by_group.reshape(problem.groups * C, -1, *extents), tuple(range(2, w.ndim)))
-    options = keywords(problem)
-    reaches = (dilation * (extent - 1) for dilation, extent in zip(options["dilation"], extents, strict=True))
-    options["padding"] = [(far - b, far - a) for far, (b, a) in zip(reaches, options["padding"], strict=True)]
-    return np.asarray(reference.error_scale(grad, turned, **options, reach=reach))
+    axes = zip(problem.input_shape[2:], sizes, extents, options["dilation"], options["padding"], strict=True)
+    options["padding"] = [
+        (dilation * (taps - 1) - before, wanted + before - size)
+        for wanted, size, taps, dilation, (before, _) in axes
+    ]
+    options["stride"] = 1
+    return np.asarray(reference.error_scale(spread, turned, **options, reach=reach))
 
 
 OPERATIONS = {"forward": Forward, "fused": Fused, "grad_input": InputGradient, "grad_weight": WeightGradient}

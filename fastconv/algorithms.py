@@ -67,11 +67,10 @@ def _accepts_all(problem: ConvProblem) -> str | None:
 
 def _winograd_refuses(problem: ConvProblem) -> str | None:
     filters = [(3, 3), (5, 5), (1, 3), (3, 1), (1, 5), (5, 1)]
-    is_flat = problem.T == problem.D == 1 and problem.padding[0] == (0, 0)
-    if not is_flat or (problem.R, problem.S) not in filters:
-        return "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
-    if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
-        return "needs stride 1 and dilation 1"
+    if (problem.R, problem.S) not in filters:
+        return "needs 3 x 3 or 5 x 5 taps along rows and columns, or 3 or 5 along one of them"
+    if problem.stride[1:] != (1, 1) or problem.dilation[1:] != (1, 1):
+        return "needs stride 1 and dilation 1 along rows and columns"
     if problem.precision == "highest" and max(problem.R, problem.S) == 5:
         return "needs 3 taps for precision 'highest'"
     return None

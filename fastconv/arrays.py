@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastconv import lines
 from fastconv.problem import ConvError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -26,6 +27,9 @@ ACCEPTED = "a NumPy or CuPy array, a torch tensor or an array with __cuda_array_
 # steps of the search they count as overlapping.
 _MAX_OVERLAP_WORK = 10_000
 
+LARGE = 1 << 20
+"""Bytes from which on a result on the CPU begins with a cache line; to find one takes a microsecond."""
+
 Given = dict[str, Any]  # argument name -> array, without the arguments that were not given
 
 
@@ -34,6 +38,11 @@ _NO_CONTEXT = nullcontext()
 
 def _serve_numpy(views: Iterable[np.ndarray]) -> AbstractContextManager[None]:
     return _NO_CONTEXT
+
+
+def _empty_numpy(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    is_large = math.prod(shape) * dtype.itemsize >= LARGE
+    return lines.allocate(shape, dtype) if is_large else np.empty(shape, dtype)
 
 
 def _copy_numpy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -67,7 +76,7 @@ class Kind(NamedTuple):
     name: str
     view: Callable[[str, str, Any], np.ndarray]
     wrap: Callable[[np.ndarray, Any], Any]
-    empty: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty
+    empty: Callable[[tuple[int, ...], np.dtype], np.ndarray] = _empty_numpy
     copy: Callable[[np.ndarray, np.dtype], np.ndarray] = _copy_numpy
     serve: Callable[[Iterable[np.ndarray]], AbstractContextManager[None]] = _serve_numpy
     mark: Callable[[], Any] = _mark_numpy

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class Recipe(NamedTuple):
     """What of a plan decides the bits of its result: names and a number, which hold on any machine.
 
-    multiple  a problem is cut without a change of bits where the index of an output is a multiple of it
+    multiple  a problem is cut without a change of bits where an output's row and column are multiples of it
     """
 
     algorithm: str

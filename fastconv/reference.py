@@ -124,7 +124,7 @@ def error_scale(
 ) -> Array:
     """Return conv(|input|, |weight|), the scale of a result's rounding errors; the input has a batch axis.
 
-    With `reach` above 0, each |input| is first replaced by the largest so many pixels around it.
+    With `reach` above 0, each |input| is first replaced by the largest so many rows and columns around it.
 
     >>> error_scale([[[1, -2, 0, 0]]], [[[-1]]]), error_scale([[[1, -2, 0, 0]]], [[[-1]]], reach=1)
     (array([[[1., 2., 0., 0.]]]), array([[[2., 2., 2., 0.]]]))
@@ -134,17 +134,25 @@ def error_scale(
     problem = make_problem(
         op, x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
-    x = np.pad(x, [(0, 0), (0, 0), *problem.padding[5 - w.ndim :]])
-    for axis in range(2, x.ndim):
-        x = largest_near(x, axis, reach)
+    x = largest_near(np.pad(x, [(0, 0), (0, 0), *problem.padding[5 - w.ndim :]]), reach)
     return _forward(op, x, w, None, (stride, 0, dilation, groups), False, None, None)
 
 
-def largest_near(x: Array, axis: int, reach: int) -> Array:
-    """Return the largest element among those at most `reach` away along an axis."""
-    margins = [(reach, reach) if a == axis else (0, 0) for a in range(x.ndim)]
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, margins), 2 * reach + 1, axis)
-    return windows.max(axis=-1)
+def largest_near(x: Array, reach: int) -> Array:
+    """Return, for each element of (N, C, ..., W), the largest at most `reach` rows and columns away.
+
+    Planes do not count: tiles of pixels lie in one.
+
+    >>> largest_near(np.array([[[[[0, 2, 0, 0]], [[1, 0, 0, 0]]]]]), 1)
+    array([[[[[2, 2, 2, 0]],
+    <BLANKLINE>
+             [[1, 1, 0, 0]]]]])
+    """
+    for axis in range(max(2, x.ndim - 2), x.ndim):
+        margins = [(reach, reach) if a == axis else (0, 0) for a in range(x.ndim)]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, margins), 2 * reach + 1, axis)
+        x = windows.max(axis=-1)
+    return x
 
 
 def conv2d_input(

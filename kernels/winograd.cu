@@ -2,16 +2,17 @@
 //
 //   M x M outputs = A^T [sum over c of U * V] A,   U = G w G^T,   V = B^T d B,   d: (M + 2) x (M + 2) inputs
 //   Along an axis on which the filter has one tap nothing is transformed: F(M, 3) and F(M, 5) for rows and columns.
+//   Nor is depth: a tile lies in one plane of y, and the T planes of x that its windows meet count as more channels.
 //
-//   w --FILTER--> U[e][group][c][k] ----+
-//                                       +--MULTIPLY (gemm.cuh)--> products[e][k][tile] --OUTPUT--> y
-//   x --INPUT---> V[e][group][c][tile] -+
+//   w --FILTER--> U[e][group][t, c][k] ----+
+//                                          +--MULTIPLY (gemm.cuh)--> products[e][k][tile] --OUTPUT--> y
+//   x --INPUT---> V[e][group][t, c][tile] -+
 //
 //   x --B^T d B in registers--> shared V --+
 //                                          +--FUSED: 2 x 64 sums per thread--> shared products --A^T . A--> y
 //   U --16-byte copies--------> shared U --+
 //
-//   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, rows, columns.
+//   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, planes, rows, columns.
 //
 // Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4) and what fastconv/winograd_math.py
 // makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED
@@ -74,12 +75,19 @@ DEVICE void transform(ACC (&to)[kToH][kToW], const ACC (&matrix)[kRows][kColumns
 DEVICE Pixel find_tile(INDEX tile, const Conv& conv)
 {
     const INDEX across = divide_up<INDEX>(conv.Q, kOutW), down = divide_up<INDEX>(conv.P, kOutH);
-    return {tile / across / down, 0, tile / across % down * kOutH, tile % across * kOutW};
+    const INDEX plane = tile / across / down;
+    return {plane / conv.O, plane % conv.O, tile / across % down * kOutH, tile % across * kOutW};
+}
+
+// The plane of x that tap t meets from a tile on, which may lie in the padding.
+DEVICE INDEX find_plane(const Pixel& tile, INDEX t, const Conv& conv)
+{
+    return tile.o * conv.stride_d + t * conv.dilation_d - conv.padding_d;
 }
 
 DEVICE INDEX count_tiles(const Conv& conv)
 {
-    return conv.N * divide_up<INDEX>(conv.P, kOutH) * divide_up<INDEX>(conv.Q, kOutW);
+    return conv.N * conv.O * divide_up<INDEX>(conv.P, kOutH) * divide_up<INDEX>(conv.Q, kOutW);
 }
 #endif
 
@@ -98,16 +106,17 @@ struct Item {
 };
 
 #ifdef STAGE_FILTER
-// U = G w G^T with zeros up to `rows` channels and `pitch` output channels: one thread per channel and output channel.
+// U = G w G^T with zeros up to `rows` (t, c) and `pitch` output channels: one thread per row and output channel.
 KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv, INDEX rows, INDEX pitch)
 {
     constexpr ACC kG[kIn][kTaps] = WINOGRAD_G;
     const long long thread = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     const long long size = static_cast<long long>(conv.groups) * rows * pitch;
     if (thread >= size) return;
-    const INDEX k = thread % pitch, c = thread / pitch % rows, group = thread / pitch / rows;
-    const bool exists = k < conv.K && c < conv.C;
-    weight += (group * conv.K + smaller(k, conv.K - 1)) * conv.w_k + smaller(c, conv.C - 1) * conv.w_c;
+    const INDEX k = thread % pitch, row = thread / pitch % rows, group = thread / pitch / rows;
+    const bool exists = k < conv.K && row < conv.T * conv.C;
+    const INDEX t = smaller(row / conv.C, conv.T - 1), c = row % conv.C;
+    weight += (group * conv.K + smaller(k, conv.K - 1)) * conv.w_k + c * conv.w_c + t * conv.w_t;
     ACC w[FILTER_R][FILTER_S], u[kInH][kInW];
 #pragma unroll
     for (int i = 0; i < FILTER_R * FILTER_S; ++i) {
@@ -126,10 +135,13 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDE
 {
     constexpr ACC kBT[kIn][kIn] = WINOGRAD_BT;
     const INDEX pitch = divide_up<INDEX>(tiles, 4) * 4, rows = static_cast<INDEX>(slices) * kBlockK;
-    const Item item(conv.groups * conv.C, ORDER == NHWC);
+    const INDEX used = conv.T * conv.C;  // rows of a group
+    const Item item(conv.groups * used, ORDER == NHWC);
     if (item.tile >= pitch) return;
+    const INDEX group = item.channel / used, row = item.channel % used, channel = group * conv.C + row % conv.C;
     const Pixel pixel = find_tile(smaller<INDEX>(first + item.tile, count_tiles(conv) - 1), conv);
-    const STORAGE* plane = x + (pixel.n * conv.x_n + item.channel * conv.x_c);
+    const INDEX depth = find_plane(pixel, row / conv.C, conv);
+    const STORAGE* plane = x + (pixel.n * conv.x_n + channel * conv.x_c + depth * conv.x_d);
     ACC d[kInH][kInW], v[kInH][kInW];
 #pragma unroll
     for (int i = 0; i < kInH; ++i) {
@@ -137,17 +149,17 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDE
 #pragma unroll
         for (int j = 0; j < kInW; ++j) {
             const INDEX w = pixel.q + j - conv.padding_w;
-            const bool inside = is_within(h, conv.H) && is_within(w, conv.W);
+            const bool inside = is_within(depth, conv.D) && is_within(h, conv.H) && is_within(w, conv.W);
             d[i][j] = inside ? widen(plane[h * conv.x_h + w * conv.x_w]) : ACC(0);
         }
     }
     transform(v, kBT, d);
-    const INDEX group = item.channel / conv.C, c = item.channel % conv.C, size = conv.groups * rows * pitch;
-    ACC* to = V + ((group * rows + c) * pitch + item.tile);
+    const INDEX size = conv.groups * rows * pitch;
+    ACC* to = V + ((group * rows + row) * pitch + item.tile);
 #pragma unroll
     for (int e = 0; e < kPlaces; ++e) to[e * size] = v[e / kInW][e % kInW];
-    if (c < conv.C - 1) return;
-    for (INDEX row = conv.C; row < rows; ++row) {
+    if (row < used - 1) return;
+    for (INDEX rest = used; rest < rows; ++rest) {
         to += pitch;
         for (int e = 0; e < kPlaces; ++e) to[e * size] = 0;
     }
@@ -193,7 +205,7 @@ DEVICE void store_outputs(const ACC (&sum)[kOutH][kOutW], const Pixel& first, IN
         int stored = 0;
 #pragma unroll
         for (int j = 0; j < kOutW; ++j) {
-            const Pixel pixel = {first.n, 0, first.p + i, first.q + j};
+            const Pixel pixel = {first.n, first.o, first.p + i, first.q + j};
             if (pixel.p >= conv.P || pixel.q >= conv.Q) continue;
             at[j] = offset_in_y(pixel, conv) + k * conv.y_k;
             four.value[j] = epilogue.finish(sum[i][j], k, offset_in_residual(pixel, conv) + k * conv.r_k);
@@ -252,9 +264,10 @@ struct HalfLoader {
         channel = threadIdx.x / BLOCK_TILES % kSlice;
         tile = threadIdx.x % BLOCK_TILES;
         const Pixel pixel = find_tile(smaller<INDEX>(first_tile + tile, count_tiles(conv) - 1), conv);
-        const INDEX h = pixel.p + half - conv.padding_h, w = pixel.q - conv.padding_w;
+        const INDEX d = find_plane(pixel, 0, conv), h = pixel.p + half - conv.padding_h, w = pixel.q - conv.padding_w;
         c = channel;
-        at = pixel.n * conv.x_n + (group * conv.C + c) * conv.x_c + h * conv.x_h + w * conv.x_w;
+        at = pixel.n * conv.x_n + (group * conv.C + c) * conv.x_c + d * conv.x_d + h * conv.x_h + w * conv.x_w;
+        if (!is_within(d, conv.D)) return;
 #pragma unroll
         for (int i = 0; i < 12; ++i) {
             inside |= static_cast<unsigned>(is_within(h + i / 4, conv.H) && is_within(w + i % 4, conv.W)) << i;

@@ -80,6 +80,14 @@ CASES = [
     Case("conv1d_pointwise_stride_2", "conv1d", (2, 5, 8), (5, 5, 1), {"stride": 2}),
     Case("conv3d", "conv3d", (1, 3, 6, 7, 8), (4, 3, 3, 3, 3), {"padding": 1}),
     Case("conv3d_mixed", "conv3d", (2, 4, 7, 6, 9), (6, 2, 2, 3, 1), {"stride": (2, 1, 3), "groups": 2}),
+    Case(
+        "conv3d_frames", "conv3d", (2, 5, 5, 6, 9), (6, 5, 1, 3, 3),
+        {"stride": (2, 1, 1), "padding": (1, 1, 1)},
+    ),
+    Case(
+        "conv3d_planes", "conv3d", (2, 34, 8, 5, 7), (10, 17, 3, 3, 3),
+        {"stride": (2, 1, 1), "dilation": (3, 1, 1), "padding": ((2, 4), 1, (0, 1)), "groups": 2},
+    ),
     Case("conv3d_depthwise", "conv3d", (1, 4, 5, 6, 7), (4, 1, 3, 3, 3), {"groups": 4, "dilation": 2}),
     Case("conv3d_pointwise", "conv3d", (1, 5, 3, 4, 5), (6, 5, 1, 1, 1)),
 ]  # fmt: skip

@@ -54,9 +54,7 @@ class Gradient:
         if self.problem.direction == "grad_weight":  # into the padding too: some taps meet nothing else
             first = np.pad(first, [(0, 0), (0, 0), *options_of(self.problem)["padding"]])
             changes = {"padding": 0}
-        for axis in range(2, first.ndim):
-            first = reference.largest_near(first, axis, reach)
-        return self.refer(first, np.abs(self.second), **changes)
+        return self.refer(reference.largest_near(first, reach), np.abs(self.second), **changes)
 
     def check_bounded(self, plan: Plan):
         (factor, reach), dtype = plan.error_bound(), self.problem.dtype

@@ -353,30 +353,33 @@ def test_channels_in_narrow_vectors(rng, monkeypatch):
     assert plans
 
 
-@pytest.mark.parametrize("extents", [(3, 3), (5, 5), (1, 3), (5, 1)])
+@pytest.mark.parametrize("extents", [(1, 3, 3), (3, 3, 3), (1, 5, 5), (2, 1, 3), (1, 5, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_winograd_reads_any_weight(extents, dtype, rng):
     """Taps that run backward, channels that change places: the bits are those of a contiguous weight."""
-    x, w = normals(rng, (1, 7, 9, 8), dtype), normals(rng, (19, 7, *extents), dtype)
+    x, w = normals(rng, (1, 7, 4, 9, 8), dtype), normals(rng, (19, 7, *extents), dtype)
     backward = np.ascontiguousarray(w[..., ::-1, ::-1])[..., ::-1, ::-1]
+    planes_backward = np.ascontiguousarray(w[:, :, ::-1])[:, :, ::-1]
     exchanged = np.ascontiguousarray(w.swapaxes(0, 1)).swapaxes(0, 1)
     gaps = np.repeat(w, 2, axis=-1)[..., ::2]
     one_axis = np.ascontiguousarray(w[..., ::-1, :])[..., ::-1, :]
-    wanted = fastconv.conv2d(x, w, algo="winograd")
-    for view in (backward, exchanged, np.asfortranarray(w), gaps, one_axis):
+    wanted = fastconv.conv3d(x, w, algo="winograd")
+    for view in (backward, planes_backward, exchanged, np.asfortranarray(w), gaps, one_axis):
         assert np.array_equal(view, w)
-        assert np.array_equal(fastconv.conv2d(x, view, algo="winograd"), wanted)
-        assert np.array_equal(fastconv.Conv2d(view, algo="winograd")(x), wanted)
+        assert np.array_equal(fastconv.conv3d(x, view, algo="winograd"), wanted)
+        assert np.array_equal(fastconv.Conv3d(view, algo="winograd")(x), wanted)
 
 
 class TestRefusal:
-    FILTERS = "needs a 3 x 3 or 5 x 5 kernel, or 3 or 5 taps in a row, over one plane"
+    FILTERS = "needs 3 x 3 or 5 x 5 taps along rows and columns, or 3 or 5 along one of them"
+    STEPS = "needs stride 1 and dilation 1 along rows and columns"
     KNOWN = (
         ("winograd", "stem_7x7", FILTERS),
         ("winograd", "even_kernel", FILTERS),
-        ("winograd", "conv3d", FILTERS),
-        ("winograd", "stride_2", "needs stride 1 and dilation 1"),
-        ("winograd", "dilated", "needs stride 1 and dilation 1"),
+        ("winograd", "conv3d_pointwise", FILTERS),
+        ("winograd", "stride_2", STEPS),
+        ("winograd", "dilated", STEPS),
+        ("winograd", "conv3d_mixed", STEPS),
         ("pointwise", "plain_3x3", "needs a kernel of extent 1"),
         ("pointwise", "pointwise_padded", "needs padding 0"),
         ("depthwise", "groups", "needs groups = C = 6"),

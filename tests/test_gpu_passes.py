@@ -138,7 +138,7 @@ class Gradient:
             assert_exact(found, self.expected, self.problem.dtype)
             return
         factor, reach = plan.error_bound()
-        scale = self.refer(np.abs(self.other), largest_near(np.abs(self.grad), reach))
+        scale = self.refer(np.abs(self.other), reference.largest_near(np.abs(self.grad), reach))
         bound = factor * np.finfo(self.problem.compute_dtype).eps * scale
         if self.problem.dtype != self.problem.compute_dtype:
             info = finfo(self.problem.dtype)
@@ -150,15 +150,6 @@ class Gradient:
             self.judge(plan, self.run(plan))
         except AssertionError as error:
             raise AssertionError(f"{plan}\n{error}") from None
-
-
-def largest_near(grad, reach):
-    """The largest element of each pixel's surroundings, so many pixels wide."""
-    for axis in range(2, grad.ndim):
-        margins = [(reach, reach) if a == axis else (0, 0) for a in range(grad.ndim)]
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(grad, margins), 2 * reach + 1, axis)
-        grad = windows.max(axis=-1)
-    return grad
 
 
 def make_gradient(rng, problem, fill):

@@ -8,7 +8,7 @@ import pytest
 
 from fastconv.algorithms import TABLE
 from fastconv.cpu import band, memory, planes, simd
-from fastconv.cpu.device import CACHE_LINE, current
+from fastconv.cpu.device import current
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -21,6 +21,7 @@ from fastconv.cpu.simd import (
     release,
     table,
 )
+from fastconv.lines import CACHE_LINE
 from fastconv.problem import make_problem
 from fastconv.winograd_math import matrices
 from tests.compare import assert_bounded, assert_exact, integers

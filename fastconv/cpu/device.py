@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastconv import environment
 from fastconv.cpu.threads import thread_count
+from fastconv.lines import CACHE_LINE
 from fastconv.problem import HashedOnce
 
 if TYPE_CHECKING:
@@ -21,9 +22,8 @@ FMA_PER_CYCLE = 2  # vectors; true of every current x86 server core, and of most
 BANDWIDTH = 25.0e9  # bytes/s that one core moves to and from memory; a typical server core
 EXPOSED = 0.1  # the part of the shorter of arithmetic and traffic that the longer does not hide
 TILE_CYCLES = 60  # to start a tile and to store it
-CACHE_LINE = 64  # bytes
 L2_CYCLES = 2  # to load a vector from L2
-CROSSING = 1.25  # a tile takes longer whose vectors lie in two cache lines each; of vectors as wide as a line
+CROSSING = 1.22  # a tile takes longer whose vectors lie in two cache lines each; of vectors as wide as a line
 SUM_CYCLES = 4  # from one FMA to the next on its result
 ROW_CYCLES = 45  # to start a row that is copied alone
 BOX_ROW_CYCLES = 15  # one of several that are copied together

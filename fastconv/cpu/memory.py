@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastconv.cpu import device, threads
-from fastconv.cpu.band import address, locate
-from fastconv.cpu.device import CACHE_LINE
+from fastconv.cpu.band import locate
 from fastconv.cpu.device import itemsize as itemsize  # half types are converted before
 from fastconv.cpu.simd import (
     Block,
@@ -24,6 +23,7 @@ from fastconv.cpu.simd import (
     transpose,
     view_of,
 )
+from fastconv.lines import allocate as allocate
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device
@@ -33,14 +33,6 @@ FILTERS = 64  # of a task: what is read of them, a line of each, stays in L1
 STAGES = True  # what has columns that lie apart is computed elsewhere first: kernels store them one by one
 CUT_SECONDS = 0.7e-9  # to exchange an element of filters, or to pack it from where it lies
 SERIAL_ELEMENTS = 20_000  # below this, about 10 us, a second thread costs more than it saves
-
-
-def allocate(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Return an array, not set, that begins with a cache line; NumPy's begin with 16 bytes of one."""
-    count = math.prod(shape)
-    raw = np.empty(count + CACHE_LINE, dtype)
-    first = -address(raw) % CACHE_LINE // raw.itemsize
-    return raw[first : first + count].reshape(shape)
 
 
 def exchange(filters: np.ndarray, cuts: Cuts) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ from fastconv.cpu.band import (
     task_threads,
     weight_lies_well,
 )
-from fastconv.cpu.device import CACHE_LINE, itemsize
+from fastconv.cpu.device import itemsize
 from fastconv.cpu.pointwise_channels import ChannelTile
 from fastconv.cpu.simd import (
     Block,
@@ -47,6 +47,7 @@ from fastconv.cpu.simd import (
     table,
     view_of,
 )
+from fastconv.lines import CACHE_LINE
 
 if TYPE_CHECKING:
     from fastconv.cpu.device import Device

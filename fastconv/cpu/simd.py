@@ -32,8 +32,8 @@ from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
 from fastconv.cpu import team
-from fastconv.cpu.device import CACHE_LINE
 from fastconv.cpu.team import PART, compile_cached, compile_for, launch
+from fastconv.lines import CACHE_LINE
 from fastconv.problem import HashedOnce
 from fastconv.winograd_math import Matrices, Matrix, matrices
 
@@ -42,13 +42,13 @@ FETCHED_TAPS = 16  # ahead of the tap in hand, which takes 12 cycles in a tile o
 
 
 def _digest() -> str:
-    """Return a digest of the sources of this folder, of those in it and of the Winograd constants.
+    """Return a digest of the sources of this folder, of those in it and of the constants beside it.
 
     Numba's disk cache looks at the file of a function, not at those it calls; the digest is part of
     every kernel's argument types, so that an edited helper never runs as a stale binary.
     """
     here = Path(__file__).parent
-    files = [*sorted(here.rglob("*.py")), here.parent / "winograd_math.py"]
+    files = [*sorted(here.rglob("*.py")), here.parent / "lines.py", here.parent / "winograd_math.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 

@@ -1,16 +1,17 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: a block of tiles goes through all stages while it lies in cache.
 
-    w (K, C, R, S)       --filters-->  U (places, C, K)             places: the inputs of a tile, (m + 2)^2
-    x, a block of tiles  --inputs-->   V (places, tiles, C)
+    w (K, C, T, R, S)    --filters-->  U (places, T C, K)           places: the inputs of a tile, (m + 2)^2
+    x, a block of tiles  --inputs-->   V (places, tiles, T C)
     V, U                 --multiply->  M (places, tiles, K panel)   as many independent products
     M                    --outputs->   y + bias                     m x m pixels per tile; then the epilogue
 
 Filters of 5 x 5 take F(2 x 2, 5 x 5), of 36 places. Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5)
-along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places.
+along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places. Depth is not transformed: a tile
+lies in one plane of outputs, and the planes that its windows meet count as so many times the channels.
 
 Lanes are channels in all stages, so that one tile fills vectors as well as many do, and a transform needs
 no shuffles. Arrays with channels first are transposed where they are read and written, a square of
-registers at a time. Tiles are numbered through batch, rows and columns.
+registers at a time. Tiles are numbered through batch, planes, rows and columns.
 
 U takes four times the memory of w (36 x 512 x 512 floats: 38 MB). It is made before all else only where
 three blocks or more will read it. Else each panel of K is made when its turn comes, some channels at a time,
@@ -111,18 +112,25 @@ class Geometry(NamedTuple):
     groups: int
     C: int
     K: int
+    D: int
     H: int
     W: int
+    O: int
     P: int
     Q: int
+    T: int  # planes that a window meets
+    stride_d: int
+    dilation_d: int
+    pad_d: int
     pad_h: int
     pad_w: int
-    tiles_h: int  # tiles of one image along each side, and those of the whole batch
+    tiles_h: int  # tiles of one plane along each side, and those of the whole batch
     tiles_w: int
     tiles: int
     blocks: int  # that share the tiles evenly
     height: int  # rows of V and M: the tiles of a block, in whole register tiles
-    C_padded: int  # to whole vectors
+    C_vectors: int  # that the input channels of a plane fill
+    V_row: int  # elements of a tile in a matrix of V: the vectors of T planes
     c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
     K_vectors: int  # that the output channels fill
     panels: int  # that share those evenly, and the output channels of the largest
@@ -143,7 +151,7 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
     groups, C, K = problem.groups, problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
-    tiles = problem.N * tiles_h * tiles_w
+    tiles = problem.N * problem.O * tiles_h * tiles_w
     rows = math.ceil(tiles / tile.rows)  # of register tiles
     blocks = math.ceil(tiles / BLOCK_TILES)
     C_vectors, K_vectors = math.ceil(C / lanes), math.ceil(K / lanes)
@@ -152,8 +160,8 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     if 0 < blocks * groups < workers:
         panels = count_parts(panels, K_vectors, blocks * groups, workers)
         k_parts = count_parts(1, panels, blocks * groups, workers)
-        if tiles * C_vectors > OWN_INPUTS:
-            k_parts, c_parts = panels, min(C_vectors, 2 * workers)
+        if tiles * problem.T * C_vectors > OWN_INPUTS:
+            k_parts, c_parts = panels, min(problem.T * C_vectors, 2 * workers)
     else:
         blocks = count_parts(blocks, rows, groups, workers)
     height = math.ceil(rows / max(1, blocks)) * tile.rows
@@ -161,11 +169,13 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     U_first, places = blocks > 2, a_h * a_w
     room = device.l2 // 4 // itemsize(problem) // (places * panel)
     c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
+    U_rows, V_row = problem.T * C if U_first else c_step, problem.T * C_vectors * lanes
     return Geometry(
-        groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
-        tiles_h, tiles_w, tiles, blocks, height, C_vectors * lanes,
+        groups, C, K, *problem.input_shape5[2:], *problem.output_shape5[2:],
+        problem.T, problem.stride[0], problem.dilation[0], *problem.padding_before,
+        tiles_h, tiles_w, tiles, blocks, height, C_vectors, V_row,
         c_parts, K_vectors, panels, panel, k_parts, c_step, int(U_first), places,
-        c_step * panel + lanes, height * C_vectors * lanes + lanes, height * panel + lanes,
+        U_rows * panel + lanes, height * V_row + lanes, height * panel + lanes,
     )  # fmt: skip
 
 
@@ -176,13 +186,12 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
     m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
     g = _geometry(problem, tile, device, 1)
-    C_vectors = g.C_padded // lanes
     product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, g.C, dtype, True)
-    products = g.blocks * g.places * product
-    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.C * (4 * lanes + 6 * g.places)
+    products = g.blocks * g.places * g.T * product
+    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.T * g.C * (4 * lanes + 6 * g.places)
     square = SQUARE_CYCLES * lanes if problem.order == "NCHW" else BOX_ROW_CYCLES * lanes
     gathered = g.tiles / g.tiles_w * a_h * math.ceil((g.tiles_w * m_w + a_w - m_w) / lanes)
-    inputs = C_vectors * (g.tiles * 12 * g.places + gathered * square)
+    inputs = g.T * g.C_vectors * (g.tiles * 12 * g.places + gathered * square)
     scattered = g.tiles / g.tiles_w * m_h * math.ceil(g.tiles_w * m_w / lanes)
     outputs = g.K_vectors * (g.tiles * 12 * g.places + scattered * square)
     return device.seconds(problem, problem.groups * (products + filters + inputs + outputs))
@@ -204,25 +213,26 @@ def possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
 
 
 def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
-    """Return the filters as their transform reads them: of each vector of K a row (C, taps, lanes).
+    """Return the filters as their transform reads them: of each vector of K a row (T, C, taps, lanes).
 
     Not U, which is four times as large: to read that takes longer than to make it, where it is read once.
     """
     block = make_block(problem, tile, device)
     g = _geometry(problem, tile, device, 1)
     rows = g.groups * g.K_vectors
-    regrouped = memory.allocate((rows, g.C * problem.R * problem.S * block.lanes), problem.compute_dtype)
+    size = g.T * g.C * problem.R * problem.S * block.lanes
+    regrouped = memory.allocate((rows, size), problem.compute_dtype)
     _regroup_filters(block, rows, task_threads(problem), g, _with_taps_in_line(weight), regrouped)
     return regrouped
 
 
 def _with_taps_in_line(weight: np.ndarray) -> np.ndarray:
-    """Return a weight of rank 5, or a copy, whose taps lie one after the other, forward or backward."""
+    """Return a weight of rank 5, or a copy, whose taps of a plane lie in line, forward or backward."""
     return weight if find_tap_step(weight) else np.ascontiguousarray(weight)
 
 
 def find_tap_step(weight: np.ndarray) -> int:
-    """Return 1 where the taps of a weight of rank 5 lie one after the other, -1 where backward, else 0."""
+    """Return 1 where the taps of a plane of a weight of rank 5 lie in line, -1 where backward, else 0."""
     item, (R, S), (of_R, of_S) = weight.itemsize, weight.shape[3:], weight.strides[3:]
     step = of_S if S > 1 else of_R if R > 1 else item
     is_in_line = abs(step) == item and (R == 1 or of_R == S * step)
@@ -249,7 +259,7 @@ def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Oper
     U = V = np.empty((0, 0), dtype)
     if g.U_first:
         U = memory.allocate((panels, g.places * g.U_step), dtype)
-        parts = min(g.C, 2 * workers)
+        parts = min(g.T * g.C, 2 * workers)
         _prepare_filters(block, panels * parts, workers, g, parts, is_regrouped, w, U)
     if g.c_parts:
         V = memory.allocate((blocks, g.places * g.V_step), dtype)
@@ -269,16 +279,17 @@ def _regroup_filters(block, first, last, g, w, regrouped):
     w, target, lanes, (R, S) = view_of(w), table(regrouped), block_lanes(block), block_extents(block)
     for vector in range(first, last):
         group, j = divmod(vector, g.K_vectors)
-        for c in range(g.C):
-            _regroup(block, g, w, group, j * lanes, c, advance(target, (vector * g.C + c) * R * S * lanes))
+        for row in range(g.T * g.C):
+            filters = advance(target, (vector * g.T * g.C + row) * R * S * lanes)
+            _regroup(block, g, w, group, j * lanes, row, filters)
 
 
 @small_part
-def _regroup(block, g, w, group, k, c, target):
-    """Make one vector of each tap of the filters of channel c and of output channels k ... k+lanes-1."""
-    lanes, (R, S) = block_lanes(block), block_extents(block)
+def _regroup(block, g, w, group, k, row, target):
+    """Make one vector of each tap of the filters of output channels k ... k+lanes-1 in a row (t, c) of U."""
+    lanes, (R, S), (t, c) = block_lanes(block), block_extents(block), divmod(row, g.C)
     taps = R * S
-    filters = advance(pointer(block, w[0]), (group * g.K + k) * w[1] + c * w[2])
+    filters = advance(pointer(block, w[0]), (group * g.K + k) * w[1] + c * w[2] + t * w[3])
     is_back = w[5] < 0 if S > 1 else w[4] < 0 and R > 1
     if is_back:  # the first tap lies last
         filters, target = advance(filters, 1 - taps), advance(target, (taps - 1) * lanes)
@@ -292,45 +303,45 @@ def _regroup(block, g, w, group, k, c, target):
 
 @Kernel
 def _prepare_filters(block, first, last, g, parts, is_regrouped, w, all_U):
-    """Transform the filters of all panels, some input channels a task."""
+    """Transform the filters of all panels, some rows of U a task."""
     for task in range(first, last):
         here, part = divmod(task, parts)
         group, panel = divmod(here, g.panels)
-        c, c_end = g.C * part // parts, g.C * (part + 1) // parts
-        U = advance(table(all_U), here * g.places * g.U_step + c * g.panel)
-        _transform_filters(block, g, is_regrouped, view_of(w), group, panel, c, c_end - c, U)
+        row, end = g.T * g.C * part // parts, g.T * g.C * (part + 1) // parts
+        U = advance(table(all_U), here * g.places * g.U_step + row * g.panel)
+        _transform_filters(block, g, is_regrouped, view_of(w), group, panel, row, end - row, U)
 
 
 @part
-def _transform_filters(block, g, is_regrouped, w, group, panel, c_first, c_count, U):
-    """Transform the filters of a panel and of c_count channels: U[e, c, k] = (G w G^T)[e]."""
+def _transform_filters(block, g, is_regrouped, w, group, panel, first, rows, U):
+    """Transform the filters of a panel for some rows (t, c) of U: U[e, row, k] = (G w G^T)[e]."""
     lanes, (R, S) = block_lanes(block), block_extents(block)
     size = R * S * lanes
     taps = allocate(block, size)
     k, channels = _find_panel(g, panel, lanes)
     for j in range(0, channels, lanes):
         vector = group * g.K_vectors + (k + j) // lanes
-        for c in range(c_count):
+        for row in range(rows):
             filters = taps
             if is_regrouped:
-                filters = advance(pointer(block, w[0]), (vector * g.C + c_first + c) * size)
+                filters = advance(pointer(block, w[0]), (vector * g.T * g.C + first + row) * size)
             else:
-                _regroup(block, g, w, group, k + j, c_first + c, taps)
-            transform_filters(block, filters, advance(U, c * g.panel + j), g.U_step)
+                _regroup(block, g, w, group, k + j, first + row, taps)
+            transform_filters(block, filters, advance(U, row * g.panel + j), g.U_step)
     release(taps)
 
 
 @Kernel
 def _prepare_inputs(block, first, last, g, x, all_V):
-    """Transform the tiles of all blocks, some channels a task."""
-    x, lanes = view_of(x), block_lanes(block)
+    """Transform the tiles of all blocks, some planes and channels a task."""
+    x = view_of(x)
     for task in range(first, last):
         here, c_part = divmod(task, g.c_parts)
         group, tile_block = divmod(here, g.blocks)
-        vectors = g.C_padded // lanes
-        c, c_end = vectors * c_part // g.c_parts * lanes, vectors * (c_part + 1) // g.c_parts * lanes
+        vectors = g.T * g.C_vectors
+        vector, end = vectors * c_part // g.c_parts, vectors * (c_part + 1) // g.c_parts
         V = advance(table(all_V), here * g.places * g.V_step)
-        _transform_inputs(block, x, g, group, tile_block, c, c_end, V)
+        _transform_inputs(block, x, g, group, tile_block, vector, end, V)
 
 
 @Kernel
@@ -346,15 +357,9 @@ def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y
         group, tile_block = divmod(here, g.blocks)
         V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
         if not g.c_parts:
-            _transform_inputs(block, x, g, group, tile_block, 0, g.C_padded, V)
+            _transform_inputs(block, x, g, group, tile_block, 0, g.T * g.C_vectors, V)
         for panel in range(g.panels * k_part // g.k_parts, g.panels * (k_part + 1) // g.k_parts):
-            U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step)
-            for c in range(0, g.C, g.c_step):
-                c_count = min(g.c_step, g.C - c)
-                if not g.U_first:
-                    U = own_U
-                    _transform_filters(block, g, is_regrouped, w, group, panel, c, c_count, U)
-                _multiply(block, g, tile_block, panel, c_count, advance(V, c), U, c > 0, zeros, M)
+            _multiply_panel(block, g, is_regrouped, (group, tile_block, panel), all_U, own_U, V, w, zeros, M)
             _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending)
     release(own_V)
     release(own_U)
@@ -373,10 +378,11 @@ def _find_tiles(block, g, tile_block):
 
 @small_part
 def find_run(g, tile, end):
-    """Return a tile's image, row and column, and how many tiles from it on, before `end`, lie in this row."""
+    """Return a tile's image, plane, row, column, and how many from it on, before `end`, lie in this row."""
     rest, column = divmod(tile, g.tiles_w)
-    n, row = divmod(rest, g.tiles_h)
-    return n, row, column, min(g.tiles_w - column, end - tile)
+    plane, row = divmod(rest, g.tiles_h)
+    n, o = divmod(plane, g.O)
+    return n, o, row, column, min(g.tiles_w - column, end - tile)
 
 
 @small_part
@@ -387,22 +393,23 @@ def _find_panel(g, panel, lanes):
 
 
 @part
-def _transform_inputs(block, x, g, group, tile_block, c_first, c_end, V):
-    """Gather the tiles of a block and transform them: V[e, tile, c] = (B^T d B)[e], c_first <= c < c_end.
+def _transform_inputs(block, x, g, group, tile_block, first_vector, end_vector, V):
+    """Gather the tiles of a block and transform them, some vectors of (t, c): V[e, tile, t, c] = B^T d B.
 
     Rows that no tile has are zeros: what memory holds by chance may be subnormal, which takes 100 cycles.
     """
     lanes = block_lanes(block)
     first, end = _find_tiles(block, g, tile_block)
     pixels = allocate_pixels(block)
-    for c in range(c_first, c_end, lanes):
-        channel, count = group * g.C + c, min(lanes, g.C - c)
-        target = advance(V, c)
-        transform_tiles(block, x, g, channel, count, first, end, pixels, target, g.C_padded, g.V_step)
-    if c_first == 0:
+    for vector in range(first_vector, end_vector):
+        t, c = vector // g.C_vectors, vector % g.C_vectors * lanes
+        channels = t, group * g.C + c, min(lanes, g.C - c)
+        target = advance(V, vector * lanes)
+        transform_tiles(block, x, g, channels, first, end, pixels, target, g.V_row, g.V_step)
+    if first_vector == 0:
         for e in range(g.places):
             rest = g.height - (end - first)
-            fill(block, advance(V, e * g.V_step + (end - first) * g.C_padded), rest * g.C_padded)
+            fill(block, advance(V, e * g.V_step + (end - first) * g.V_row), rest * g.V_row)
     release(pixels)
 
 
@@ -414,19 +421,22 @@ def allocate_pixels(block):
 
 
 @part
-def transform_tiles(block, x, g, channel, channels, first, end, pixels, V, V_row, V_step):
+def transform_tiles(block, x, g, channels, first, end, pixels, V, V_row, V_step):
     """Gather tiles first ... end-1 of a vector of channels and transform them; V: where the first one goes.
 
+    channels       which of the planes that windows meet, the first channel of x, and how many channels
     V_row, V_step  how far apart tiles lie in V, and the places of a tile
     """
     lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
-    line = GATHERED * lanes * lanes
+    line, (t, channel, channel_count) = GATHERED * lanes * lanes, channels
     tile = first
     while tile < end:
-        n, row, column, count = find_run(g, tile, end)
+        n, o, row, column, count = find_run(g, tile, end)
         count = min(count, (GATHERED * lanes - a_w + m) // m)
-        at = n, channel, 0, row * m_h - g.pad_h, column * m - g.pad_w
-        gather_pixels(block, x, (g.H, g.W), at, channels, (a_h, count * m + a_w - m), pixels, line)
+        d = o * g.stride_d + t * g.dilation_d - g.pad_d
+        at = n, channel, d, row * m_h - g.pad_h, column * m - g.pad_w
+        sizes = channel_count, a_h, count * m + a_w - m
+        gather_pixels(block, x, (g.D, g.H, g.W), at, sizes, pixels, line)
         for j in range(count):
             target = advance(V, (tile - first + j) * V_row)
             transform_input(block, advance(pixels, j * m * lanes), line, target, V_step)
@@ -434,21 +444,21 @@ def transform_tiles(block, x, g, channel, channels, first, end, pixels, V, V_row
 
 
 @part
-def gather_pixels(block, x, limits, at, channels, sizes, pixels, line):
-    """Copy rows and columns of pixels, channels on the lanes, zeros for those outside the image.
+def gather_pixels(block, x, limits, at, sizes, pixels, line):
+    """Copy rows and columns of pixels of a plane, channels on the lanes, zeros for those outside the image.
 
-    limits  rows and columns of the image
+    limits  planes, rows and columns of the image
     at      n, channel, d, h, w of the first pixel, which may lie outside
-    sizes   how many rows and columns
+    sizes   how many channels, rows and columns
     line    how far apart the rows lie in `pixels`
     """
-    lanes, (H, W), (rows, columns) = block_lanes(block), limits, sizes
-    h, w = at[3], at[4]
+    lanes, (D, H, W), (channels, rows, columns) = block_lanes(block), limits, sizes
+    d, h, w = at[2], at[3], at[4]
     source, every = locate(block, x, at), lane_bits(block, 0, lanes)
     low, high = columns_inside(w, 1, columns, W)
     for i in range(rows):
         target, row = advance(pixels, i * line), advance(source, i * x[4])
-        if h + i < 0 or h + i >= H:
+        if d < 0 or d >= D or h + i < 0 or h + i >= H:
             fill(block, target, columns * lanes)
         elif x[5] == 1:
             for j in range(0, columns, lanes):
@@ -467,6 +477,25 @@ def gather_pixels(block, x, limits, at, channels, sizes, pixels, line):
 
 
 @part
+def _multiply_panel(block, g, is_regrouped, at, all_U, own_U, V, w, zeros, M):
+    """Sum the products of a block of tiles and a panel over all planes and channels, some channels at a time.
+
+    at  group, block of tiles, panel
+    """
+    group, tile_block, panel = at
+    for t in range(g.T):
+        for c in range(0, g.C, g.c_step):
+            row, rows = t * g.C + c, min(g.c_step, g.C - c)
+            if g.U_first:
+                U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step + row * g.panel)
+            else:
+                U = own_U
+                _transform_filters(block, g, is_regrouped, w, group, panel, row, rows, U)
+            source = advance(V, t * g.C_vectors * block_lanes(block) + c)
+            _multiply(block, g, tile_block, panel, rows, source, U, row > 0, zeros, M)
+
+
+@part
 def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
     """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e]."""
     lanes, height = block_lanes(block), block_rows(block)
@@ -477,7 +506,7 @@ def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
         for row in range(0, end - first, height):
             target = advance(M, e * g.M_step + row * g.panel)
             multiply_tile(
-                block, vectors, advance(V, e * g.V_step + row * g.C_padded), g.C_padded, 1,
+                block, vectors, advance(V, e * g.V_step + row * g.V_row), g.V_row, 1,
                 advance(U, e * g.U_step), g.panel, channels, target if adds else zeros, target, g.panel,
             )  # fmt: skip
 
@@ -493,16 +522,16 @@ def _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending):
     first, end = _find_tiles(block, g, tile_block)
     tile = first
     while tile < end:
-        n, row, column, count = find_run(g, tile, end)
+        n, o, row, column, count = find_run(g, tile, end)
         p, q = row * m_h, column * m
         rows, columns = min(m_h, g.P - p), min(count * m, g.Q - q)
         products = advance(M, (tile - first) * g.panel)
         for j in range(0, channels, lanes):
-            target = locate(block, y, (n, channel + j, 0, p, q))
+            target = locate(block, y, (n, channel + j, o, p, q))
             added = advance(bias, channel + j)
             sizes = min(lanes, channels - j), rows, columns
             _transform_run(block, g, advance(products, j), added, sizes, pixels, y, target)
-        finish(block, y, (n, channel, 0, p, q), (channels, rows, columns), ending)
+        finish(block, y, (n, channel, o, p, q), (channels, rows, columns), ending)
         tile += count
     release(pixels)
 

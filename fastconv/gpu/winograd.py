@@ -1,7 +1,7 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel.
 
 Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5). Those of 5 x 5 take
-F(2 x 2, 5 x 5).
+F(2 x 2, 5 x 5). Depth is not transformed: the planes that a window meets count as so many times the channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class WinogradTile(Tile):
     """Tiles of m outputs along an axis; a block computes block_m output channels of block_n of them.
 
-    is_fused  whether transforms and products are one kernel, without workspace: of 3 x 3 filters
+    is_fused  whether transforms and products are one kernel, without workspace: of 3 x 3 filters, one plane
     """
 
     m: int = 4
@@ -141,8 +141,9 @@ def _run_turn(
     pitch, slices = -(-tiles // 4) * 4, _rows(problem) // SLICE
     largest = max(U.size, V.size, products.size)
     each = -(-tiles // 32) * 32  # threads of a channel
+    channels, order = problem.T * problem.C, {"ORDER": problem.order}
     call.launch(
-        "INPUT", -(-each * problem.C // THREADS), THREADS, {**constants, "ORDER": problem.order}, largest,
+        "INPUT", -(-each * channels // THREADS), THREADS, {**constants, **order}, largest,
         x=call.operands.x, V=V, conv=call.conv, first=first, tiles=tiles, slices=slices,
     )  # fmt: skip
     call.launch(
@@ -183,8 +184,10 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
 
 @lru_cache(maxsize=16)
 def _constants(m: int, R: int, S: int) -> dict[str, Any]:
-    """Return the defines that tell the kernels m, the filter and their matrices."""
-    found = matrices(m, max(R, S))._asdict()
+    """Return the defines that tell the kernels m, 1 for filters of 1 x 1, the filter and their matrices."""
+    taps = max(R, S)
+    m = m if taps > 1 else 1
+    found = matrices(m, taps)._asdict()
     texts = {f"WINOGRAD_{name}": _initializer(matrix) for name, matrix in found.items()}
     return {"WINOGRAD_M": m, "FILTER_R": R, "FILTER_S": S, **texts}
 
@@ -209,7 +212,7 @@ def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
     Rounding errors of F(4 x 4, 5 x 5) reach 380 eps.
     """
     filters = (problem.R, problem.S)
-    is_possible = filters == (3, 3) if tile.is_fused else filters != (5, 5) or tile.m == 2
+    is_possible = (problem.T, *filters) == (1, 3, 3) if tile.is_fused else filters != (5, 5) or tile.m == 2
     return tile if is_possible else _UNFUSED
 
 
@@ -226,12 +229,12 @@ def _places(problem: ConvProblem, tile: WinogradTile) -> int:
 
 def _tiles(problem: ConvProblem, tile: WinogradTile) -> int:
     rows, columns = _outputs(problem, tile)
-    return problem.N * -(-problem.P // rows) * -(-problem.Q // columns)
+    return problem.N * problem.O * -(-problem.P // rows) * -(-problem.Q // columns)
 
 
 def _rows(problem: ConvProblem) -> int:
-    """Return the rows of a group's U and V: its channels in slices."""
-    return product.packed_rows(problem, SLICE) // (problem.R * problem.S)
+    """Return the rows of a group's U and V: the planes of a window times its channels, in slices."""
+    return -(-problem.T * problem.C // problem.groups // SLICE) * SLICE
 
 
 def _blocks(problem: ConvProblem, tile: WinogradTile, tiles: int) -> int:

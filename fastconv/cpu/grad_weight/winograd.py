@@ -1,6 +1,6 @@
 """Gradient of the weight by Winograd: the transposes of what `cpu/winograd.py` does, in the opposite order.
 
-    x, a block of tiles       --inputs-->    V (places, tiles, C panel)        V = B^T d B
+    x, a block of tiles       --inputs-->    V (places, tiles, C panel)        V = B^T d B, for each of T
     grad_y, the same tiles    --outputs-->   M (places, tiles, K panel)        M = A grad_y A^T
     M, V                      --multiply-->  U (places, K panel, C panel)      U = M^T V, as many products
     U                         --filters-->   grad_w                            G^T U G
@@ -70,21 +70,27 @@ class Division(NamedTuple):
     groups: int
     C: int
     K: int
+    D: int
     H: int
     W: int
+    O: int
     P: int
     Q: int
+    T: int  # planes that a window meets
+    stride_d: int
+    dilation_d: int
+    pad_d: int
     pad_h: int
     pad_w: int
-    tiles_h: int  # tiles of one image along each side, and those of the whole batch
+    tiles_h: int  # tiles of one plane along each side, and those of the whole batch
     tiles_w: int
     tiles: int
     blocks: int  # that share the tiles evenly, and the tiles of the largest
     height: int
-    C_vectors: int  # that the channels of a group fill, and those of all groups
+    C_vectors: int  # that the channels of a group fill, and those of all groups and planes
     K_vectors: int
     vectors: int
-    c_step: int  # channels of a panel, and how many panels make a group
+    c_step: int  # channels of a panel, and how many panels make a group, those of x in one plane
     c_parts: int
     k_step: int
     k_parts: int
@@ -102,21 +108,22 @@ def _divide(problem: ConvProblem, tile: WinogradTile, device: Device, workers: i
     m_h, m_w, a_h, a_w = winograd.make_block(problem, tile, device).sides
     groups, C, K = problem.groups, problem.C // problem.groups, problem.gemm_m
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
-    tiles, places = problem.N * tiles_h * tiles_w, a_h * a_w
+    T, tiles, places = problem.T, problem.N * problem.O * tiles_h * tiles_w, a_h * a_w
     blocks = math.ceil(tiles / BLOCK_TILES)
     height = math.ceil(tiles / max(1, blocks))
     C_vectors, K_vectors = math.ceil(C / lanes), math.ceil(K / lanes)
     c_step = math.ceil(C_vectors / math.ceil(C_vectors / tile.vectors)) * lanes
     c_parts = math.ceil(C_vectors * lanes / c_step)
     most = max(1, device.l2 // 3 // (itemsize(problem) * places * c_step * lanes))
-    k_parts = count_parts(math.ceil(K_vectors / most), K_vectors, groups * c_parts, workers)
+    k_parts = count_parts(math.ceil(K_vectors / most), K_vectors, groups * T * c_parts, workers)
     k_step = math.ceil(K_vectors / k_parts) * lanes
     k_parts = math.ceil(K_vectors * lanes / k_step)
     rows, ends = math.ceil(k_step / tile.rows) * tile.rows, math.ceil(tile.rows / lanes) * lanes
     return Division(
-        groups, C, K, problem.H, problem.W, problem.P, problem.Q, *problem.padding_before[1:],
-        tiles_h, tiles_w, tiles, blocks, height, C_vectors, K_vectors, groups * (C_vectors + K_vectors),
-        c_step, c_parts, k_step, k_parts, groups * c_parts * k_parts, places,
+        groups, C, K, *problem.input_shape5[2:], *problem.output_shape5[2:],
+        T, problem.stride[0], problem.dilation[0], *problem.padding_before,
+        tiles_h, tiles_w, tiles, blocks, height, C_vectors, K_vectors, groups * (T * C_vectors + K_vectors),
+        c_step, c_parts, k_step, k_parts, groups * T * c_parts * k_parts, places,
         height * c_step + lanes, height * k_step + ends, rows * c_step + lanes,
     )  # fmt: skip
 
@@ -127,17 +134,17 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
         return float("inf")
     d, dtype = _divide(problem, tile, device, 1), problem.compute_dtype
     product = device.multiply_cycles(tile, d.K, d.C, d.height, dtype, aligned=True)
-    tiles = d.tiles * (d.C_vectors + d.K_vectors) * d.places * PLACE_CYCLES
-    filters = d.K * d.C_vectors * (d.places * U_CYCLES + device.lanes(dtype) * TAP_CYCLES)
+    tiles = d.tiles * (d.T * d.C_vectors + d.K_vectors) * d.places * PLACE_CYCLES
+    filters = d.T * d.K * d.C_vectors * (d.places * U_CYCLES + device.lanes(dtype) * TAP_CYCLES)
     kept = 2 * (d.blocks - 1) * itemsize(problem) * d.places * d.tasks * d.U_step  # of U, read and written
-    cycles = d.groups * (d.blocks * d.places * product + tiles + filters) + device.fetch_cycles(kept)
+    cycles = d.groups * (d.blocks * d.places * d.T * product + tiles + filters) + device.fetch_cycles(kept)
     return device.seconds(problem, cycles)
 
 
 def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     """Return the bytes of V and M of a block, and of U of every thread, or all.
 
-    A gradient whose taps do not lie one after the other is computed elsewhere first, which is not counted.
+    A gradient whose taps of a plane do not lie in line is computed elsewhere first, which is not counted.
     """
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)
@@ -147,7 +154,7 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
 
 def _shared_elements(d: Division) -> tuple[int, int, int]:
     """Return the elements of V and M of a block, and of U if there are several blocks."""
-    V, M = d.groups * d.c_parts * d.V_step, d.groups * d.k_parts * d.M_step
+    V, M = d.groups * d.T * d.c_parts * d.V_step, d.groups * d.k_parts * d.M_step
     return d.places * V, d.places * M, 0 if d.blocks == 1 else d.places * d.tasks * d.U_step
 
 
@@ -181,15 +188,16 @@ def _transform(block, first, last, d, tile_block, x, y, V, M):
     first_tile, end = _find_tiles(d, tile_block)
     pixels = allocate_pixels(block)
     for task in range(first, last):
-        group, vector = divmod(task, d.C_vectors + d.K_vectors)
-        if vector < d.C_vectors:
-            c = vector * lanes
+        group, vector = divmod(task, d.T * d.C_vectors + d.K_vectors)
+        if vector < d.T * d.C_vectors:
+            t, c = vector // d.C_vectors, vector % d.C_vectors * lanes
             panel, j = divmod(c, d.c_step)
-            target = advance(table(V), (group * d.c_parts + panel) * d.places * d.V_step + j)
-            channel, count = group * d.C + c, min(lanes, d.C - c)
-            transform_tiles(block, x, d, channel, count, first_tile, end, pixels, target, d.c_step, d.V_step)
+            place = ((group * d.T + t) * d.c_parts + panel) * d.places * d.V_step + j
+            channels = t, group * d.C + c, min(lanes, d.C - c)
+            target = advance(table(V), place)
+            transform_tiles(block, x, d, channels, first_tile, end, pixels, target, d.c_step, d.V_step)
         else:
-            k = (vector - d.C_vectors) * lanes
+            k = (vector - d.T * d.C_vectors) * lanes
             panel, j = divmod(k, d.k_step)
             target = advance(table(M), (group * d.k_parts + panel) * d.places * d.M_step + j)
             channel, count, row = group * d.K + k, min(lanes, d.K - k), _row_of_k(d, panel, lanes)
@@ -218,10 +226,10 @@ def _transform_outputs(block, y, d, channel, channels, first, end, pixels, M, M_
     line = GATHERED * lanes * lanes
     tile = first
     while tile < end:
-        n, row, column, count = find_run(d, tile, end)
+        n, o, row, column, count = find_run(d, tile, end)
         count = min(count, GATHERED * lanes // m)
-        at = n, channel, 0, row * m_h, column * m
-        gather_pixels(block, y, (d.P, d.Q), at, channels, (m_h, count * m), pixels, line)
+        at, sizes = (n, channel, o, row * m_h, column * m), (channels, m_h, count * m)
+        gather_pixels(block, y, (d.O, d.P, d.Q), at, sizes, pixels, line)
         for j in range(count):
             target = advance(M, (tile - first + j) * M_row)
             transform_output_gradient(block, advance(pixels, j * m * lanes), line, target, d.M_step)
@@ -248,7 +256,8 @@ def _multiply(block, first, last, d, tile_block, V, M, all_U, w):
     fill(block, zeros, height * d.c_step)
     for task in range(first, last):
         rest, k_part = divmod(task, d.k_parts)
-        group, c_part = divmod(rest, d.c_parts)
+        plane, c_part = divmod(rest, d.c_parts)
+        group, t = divmod(plane, d.T)
         c, k = c_part * d.c_step, k_part * d.k_step
         c_count, k_count, k_row = min(d.c_step, d.C - c), min(d.k_step, d.K - k), _row_of_k(d, k_part, lanes)
         of_c = advance(table(V), rest * d.places * d.V_step)
@@ -263,7 +272,7 @@ def _multiply(block, first, last, d, tile_block, V, M, all_U, w):
                     target if tile_block else zeros, target, d.c_step,
                 )  # fmt: skip
         if tile_block == d.blocks - 1:
-            filters = advance(pointer(block, w[0]), (group * d.K + k) * w[1] + c * w[2])
+            filters = advance(pointer(block, w[0]), (group * d.K + k) * w[1] + c * w[2] + t * w[3])
             _transform_filters(block, d, k_count, c_count, U, w, filters)
     release(own)
     release(zeros)
