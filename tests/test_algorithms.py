@@ -501,13 +501,38 @@ class TestSameBits:
             y = layer.with_array(**parts).run(way.plan(alone))
             assert y.tobytes() == whole[sample].tobytes()
 
+    @pytest.mark.parametrize("tile", ["8x3", "2x4"])
+    @every_order
+    def test_images_that_share_vectors(self, tile, order, rng, monkeypatch):
+        """Blocks that end amid images: the bits of each image alone, also where rows of y have gaps."""
+        case = Case(
+            "images", "conv2d", (5, 12, 13, 14), (18, 6, 3, 3), {"stride": 2, "padding": 1, "groups": 2}
+        )
+        problem = case.problem(order=order)
+        layer, plan = make_layer(rng, problem, normals), Way("im2col", tile).plan(problem)
+        plan = with_caches(plan, 1 << 12, 1 << 14)
+        alone = dataclasses.replace(problem, N=1)
+        d = im2col._divide(problem, plan.tile, plan.device, 1, im2col._joins(problem, plan.device))
+        assert (d.images, d.blocks > 3, im2col._joins(alone, plan.device)) == (5, True, False)
+        samples = [
+            layer.with_array(problem=alone, x=layer.x[[n]], residual=layer.residual[[n]]) for n in range(5)
+        ]
+        wanted = np.concatenate([one.run(dataclasses.replace(plan, problem=alone)) for one in samples])
+        for threads in ("1", "2"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            assert np.array_equal(layer.run(plan), wanted)
+            gaps = np.full((*problem.output_shape[:3], problem.Q + 3), np.nan, np.float32)
+            layer.run(plan, out=gaps[..., : problem.Q])
+            assert np.array_equal(gaps[..., : problem.Q], wanted)
+            assert np.isnan(gaps[..., problem.Q :]).all()
+
     @pytest.mark.parametrize(("K", "shares"), [(64, (2, 1)), (128, (1, 2))])
     def test_a_block_that_threads_share(self, K, shares, rng, monkeypatch):
         """One small output plane: two threads gather half of it each, or all for half of many channels."""
         problem = Case("plane", "conv2d", (1, 32, 9, 9), (K, 32, 3, 3)).problem()
         layer, plan = make_layer(rng, problem, normals), Way("im2col", "8x3").plan(problem)
         for workers, expected in ((1, (1, 1)), (2, shares)):
-            d = im2col._divide(problem, plan.tile, plan.device, workers)
+            d = im2col._divide(problem, plan.tile, plan.device, workers, False)
             assert (d.blocks, d.k_parts) == expected
         results = set()
         for threads in ("1", "2"):
@@ -518,7 +543,7 @@ class TestSameBits:
     @pytest.mark.parametrize("pixels", [7, 9, 196, 3137])
     @pytest.mark.parametrize("groups", [1, 2])
     def test_vectors_of_output_channels(self, pixels, groups, rng, monkeypatch):
-        """Bands of pixels, of which the last has one, and panels of other widths: the bits of any 1x1."""
+        """Bands of pixels, of which the last has one, rounds of images, other panels: the bits of any 1x1."""
         case = Case(
             "channels", "conv2d", (2, 50 * groups, 1, pixels), (100 * groups, 50, 1, 1), {"groups": groups}
         )
@@ -528,14 +553,16 @@ class TestSameBits:
         for plan in possible_plans(problem, "pointwise"):
             if isinstance(plan.tile, ChannelTile):
                 found, divisions = set(), set()
-                for threads, l1 in itertools.product(("1", "2", "7"), (1 << 12, 1 << 20)):
+                caches = ((1 << 12, 1 << 20), (1 << 20, 1 << 20), (1 << 12, 1 << 7))
+                for threads, (l1, l2) in itertools.product(("1", "2", "7"), caches):
                     monkeypatch.setenv("FASTCONV_THREADS", threads)
-                    cut, workers = with_caches(plan, l1, 1 << 20), task_threads(problem)
+                    cut, workers = with_caches(plan, l1, l2), task_threads(problem)
                     divisions.add(pointwise_channels._divide(problem, cut.tile, cut.device, workers))
                     found.add(layer.run(cut).tobytes())
                     found.add(layer.run(cut, layer.prepare(cut)).tobytes())
                 assert found == {wanted}
                 assert len({d.c_step for d in divisions}) > 1
+                assert {d.rounds for d in divisions} == {1, 2}
                 assert len({d.parts for d in divisions}) > 1 or pixels < 196  # too few for two threads
                 assert all(d.pixels - d.band * (d.bands - 1) == 1 for d in divisions) == (pixels == 3137)
 

@@ -55,7 +55,7 @@ class PlaneTile(NamedTuple):
 
 
 AnyTile = PlaneTile | RowsTile | Tile
-TILES = (PlaneTile(1, 2), RowsTile(6, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
+TILES = (PlaneTile(1, 2), RowsTile(6, 2), RowsTile(7, 2), Tile(1, 8), Tile(1, 4), Tile(2, 4))
 
 
 class Geometry(NamedTuple):
@@ -162,7 +162,7 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
     block = Block(
         dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
         extents=(problem.R, problem.S),
-        rolling=problem.stride[1] == problem.dilation[1] == 1 < problem.R <= most,
+        rolling=problem.stride[1] == problem.stride[2] and problem.dilation[1] == 1 < problem.R <= most,
     )  # fmt: skip
     return block, make_geometry(problem)
 

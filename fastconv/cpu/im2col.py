@@ -43,6 +43,7 @@ from fastconv.cpu.simd import (
     part,
     prefetch,
     release,
+    small_part,
     table,
     view_of,
 )
@@ -87,7 +88,8 @@ class Division(NamedTuple):
 
     groups: int
     K: int
-    vectors: int  # that the pixels of an output plane fill, and the blocks that share them evenly
+    images: int  # whose pixels are counted one after the other
+    vectors: int  # that they fill in a plane of outputs, and the blocks that share those evenly
     blocks: int
     panels: int  # of a block, and the vectors of each
     panel: int
@@ -104,16 +106,24 @@ def make_windows(problem: ConvProblem) -> Windows:
     )  # fmt: skip
 
 
+def _joins(problem: ConvProblem, device: Device) -> bool:
+    """Say whether images share vectors: of 7 x 7 pixels each alone leaves 15 lanes of 64 empty."""
+    rest = problem.P * problem.Q % device.lanes(problem.compute_dtype)
+    return problem.N > 1 and problem.O == 1 and rest > 0
+
+
 @lru_cache(maxsize=256)
-def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> Division:
+def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int, joins: bool) -> Division:
     """Cut output planes into blocks whose panels take half of L2, or one panel, for all workers.
 
+    joins  whether the planes of all images are one
     Blocks that are fewer than workers are gathered by each of them, and the output channels are shared, where
     those are so many that they pay for it; else there are more blocks.
     """
     lanes, K = device.lanes(problem.compute_dtype), problem.gemm_m
-    planes = problem.N * problem.groups * problem.O
-    vectors = math.ceil(problem.P * problem.Q / lanes)
+    images = problem.N if joins else 1
+    planes = problem.N // images * problem.groups * problem.O
+    vectors = math.ceil(images * problem.P * problem.Q / lanes)
     room = device.l2 // 2 // itemsize(problem) // problem.gemm_k // lanes
     blocks = math.ceil(vectors / max(room, tile.vectors))
     is_short = planes * blocks < workers
@@ -123,14 +133,15 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int) -> D
     panel = even_share(most, tile.vectors)
     k_step = even_share(K, math.ceil(K / k_parts), tile.rows)
     return Division(
-        problem.groups, K, vectors, blocks, math.ceil(most / panel), panel, k_step, math.ceil(K / k_step)
-    )
+        problem.groups, K, images, vectors, blocks, math.ceil(most / panel), panel, k_step,
+        math.ceil(K / k_step),
+    )  # fmt: skip
 
 
 def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     problem = flatten(problem) or problem  # as it lies in contiguous arrays
-    d = _divide(problem, tile, device, 1)
+    d = _divide(problem, tile, device, 1, _joins(problem, device))
     lanes, dtype = device.lanes(problem.compute_dtype), problem.compute_dtype
     narrow, wider = divmod(d.vectors, d.blocks)
     multiply = sum(
@@ -141,20 +152,21 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
         multiply *= FAR
     weight = d.K * problem.gemm_k * itemsize(problem)
     fetch = device.fetch_cycles(weight * (d.blocks - 1)) if weight > device.l2 else 0
-    runs = problem.P + d.vectors / d.panel  # of pixels in a row of the image and in a panel
-    rows = runs * problem.gemm_k
-    gather = device.copy_cycles(
-        problem, rows, problem.P * problem.Q / runs, problem.stride[2], BOX_ROW_CYCLES
-    )
-    scatter = d.K * problem.P * problem.Q if problem.order == "NHWC" else 0  # stored element by element
-    return device.seconds(problem, problem.N * d.groups * problem.O * (multiply + fetch + gather + scatter))
+    runs = d.images * problem.P + d.vectors / d.panel  # of pixels in a row of the image and in a panel
+    rows, pixels = runs * problem.gemm_k, d.images * problem.P * problem.Q
+    gather = device.copy_cycles(problem, rows, pixels / runs, problem.stride[2], BOX_ROW_CYCLES)
+    scatter = d.K * pixels if problem.order == "NHWC" else 0  # stored element by element
+    planes = problem.N // d.images * d.groups * problem.O
+    return device.seconds(problem, planes * (multiply + fetch + gather + scatter))
 
 
 def workspace(problem: ConvProblem, tile: Tile, device: Device) -> int:
     """Return the bytes of panels that all threads hold together."""
     workers = task_threads(problem)
     lanes = device.lanes(problem.compute_dtype)
-    panels = _divide(problem, tile, device, workers).panels
+    panels = max(
+        _divide(problem, tile, device, workers, joins).panels for joins in {False, _joins(problem, device)}
+    )
     return workers * itemsize(problem) * panels * problem.gemm_k * tile.vectors * lanes
 
 
@@ -174,17 +186,19 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     rows = flatten(problem)
     if rows is not None and lie_in_rows(operands):
         problem = rows
-    plan = _plan(problem, tile, device, task_threads(problem))
+    of_row, of_column = operands.out.strides[3:]
+    joins = _joins(problem, device) and of_row == problem.Q * of_column
+    plan = _plan(problem, tile, device, task_threads(problem), joins)
     _run_blocks(*plan, *arguments_of(problem, operands, tile.rows, any_weight=takes_view(problem, device)))
 
 
 @lru_cache(maxsize=256)
 def _plan(
-    problem: ConvProblem, tile: Tile, device: Device, workers: int
+    problem: ConvProblem, tile: Tile, device: Device, workers: int, joins: bool
 ) -> tuple[Block, int, int, Windows, Division]:
     """Return what of the arguments of `_run_blocks` does not change from call to call."""
-    d = _divide(problem, tile, device, workers)
-    tasks = problem.N * d.groups * problem.O * d.blocks * d.k_parts
+    d = _divide(problem, tile, device, workers, joins)
+    tasks = problem.N // d.images * d.groups * problem.O * d.blocks * d.k_parts
     return make_block(problem, tile, device), tasks, workers, make_windows(problem), d
 
 
@@ -197,37 +211,46 @@ def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
     tile = allocate(block, block_rows(block) * width)
     size = d.panel * lanes
     row = g.P * g.Q if y[4] == g.Q * y[5] else g.Q  # rows that follow one another make one
+    rows_of_y = y if d.images == 1 else (y[0], y[1], y[2], y[3], y[1], y[5])  # an image is a row then
     for task in range(first, last):
         rest, k_part = divmod(task, d.k_parts)
         rest, index = divmod(rest, d.blocks)
         rest, o = divmod(rest, g.O)
         n, group = divmod(rest, d.groups)
         pixel = d.vectors * index // d.blocks * lanes
-        count = min(d.vectors * (index + 1) // d.blocks * lanes, g.P * g.Q) - pixel
+        count = min(d.vectors * (index + 1) // d.blocks * lanes, d.images * g.P * g.Q) - pixel
         image = locate(block, x, (n, group * g.C, 0, 0, 0))
         gather(block, panels, size, width, image, x, g, o, pixel, count)
         k = k_part * d.k_step
         k_count, channel = min(d.k_step, d.K - k), group * d.K + k
-        in_row = g.P == 1  # then pixels are finished while they lie in the cache
+        in_row = g.P == d.images == 1  # then pixels are finished while they lie in the cache
         begin, pitch, q = (0, count, pixel) if in_row else (pixel, row, 0)
         multiply(
             block, advance(w, channel * w_steps[0]), w_steps, k_count, panels, width, taps,
             advance(bias, channel),
             (count, size, size, taps * width), 0, begin, pitch, pitch,
-            y, (n, channel, o, 0, q), tile, int(in_row), ending,
+            rows_of_y, (n, channel, o, 0, q), tile, int(in_row), ending,
         )  # fmt: skip
         while count > 0 and not in_row:  # one row of pixels at a time
-            p, q = divmod(pixel, g.Q)
+            image, p, q = _find_pixel(g, pixel)
             run = min(count, g.Q - q)
-            finish(block, y, (n, channel, o, p, q), (k_count, 1, run), ending)
+            finish(block, y, (n + image, channel, o, p, q), (k_count, 1, run), ending)
             pixel, count = pixel + run, count - run
     release(panels)
     release(tile)
 
 
+@small_part
+def _find_pixel(g, pixel):
+    """Return image, row and column of a pixel; images follow one another."""
+    rest, q = divmod(pixel, g.Q)
+    image, p = divmod(rest, g.P)
+    return image, p, q
+
+
 @part
 def gather(block, panels, size, width, image, x, g, o, pixel, count):
-    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to panels.
+    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to panels; from the first image on.
 
     size, width  pixels of a panel, and how far apart its taps lie
 
@@ -239,8 +262,8 @@ def gather(block, panels, size, width, image, x, g, o, pixel, count):
         panel, exist = advance(panels, begin // size * g.C * step), min(size, count - begin)
         j = 0
         while j < exist:
-            p, q = divmod(pixel + begin + j, g.Q)
-            run = min(exist - j, g.Q - q)
+            n, p, q = _find_pixel(g, pixel + begin + j)
+            run, origin = min(exist - j, g.Q - q), advance(image, n * x[1])
             written = run if j + run < exist else min(width, (exist + lanes - 1) // lanes * lanes) - j
             target = advance(panel, j)
             for t in range(g.T):
@@ -248,15 +271,26 @@ def gather(block, panels, size, width, image, x, g, o, pixel, count):
                 for r in range(g.R):
                     h = p * g.stride_h + r * g.dilation_h - g.pad_h
                     W = g.W if 0 <= d < g.D and 0 <= h < g.H else 0
+                    if g.stride_w > 1 and W > 0:
+                        below = advance(origin, d * x[3] + (h + g.stride_h) * x[4] + q * g.stride_w * x[5])
+                        _fetch_channels(block, g.C, below, x[2], run * g.stride_w * x[5])
                     for s in range(g.S):
                         w = q * g.stride_w + s * g.dilation_w - g.pad_w
                         low, high = columns_inside(w, g.stride_w, run, W)
-                        source = advance(image, d * x[3] + h * x[4] + w * x[5])
+                        source = advance(origin, d * x[3] + h * x[4] + w * x[5])
                         _copy_channels(
                             block, g.C, target, step, source, x[2], g.stride_w * x[5], written, low, high
                         )
                         target = advance(target, width)
             j += run
+
+
+@small_part
+def _fetch_channels(block, channels, source, channel_step, count):
+    """Ask for the same elements of all channels: the next run of pixels will read them."""
+    for c in range(channels):
+        for i in range(0, count, block_lanes(block)):
+            prefetch(block, advance(source, c * channel_step + i))
 
 
 @part

@@ -42,6 +42,7 @@ class _Plane:
     S, step  columns of the filter, and the distance of the columns that neighbouring outputs read
     columns  per step of columns of the filter, where the vectors begin that it reads
     masks    the lanes of those that are read: they lie in the plane and, with a count, belong to an output
+    shares   whether each vector is loaded once for all columns of the filter, which lie side by side
     """
 
     def __init__(
@@ -50,6 +51,12 @@ class _Plane:
         self.x, self.x_row, self.H, W, column, dilation_w = args
         self.builder, self.block, self.vectors, self.S, self.step = builder, block, vectors, S, step
         self.simd = simd = Vectors(builder, block)
+        self.shares = step == 2 and count is None
+        if self.shares:
+            loaded = -(-(2 * block.lanes * vectors + S - 1) // block.lanes)
+            self.columns = [[builder.add(column, INT(e * block.lanes)) for e in range(loaded)]]
+            self.masks = [[simd.within(column, W) for column in self.columns[0]]]
+            return
         shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
         parts = [INT(e * block.lanes) for e in range(vectors * step)]
         self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
@@ -85,8 +92,29 @@ class _Plane:
         for column in self.columns[0]:
             self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
 
+    def _load_shared(self, line: Any) -> list[list[Any]]:
+        """Do what `_load` does for step 2, each vector loaded once: taps further on shift what is split."""
+        builder, lanes = self.builder, self.block.lanes
+        places = zip(self.columns[0], self.masks[0], strict=True)
+        loaded = [self.simd.load_masked(line, column, mask) for column, mask in places]
+        loaded += [ir.Constant(self.simd.type, None)] * (len(loaded) % 2)
+        split = [emit_split(builder, loaded[i : i + 2], lanes) for i in range(0, len(loaded), 2)]
+        read = []
+        for s in range(self.S):
+            row, (far, shift) = [pair[s % 2] for pair in split], divmod(s // 2, lanes)
+            ways = list(range(shift, shift + lanes))
+            read.append(
+                [
+                    shuffle(builder, row[j + far], row[j + far + 1], ways) if shift else row[j + far]
+                    for j in range(self.vectors)
+                ]
+            )
+        return read
+
     def _load(self, line: Any) -> list[list[Any]]:
         """Return the vectors of a row for each column of the filter; step 2 splits pairs: even and odd."""
+        if self.shares:
+            return self._load_shared(line)
         step, read = self.step, []
         for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
             loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
@@ -99,8 +127,9 @@ class _Plane:
 def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     """Emit the loop over a plane, `vectors` vectors of columns wide.
 
-    Rolling, one pass over the input rows: each is loaded once and added to the R outputs it takes part in,
-    which move up one place per row. Otherwise one pass over the output rows, each of which loads R.
+    Rolling, one pass over the input rows, block.step of them at a time: each is loaded once and added to all
+    outputs that it takes part in, which then move up one place. Otherwise one pass over the output rows, each
+    of which loads R.
     """
     *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count = args
     R, S = block.extents
@@ -108,7 +137,7 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     simd = plane.simd
     factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
 
-    def add(h: Any, sums: list[Any], taps: list[int]) -> list[Any]:
+    def add(h: Any, sums: list[Any], taps: range) -> list[Any]:
         """Return the sums of `vectors` vectors each with row taps[i] of the filter times row h added."""
 
         def add_row(read: list[list[Any]]) -> list[Any]:
@@ -121,7 +150,7 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
         return plane.read(h, sums, add_row)
 
     start = [simd.broadcast(bias, INT(0))] * vectors
-    pending = R - 1 if block.rolling else 0  # outputs that the rows before have begun
+    pending = (R - 1) // block.step if block.rolling else 0  # outputs that the rows before have begun
     before = builder.block
     loop, done = builder.append_basic_block("row"), builder.append_basic_block("done")
     builder.branch(loop)
@@ -130,14 +159,12 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     i = builder.phi(INT, "i")
     begun = [builder.phi(simd.type) for _ in range(pending * vectors)]
     top = builder.add(h, builder.mul(i, stride_h))
-    for new in range(1 if block.rolling else min(R, 2)):
+    for new in range(block.step if block.rolling else min(R, 2)):
         plane.fetch(builder.add(top, INT(FETCHED_ROWS + new)))
-    if block.rolling:
-        sums = add(top, [*start, *begun], list(range(R)))
-    else:
-        sums = start
-        for r in range(R):
-            sums = add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, [r])
+    sums = [*start, *begun]
+    for r in range(min(R, block.step) if block.rolling else R):
+        taps = range(r, R, block.step) if block.rolling else range(r, r + 1)
+        sums = add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, taps)
     p = builder.sub(i, INT(pending))
     with builder.if_then(builder.icmp_signed(">=", p, INT(0))):
         target = builder.gep(y, [builder.mul(p, y_row)])

@@ -5,6 +5,9 @@
     sums  [pixel][vectors * lanes] of a band of pixels              turned into rows of y while they lie in L1
 
 A plane of 7 x 7 pixels is 7 tiles of 7 pixels. In tiles whose vectors are pixels it takes as long as 64.
+
+A panel is packed when its turn comes, and all images go through it. Images that no cache holds would come
+from memory for every panel: some at a time go through all panels, packed before, while they lie in L2.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from fastconv.cpu.device import Device
     from fastconv.problem import ConvProblem, Operands
 
+IN_CACHE = 16  # times L2: images that take no more come from a cache beyond it
 BAND_PIXELS = 112  # of which the sums of a panel of 48 channels take 21 KB
 PACK_CYCLES = 3  # to turn a vector of the weight
 TURN_CYCLES = 5  # to turn a vector of sums, and to store it where rows end anywhere
@@ -108,27 +112,31 @@ class Division(NamedTuple):
     pixels: int  # of a plane, of a band, and how many bands make a plane
     band: int  # in whole tiles
     bands: int
-    c_step: int  # input channels whose part of a panel takes a third of L1
+    c_step: int  # input channels whose part of a panel takes half of L1
     vectors: int  # of output channels, and the panels that share them evenly
     panels: int
-    parts: int  # of the bands of all images, each with the panels packed anew
+    rounds: int  # of images that go through all panels
+    parts: int  # of the bands of all images, for each panel
     tasks: int
 
 
 @lru_cache(maxsize=256)
 def _divide(problem: ConvProblem, tile: ChannelTile, device: Device, workers: int) -> Division:
-    """Return a task for each panel, or for some of its bands."""
+    """Return a task for each panel, or for some of its bands: those of a round of images, or of a thread."""
     K, groups, pixels = problem.gemm_m, problem.groups, problem.P * problem.Q
     share = even_share(pixels, BAND_PIXELS, tile.rows)
     band, bands = math.ceil(share / tile.rows) * tile.rows, math.ceil(pixels / share)
     width = tile.vectors * device.lanes(problem.compute_dtype)
-    c_step = even_share(problem.gemm_k, device.l1 // 3 // (itemsize(problem) * width))
+    c_step = even_share(problem.gemm_k, device.l1 // 2 // (itemsize(problem) * width))
     vectors = math.ceil(K / device.lanes(problem.compute_dtype))
     panels = math.ceil(vectors / tile.vectors)
-    parts = count_parts(1, problem.N * problem.O * bands, groups * panels, workers)
+    image, rounds = itemsize(problem) * problem.C * problem.O * pixels, 1
+    if problem.N * image > IN_CACHE * device.l2:
+        rounds = math.ceil(problem.N / max(1, device.l2 // 2 // image))
+    parts = count_parts(rounds, problem.N * problem.O * bands, groups * panels, workers)
     return Division(
         groups, problem.gemm_k, K, problem.N, problem.O, problem.stride[0], pixels, band, bands, c_step,
-        vectors, panels, parts, groups * panels * parts,
+        vectors, panels, rounds, parts, groups * panels * parts,
     )  # fmt: skip
 
 
@@ -145,11 +153,12 @@ def cost(problem: ConvProblem, tile: ChannelTile, device: Device) -> float:
 
 
 def workspace(problem: ConvProblem, tile: ChannelTile, device: Device) -> int:
-    """Return the bytes of a packed panel and of the sums of a band that all threads hold."""
+    """Return the bytes of the packed panels, one for each thread or all, and of a band's sums in each."""
     workers = task_threads(problem)
     d = _divide(problem, tile, device, workers)
-    width = tile.vectors * device.lanes(problem.compute_dtype)
-    return itemsize(problem) * min(workers, d.tasks) * width * (d.C + d.band)
+    width, busy = tile.vectors * device.lanes(problem.compute_dtype), min(workers, d.tasks)
+    packed = busy if d.rounds == 1 else d.groups * d.panels
+    return itemsize(problem) * width * (packed * d.C + busy * d.band)
 
 
 def prepare(problem: ConvProblem, tile: ChannelTile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -175,6 +184,8 @@ def run(problem: ConvProblem, tile: ChannelTile, device: Device, operands: Opera
     """Convolve planes whose pixels lie one after the other; the weight is prepared (rank 2) or as given."""
     workers, weight = task_threads(problem), operands.weight
     block, d = _plan(problem, tile, device, workers)
+    if d.rounds > 1 and weight.ndim > 2:
+        weight = prepare(problem, tile, device, weight)
     is_packed = weight.ndim == 2
     w = weight[:, :, None, None, None] if is_packed else weight
     bias, ending = padded_bias(problem, operands.bias, block.vectors * block.lanes), make_ending(operands)
@@ -203,7 +214,7 @@ def _run(block, first, last, d, is_packed, x, w, bias, y, ending):
     width, height = block_columns(block), block_rows(block)
     own, sums = allocate(block, 0 if is_packed else d.C * width), allocate(block, d.band * width)
     for task in range(first, last):
-        number, index = divmod(task, d.parts)
+        index, number = divmod(task, d.groups * d.panels)
         group = number // d.panels
         channel, count = _find_channels(block, d, number)
         panel = own
