@@ -60,6 +60,11 @@ CASES = [
         "depthwise_stride_2", "conv2d", (2, 7, 13, 14), (7, 1, 3, 3),
         {"groups": 7, "stride": 2, "padding": 1},
     ),
+    Case("depthwise_pairs", "conv2d", (2, 6, 9, 7), (6, 1, 3, 3), {"groups": 6, "padding": 1}),
+    Case(
+        "depthwise_pairs_stride_2", "conv2d", (2, 6, 12, 13), (6, 1, 3, 3),
+        {"groups": 6, "stride": 2, "padding": 1},
+    ),
     Case("depthwise_7x7", "conv2d", (2, 7, 12, 13), (7, 1, 7, 7), {"groups": 7, "padding": 3}),
     Case("depthwise_multiplier", "conv2d", (1, 5, 12, 13), (15, 1, 3, 3), {"groups": 5, "stride": 2}),
     Case("channels_dilated", "conv2d", (2, 4, 9, 9), (4, 1, 3, 3), {"groups": 4, "dilation": 2}),

@@ -540,12 +540,26 @@ def test_multiply_filter(rows, vectors, step, dtype, rng):
 
 @Kernel
 def call_plane(
-    block, first, last, vectors, addresses, x_row, size, corner, stride_h, dilation, y_row, P, count
+    block,
+    first,
+    last,
+    vectors,
+    addresses,
+    x_row,
+    size,
+    corner,
+    stride_h,
+    dilation,
+    y_row,
+    P,
+    count,
+    planes_apart,
 ):
     x, w, bias, y = addresses
     planes.convolve_plane(
         block, vectors, pointer(block, x), x_row, size[0], size[1], corner[1], dilation[1], pointer(block, w),
         corner[0], stride_h, dilation[0], pointer(block, bias), pointer(block, y), y_row, P, count,
+        planes_apart[0], planes_apart[1],
     )  # fmt: skip
 
 
@@ -586,11 +600,48 @@ class TestConvolvePlane:
             addresses = tuple(map(address, (x, w, bias, y)))
             call_plane(
                 block, 1, 1, -(-count // lanes), addresses, around.shape[1], size, corner, stride[0],
-                dilation, y.shape[1], P, count,
+                dilation, y.shape[1], P, count, (0, 0),
             )  # fmt: skip
             expected = bias[0] + correlate_at(x, w, corner, stride, dilation, (P, count))
             assert_exact(y[:, :count], expected, dtype)
             assert np.isnan(y[:, count:]).all(), "wrote beside the outputs"
+
+    @pytest.mark.parametrize(
+        ("extents", "stride", "dilation", "rolling"),
+        [
+            ((3, 3), (1, 1), (1, 1), True),
+            ((2, 5), (1, 1), (1, 2), True),
+            ((3, 2), (3, 1), (2, 3), False),
+            ((3, 3), (2, 2), (1, 1), True),
+            ((1, 4), (3, 2), (1, 1), False),
+        ],
+    )
+    def test_pairs(self, extents, stride, dilation, rolling, dtype, rng):
+        """Two planes, filters and biases, each with its own outputs, whose columns share a vector."""
+        lanes = current().lanes(dtype)
+        block = Block(dtype, 2, 1, lanes, "plane", step=stride[1], extents=extents, rolling=rolling)
+        w, bias = integers(rng, (2, *extents), dtype), integers(rng, 2, dtype)
+        most = max(count for count in range(lanes) if planes.fits_pairs(block, count))
+        for size, corner, P, count in (
+            ((1, 1), (0, 0), 1, 1),
+            ((5, lanes), (-1, -1), 4, most),
+            ((6, 2 * lanes), (-2, lanes - 1), 7, most),
+            ((3, 2), (-4, -3), 6, most),
+            ((4, lanes - 1), (1, lanes // 2), 2, most - 1),
+        ):
+            around = np.full((2, size[0] + 2, size[1] + 3), np.nan, dtype)
+            x = around[:, 1:-1, 1:-2]
+            x[:] = integers(rng, x.shape, dtype)
+            y = np.full((2, P, lanes + 1), np.nan, dtype)
+            addresses = tuple(map(address, (x, w, bias, y)))
+            call_plane(
+                block, 1, 1, 1, addresses, around.shape[2], size, corner, stride[0], dilation, y.shape[2], P,
+                count, (x.strides[0] // x.itemsize, y[0].size),
+            )  # fmt: skip
+            for i in range(2):
+                expected = bias[i] + correlate_at(x[i], w[i], corner, stride, dilation, (P, count))
+                assert_exact(y[i, :, :count], expected, dtype)
+            assert np.isnan(y[..., count:]).all(), "wrote beside the outputs"
 
 
 @Kernel

@@ -8,6 +8,7 @@ run over channels. The first two skip rows of padding, of which an infinite weig
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from fastconv.cpu import band, band_last, depthwise_rows
 from fastconv.cpu.band import finish, locate
 from fastconv.cpu.depthwise_rows import RowsTile
 from fastconv.cpu.device import TILE_CYCLES
-from fastconv.cpu.planes import convolve_plane
+from fastconv.cpu.planes import convolve_plane, fits_pairs
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -26,6 +27,7 @@ from fastconv.cpu.simd import (
     block_columns,
     block_extents,
     block_lanes,
+    block_rows,
     table,
     view_of,
 )
@@ -78,18 +80,19 @@ class Geometry(NamedTuple):
 def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     """Return the estimated seconds on one core."""
     lanes = device.lanes(problem.compute_dtype)
-    if isinstance(tile, PlaneTile) and not reads_planes(problem):
+    planes = _plan_planes(problem, tile, device)
+    if isinstance(tile, PlaneTile) and planes is None:
         return float("inf")
     if _by_channels(problem):
         vectors = problem.N * problem.O * problem.P * problem.Q * -(-problem.C // lanes)
         return device.seconds(problem, vectors * (problem.gemm_k + PIXEL_CYCLES + TILE_CYCLES / tile.vectors))
     if isinstance(tile, RowsTile):
         return depthwise_rows.cost(problem, tile, device)
-    if isinstance(tile, Tile):
-        return band.cost(problem, tile, device, device.l1 // 2, aligned=True)  # as the other tiles count
-    vectors = -(-problem.Q // lanes)
+    if planes is None:
+        return band.cost(problem, _packed_tile(tile), device, device.l1 // 2, aligned=True)  # as others count
+    vectors, together = -(-problem.Q // lanes), planes[0].rows
     taps = problem.gemm_k * problem.stride[2] * vectors * PLANE_TAP_CYCLES
-    return device.seconds(problem, problem.N * problem.K * (TILE_CYCLES + problem.P * taps))
+    return device.seconds(problem, problem.N * problem.K / together * (TILE_CYCLES + problem.P * taps))
 
 
 def workspace(problem: ConvProblem, tile: AnyTile, device: Device) -> int:
@@ -164,6 +167,8 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
         extents=(problem.R, problem.S),
         rolling=problem.stride[1] == problem.stride[2] and problem.dilation[1] == 1 < problem.R <= most,
     )  # fmt: skip
+    if fits_pairs(block, problem.Q) and problem.K == problem.C and problem.C % 2 == 0:
+        block = replace(block, rows=2, vectors=1)
     return block, make_geometry(problem)
 
 
@@ -178,7 +183,7 @@ def make_geometry(problem: ConvProblem) -> Geometry:
 def _run_in_place(problem: ConvProblem, block: Block, g: Geometry, operands: Operands) -> None:
     """Convolve plane by plane."""
     _run_planes(
-        block, problem.N * problem.K, band.task_threads(problem), g,
+        block, problem.N * problem.K // block.rows, band.task_threads(problem), g,
         *band.arguments_of(problem, operands, 0),
     )  # fmt: skip
 
@@ -188,8 +193,9 @@ def _run_planes(block, first, last, g, x, w, bias, y, ending):
     x, w, bias, y = view_of(x), table(w), table(bias), view_of(y)
     R, S = block_extents(block)
     lanes, width = block_lanes(block), block_columns(block)
+    planes = block_rows(block)
     for task in range(first, last):
-        n, k = divmod(task, g.C * g.multiplier)
+        n, k = divmod(task * planes, g.C * g.multiplier)
         plane = locate(block, x, (n, k // g.multiplier, 0, 0, 0))
         target = locate(block, y, (n, k, 0, 0, 0))
         for q in range(0, g.Q, width):
@@ -197,6 +203,6 @@ def _run_planes(block, first, last, g, x, w, bias, y, ending):
             convolve_plane(
                 block, (count + lanes - 1) // lanes, plane, x[4], g.H, g.W, q * g.stride_w - g.pad_w,
                 g.dilation_w, advance(w, k * R * S), -g.pad_h, g.stride_h, g.dilation_h,
-                advance(bias, k), advance(target, q), y[4], g.P, count,
+                advance(bias, k), advance(target, q), y[4], g.P, count, x[2], y[2],
             )  # fmt: skip
-        finish(block, y, (n, k, 0, 0, 0), (1, g.P, g.Q), ending)
+        finish(block, y, (n, k, 0, 0, 0), (planes, g.P, g.Q), ending)

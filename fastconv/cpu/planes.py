@@ -39,6 +39,7 @@ SHARING_ROWS = 3  # of outputs, for whose gradient an input row is loaded once
 class _Plane:
     """Emits loads of rows of a plane, as a strip of outputs reads them.
 
+    far      distance of a second plane, whose columns take the second half of each vector
     S, step  columns of the filter, and the distance of the columns that neighbouring outputs read
     columns  per step of columns of the filter, where the vectors begin that it reads
     masks    the lanes of those that are read: they lie in the plane and, with a count, belong to an output
@@ -46,24 +47,37 @@ class _Plane:
     """
 
     def __init__(
-        self, builder: Any, block: Block, vectors: int, args: list[Any], S: int, step: int, count: Any = None
+        self,
+        builder: Any,
+        block: Block,
+        vectors: int,
+        args: list[Any],
+        S: int,
+        step: int,
+        count: Any = None,
+        far: Any = None,
     ) -> None:
         self.x, self.x_row, self.H, W, column, dilation_w = args
         self.builder, self.block, self.vectors, self.S, self.step = builder, block, vectors, S, step
         self.simd = simd = Vectors(builder, block)
-        self.shares = step == 2 and count is None
+        self.shares, self.is_pair, lanes = step == 2 and count is None, far is not None, block.lanes
         if self.shares:
-            loaded = -(-(2 * block.lanes * vectors + S - 1) // block.lanes)
-            self.columns = [[builder.add(column, INT(e * block.lanes)) for e in range(loaded)]]
-            self.masks = [[simd.within(column, W) for column in self.columns[0]]]
-            return
-        shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
-        parts = [INT(e * block.lanes) for e in range(vectors * step)]
-        self.columns = [[builder.add(shift, part) for part in parts] for shift in shifts]
+            shifts, loads = [column], -(-(2 * lanes * vectors + S - 1) // lanes)
+        else:
+            shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
+            loads = vectors * step
         ends = [W if count is None else self._end(shift, count, W) for shift in shifts]
+        begins = [0, 0 if self.shares else -lanes // 2] if self.is_pair else range(0, loads * lanes, lanes)
+        self.columns = [[builder.add(shift, INT(begin)) for begin in begins] for shift in shifts]
         self.masks = [
             [simd.within(column, end) for column in row] for row, end in zip(self.columns, ends, strict=True)
         ]
+        if self.is_pair:
+            self.columns = [[first, builder.add(second, far)] for first, second in self.columns]
+        if self.is_pair and not self.shares:
+            half = INT(lanes // 2)
+            sides = simd.mask(simd.bits(INT(0), half)), simd.mask(simd.bits(half, INT(lanes)))
+            self.masks = [list(map(builder.and_, masks, sides)) for masks in self.masks]
 
     def _end(self, shift: Any, count: Any, W: Any) -> Any:
         """Return the column before which `count` outputs read the plane, from `shift` on."""
@@ -92,12 +106,17 @@ class _Plane:
         for column in self.columns[0]:
             self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
 
+    def _load_halves(self, line: Any, columns: list[Any], masks: list[Any]) -> Any:
+        """Return a vector of the columns of both planes."""
+        first = self.simd.load_masked(line, columns[0], masks[0])
+        return self.simd.load_masked(line, columns[1], masks[1], first)
+
     def _load_shared(self, line: Any) -> list[list[Any]]:
         """Do what `_load` does for step 2, each vector loaded once: taps further on shift what is split."""
         builder, lanes = self.builder, self.block.lanes
         places = zip(self.columns[0], self.masks[0], strict=True)
         loaded = [self.simd.load_masked(line, column, mask) for column, mask in places]
-        loaded += [ir.Constant(self.simd.type, None)] * (len(loaded) % 2)
+        loaded += [ir.Constant(self.simd.type, None)] * (2 + len(loaded) % 2)
         split = [emit_split(builder, loaded[i : i + 2], lanes) for i in range(0, len(loaded), 2)]
         read = []
         for s in range(self.S):
@@ -115,6 +134,8 @@ class _Plane:
         """Return the vectors of a row for each column of the filter; step 2 splits pairs: even and odd."""
         if self.shares:
             return self._load_shared(line)
+        if self.is_pair:
+            return [[self._load_halves(line, *both)] for both in zip(self.columns, self.masks, strict=True)]
         step, read = self.step, []
         for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
             loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
@@ -124,6 +145,12 @@ class _Plane:
         return read
 
 
+def _broadcast(simd: Vectors, is_pair: bool, p: Any, i: int, apart: int) -> Any:
+    """Return element i in all lanes, or, in the half of a second plane, the one `apart` from it."""
+    first = simd.broadcast(p, INT(i))
+    return simd.halves(first, simd.broadcast(p, INT(i + apart))) if is_pair else first
+
+
 def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     """Emit the loop over a plane, `vectors` vectors of columns wide.
 
@@ -131,11 +158,12 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     outputs that it takes part in, which then move up one place. Otherwise one pass over the output rows, each
     of which loads R.
     """
-    *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count = args
-    R, S = block.extents
-    plane = _Plane(builder, block, vectors, strip, S, block.step)
+    *strip, w, h, stride_h, dilation_h, bias, y, y_row, P, count, x_plane, y_plane = args
+    (R, S), is_pair = block.extents, block.rows == 2
+    plane = _Plane(builder, block, vectors, strip, S, block.step, far=x_plane if is_pair else None)
     simd = plane.simd
-    factors = [[simd.broadcast(w, INT(r * S + s)) for s in range(S)] for r in range(R)]
+    broadcast = partial(_broadcast, simd, is_pair)
+    factors = [[broadcast(w, r * S + s, R * S) for s in range(S)] for r in range(R)]
 
     def add(h: Any, sums: list[Any], taps: range) -> list[Any]:
         """Return the sums of `vectors` vectors each with row taps[i] of the filter times row h added."""
@@ -149,7 +177,7 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
 
         return plane.read(h, sums, add_row)
 
-    start = [simd.broadcast(bias, INT(0))] * vectors
+    start = [broadcast(bias, 0, 1)] * vectors
     pending = (R - 1) // block.step if block.rolling else 0  # outputs that the rows before have begun
     before = builder.block
     loop, done = builder.append_basic_block("row"), builder.append_basic_block("done")
@@ -170,6 +198,8 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
         target = builder.gep(y, [builder.mul(p, y_row)])
         for j, value in enumerate(sums[-vectors:]):
             simd.store_first(value, target, INT(j * block.lanes), count)
+        if is_pair:  # what was stored are the first `count` lanes
+            simd.store_half(sums[-1], builder.gep(target, [y_plane]), count)
     following = builder.add(i, INT(1))
     latch = builder.block
     more = builder.icmp_signed("<", following, builder.add(P, INT(pending)))
@@ -183,27 +213,37 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
 @intrinsic
 def _outputs(
     typingctx, block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row,
-    P, count,
+    P, count, x_plane, y_plane,
 ):  # fmt: skip
     p, n = types.CPointer(block.float), types.int64
-    signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n)
+    signature = types.void(block, n, p, n, n, n, n, n, p, n, n, n, p, p, n, n, n, n, n)
     return signature, widths(_emit_outputs, block.block)
 
 
 @part
 def convolve_plane(
-    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count
-):
+    block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P, count,
+    x_plane, y_plane,
+):  # fmt: skip
     """Convolve a plane x (H, W) with a filter w of block.extents; y gets P rows and `count` columns.
 
     The first output reads the input from row h and from `column` on; both may be negative, and what lies
     outside the plane reads as zero. The columns of neighbouring outputs are block.step apart; x_row and y_row
     are the distances of rows, in elements. `vectors` vectors, at most block.vectors, hold the columns.
+
+    With block.rows = 2 also a second plane, x_plane further on, with the filter and the bias that follow; its
+    outputs lie y_plane further on. Columns of both share a vector: ask `fits_pairs`.
     """
     _outputs(
         block, vectors, x, x_row, H, W, column, dilation_w, w, h, stride_h, dilation_h, bias, y, y_row, P,
-        count,
+        count, x_plane, y_plane,
     )  # fmt: skip
+
+
+def fits_pairs(block: Block, Q: int) -> bool:
+    """Say whether Q columns of outputs take half a vector; with step 2, all that they read one vector."""
+    columns = 2 * Q + block.extents[1] - 2 if block.step == 2 else 2 * Q
+    return columns <= block.lanes
 
 
 def _emit_gradient(builder: Any, block: Block, args: Any) -> None:

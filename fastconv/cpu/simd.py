@@ -134,7 +134,7 @@ class Block(HashedOnce):
     Numba's cache holds blocks that an older version has pickled: a new field needs a default.
 
     dtype    "float32" or "float64"
-    rows     rows of the tile
+    rows     rows of the tile; "plane": 2 where the columns of two planes take half a vector each
     vectors  vectors in each of its rows
     lanes    elements in each vector
     form     "rows"         A is broadcast, the bias belongs to the rows (weights x pixels, channels first)
@@ -367,17 +367,28 @@ class Vectors:
         width = self.splat(self.builder.trunc(W, number), kind)
         return self.builder.icmp_unsigned("<", at, width)  # a negative column is a large one
 
-    def load_masked(self, p: Any, offset: Any, mask: Any) -> Any:
-        """Load a vector, zero in the lanes outside the mask, which are not read."""
-        zeros = ir.Constant(self.type, None)
+    def load_masked(self, p: Any, offset: Any, mask: Any, others: Any = None) -> Any:
+        """Load a vector; the lanes outside the mask are not read: they are those of `others`, or zero."""
+        others = ir.Constant(self.type, None) if others is None else others
         align = ir.IntType(32)(self.bytes)
-        return self._masked("load", self.type, [self._address(p, offset), align, mask, zeros])
+        return self._masked("load", self.type, [self._address(p, offset), align, mask, others])
+
+    def halves(self, a: Any, b: Any) -> Any:
+        """Return the first half of a followed by the first half of b."""
+        half = self.lanes // 2
+        return shuffle(self.builder, a, b, [*range(half), *range(self.lanes, self.lanes + half)])
 
     def store_first(self, value: Any, p: Any, offset: Any, count: Any) -> None:
         """Store the lanes of a vector at p + offset that come before p + count."""
         self.store_masked(
             value, self.builder.gep(p, [offset]), self.first_lanes(self.builder.sub(count, offset))
         )
+
+    def store_half(self, value: Any, p: Any, count: Any) -> None:
+        """Store the first `count` lanes of the second half of a vector."""
+        half = INT(self.lanes // 2)
+        lanes = self.mask(self.bits(half, self.builder.add(half, count)))
+        self.store_masked(value, self.builder.gep(p, [INT(-self.lanes // 2)]), lanes)
 
     def store_masked(self, value: Any, p: Any, mask: Any) -> None:
         """Store the lanes of a vector that are in the mask."""
