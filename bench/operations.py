@@ -135,7 +135,7 @@ class InputGradient(Forward):
 
     def scale(self, first: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
         """The sum of the terms' magnitudes, for errors that travel so many pixels of grad_output."""
-        return _scale_of_turned(self.problem, first, grad, reach) if reach else self.refer(first, grad)
+        return self.refer(first, reference.largest_near(grad, reach))
 
 
 class WeightGradient(InputGradient):
@@ -176,23 +176,6 @@ class GradientOracle(Oracle):
     def scale(self, reach: int) -> np.ndarray:
         first, grad = (np.abs(array.astype(np.float64)) for array in self.gradient.operands())
         return self.gradient.scale(first, grad, reach)
-
-
-def _scale_of_turned(problem: ConvProblem, w: np.ndarray, grad: np.ndarray, reach: int) -> np.ndarray:
-    """The scale of the input's gradient: grad, its elements a stride apart, by the weight turned round."""
-    options, (K, C, *extents) = keywords(problem), w.shape
-    sizes = [(n - 1) * step + 1 for n, step in zip(grad.shape[2:], options["stride"], strict=True)]
-    spread = np.zeros((*grad.shape[:2], *sizes))
-    spread[(..., *(slice(None, None, step) for step in options["stride"]))] = grad
-    by_group = w.reshape(problem.groups, K // problem.groups, C, *extents).swapaxes(1, 2)
-    turned = np.flip(by_group.reshape(problem.groups * C, -1, *extents), tuple(range(2, w.ndim)))
-    axes = zip(problem.input_shape[2:], sizes, extents, options["dilation"], options["padding"], strict=True)
-    options["padding"] = [
-        (dilation * (taps - 1) - before, wanted + before - size)
-        for wanted, size, taps, dilation, (before, _) in axes
-    ]
-    options["stride"] = 1
-    return np.asarray(reference.error_scale(spread, turned, **options, reach=reach))
 
 
 OPERATIONS = {"forward": Forward, "fused": Fused, "grad_input": InputGradient, "grad_weight": WeightGradient}

@@ -20,8 +20,9 @@ DIRECT_ERROR = 4.0
 class ErrorBound(NamedTuple):
     """|y - reference| <= factor * eps * conv(|x|, |w|), element by element, eps that of the compute_dtype.
 
-    reach  pixels; above 0, |x| stands for the largest |x| so near: a transform of tiles spreads the rounding
-           errors of a large element over outputs whose own window does not hold it
+    reach  pixels; above 0, |x| stands for the largest |x| so many rows and columns away, in the same plane: a
+           transform of tiles spreads the rounding errors of a large element over outputs whose own window
+           does not hold it
     """
 
     factor: float

@@ -20,6 +20,7 @@ def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     0
     """
     count = math.prod(shape)
-    raw = np.empty(count + CACHE_LINE, dtype)
-    first = -raw.__array_interface__["data"][0] % CACHE_LINE // raw.itemsize
+    item = np.dtype(dtype).itemsize
+    raw = np.empty(count + CACHE_LINE // item, dtype)
+    first = -raw.__array_interface__["data"][0] % CACHE_LINE // item
     return raw[first : first + count].reshape(shape)

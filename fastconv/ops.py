@@ -384,14 +384,9 @@ def _sweep(input: Any, frame: Frame, recipe: planning.Recipe) -> lazy.Sweep:
     p = frame.problem
     is_last = frame.channels_first is not None
     first = input.ndim - p.ndim - is_last
-    extents = zip(p.weight_shape[2:], p.stride[-p.ndim :], p.dilation[-p.ndim :], p.padding[-p.ndim :])
-    multiples = (1, recipe.multiple, recipe.multiple)[-p.ndim :]  # planes are not cut into tiles
-    windows = {
-        axis: lazy.Window(kernel, stride, dilation, before, multiple)
-        for axis, ((kernel, stride, dilation, (before, _)), multiple) in enumerate(
-            zip(extents, multiples), first
-        )
-    }
+    multiples = (1, recipe.multiple, recipe.multiple)  # planes are not cut into tiles
+    axes = zip(p.weight_shape5[2:], p.stride, p.dilation, p.padding_before, multiples, strict=True)
+    windows = {axis: lazy.Window(*along) for axis, along in enumerate(list(axes)[-p.ndim :], first)}
     return lazy.Sweep(input, windows, frame.result_shape, (input.ndim - 1 if is_last else first - 1,))
 
 

@@ -14,8 +14,8 @@
 //
 //   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, planes, rows, columns.
 //
-// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4) and what fastconv/winograd_math.py
-// makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED
+// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a
+// gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED
 // BLOCK_TILES and BLOCK_CHANNELS too.
 
 #ifdef STAGE_INPUT
@@ -52,6 +52,9 @@ DEVICE void apply(ACC (&to)[1], const ACC (&)[kRows][kColumns], const ACC (&from
 {
     to[0] = from[0];
 }
+
+// Nor is anything of a filter of 1 x 1; without this the compiler could take either of the two above.
+DEVICE void apply(ACC (&to)[1], const ACC (&)[1][1], const ACC (&from)[1]) { to[0] = from[0]; }
 
 // Transform a tile: matrix * from * matrix^T.
 template <int kToH, int kToW, int kRows, int kColumns, int kFromH, int kFromW>

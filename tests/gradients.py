@@ -49,7 +49,7 @@ class Gradient:
             raise AssertionError(f"{plan}\n{how}\n{error}") from None
 
     def scale(self, reach: int) -> np.ndarray:
-        """The sum of the terms' magnitudes, for errors that travel so many pixels of what comes first."""
+        """The sum of the terms' magnitudes, for errors that travel so many rows and columns of `first`."""
         first, changes = np.abs(self.first), {}
         if self.problem.direction == "grad_weight":  # into the padding too: some taps meet nothing else
             first = np.pad(first, [(0, 0), (0, 0), *options_of(self.problem)["padding"]])

@@ -10,7 +10,7 @@ import pytest
 import fastconv
 from fastconv import reference
 from fastconv.algorithms import TABLE
-from fastconv.cpu import im2col, pointwise, pointwise_channels, winograd
+from fastconv.cpu import depthwise, im2col, pointwise, pointwise_channels, winograd
 from fastconv.cpu.band import task_threads
 from fastconv.cpu.device import current
 from fastconv.cpu.pointwise_channels import ChannelTile
@@ -331,6 +331,28 @@ class TestNarrowerVectors:
                 make_layer(rng, problem, integers).check(way.plan(problem))
 
 
+@pytest.mark.parametrize("bits", ["128", "256", "512"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_planes_in_pairs(bits, dtype, rng, monkeypatch):
+    """Planes of few columns share vectors of any width: a task has two planes, filters and biases."""
+    if int(bits) > current().vector_bits:
+        pytest.skip(f"this CPU has no vectors of {bits} bits")
+    monkeypatch.setenv("FASTCONV_VECTOR_BITS", bits)
+    way, lanes = Way("depthwise", "plane2"), current().lanes(dtype)
+    for stride, Q in ((1, lanes // 2), (2, (lanes - 1) // 2)):
+        for C, W in ((6, stride * Q), (6, stride * (Q + 1)), (3, stride * Q)):
+            options = {"stride": stride, "padding": 1, "groups": C}
+            case = Case("planes", "conv2d", (3, C, 5, max(W, 1)), (C, 1, 3, 3), options)
+            problem = case.problem(dtype=dtype)
+            plan = way.plan(problem)
+            block, _ = depthwise._plan_planes(problem, plan.tile, plan.device)
+            assert (block.rows == 2) == (problem.Q == Q and C % 2 == 0)
+            layer = make_layer(rng, problem, integers)
+            for threads in ("1", "2"):
+                monkeypatch.setenv("FASTCONV_THREADS", threads)
+                layer.check(plan)
+
+
 def test_winograd_in_narrow_vectors(rng, monkeypatch):
     """Vectors of two lanes, when a tile of F(4) has four columns and its filters nine taps."""
     monkeypatch.setenv("FASTCONV_VECTOR_BITS", "128")
@@ -469,9 +491,18 @@ class TestSameBits:
         ],
     )
     def test_parts_of_winograd(self, threads, C, K, size, l2, shares, rng, monkeypatch):
+        self.check_parts(1, threads, C, K, size, l2, shares, rng, monkeypatch)
+
+    def test_parts_of_planes(self, rng, monkeypatch):
+        """The parts of transformed inputs end amid the channels of a plane."""
+        shares = {"blocks": 1, "k_parts": 6, "c_parts": 4, "U_first": 0}
+        self.check_parts(3, "2", 150, 300, 20, 1 << 15, shares, rng, monkeypatch)
+
+    def check_parts(self, T, threads, C, K, size, l2, shares, rng, monkeypatch):
         """Threads share panels of output channels or blocks of tiles, of transformed inputs and filters."""
         way = Way("winograd", "f4_6x4")
-        problem = Case("shared", "conv2d", (1, C, size, size), (K, C, 3, 3), {"padding": 1}).problem()
+        case = Case("shared", "conv3d", (1, C, T, size, size), (K, C, T, 3, 3), {"padding": (0, 1, 1)})
+        problem = case.problem()
         layer, plan = make_layer(rng, problem, normals), with_caches(way.plan(problem), 1 << 12, l2)
         monkeypatch.setenv("FASTCONV_THREADS", "1")
         alone = layer.run(plan)

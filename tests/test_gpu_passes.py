@@ -466,6 +466,7 @@ class TestInput:
             "groups",
             "depthwise",
             "conv1d_causal",
+            "conv3d_frames",
             "patches",
             "patches_depthwise",
         )

@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 
 MOST_TAPS = 49  # 7 x 7
-MOST_ROLLING_ROWS = {
-    16: 5,
-    32: 7,
-}  # by the number of registers: of a filter: the sums of as many rows of outputs are held in registers
+MOST_ROLLING_ROWS = {16: 5, 32: 7}  # by the number of registers: of outputs whose sums they hold
 PIXEL_CYCLES = 8  # to pack and to store a vector of channels
-PLANE_TAP_CYCLES = 0.8  # a load that crosses cache lines, and its FMA
+PLANE_TAP_CYCLES = 0.8  # a load that crosses cache lines, and its FMA; with stride 2 twice as long
 
 
 class PlaneTile(NamedTuple):
-    """A strip of a plane, `vectors` vectors wide, read in place; the filter's extents are compiled in."""
+    """A strip of a plane, `vectors` vectors wide, read in place, or two planes of few columns in one vector.
+
+    The filter's extents are compiled in.
+    """
 
     rows: int
     vectors: int
@@ -161,15 +161,21 @@ def _plan_planes(problem: ConvProblem, tile: AnyTile, device: Device) -> tuple[B
     """Return how planes are read in place, or None where they cannot be or this tile is none for them."""
     if not isinstance(tile, PlaneTile) or not reads_planes(problem):
         return None
-    dtype, most = problem.compute_dtype, MOST_ROLLING_ROWS[device.registers]
+    dtype = problem.compute_dtype
     block = Block(
         dtype, tile.rows, tile.vectors, device.lanes(dtype), "plane", step=problem.stride[2],
         extents=(problem.R, problem.S),
-        rolling=problem.stride[1] == problem.stride[2] and problem.dilation[1] == 1 < problem.R <= most,
+        rolling=_is_rolling(problem, MOST_ROLLING_ROWS[device.registers]),
     )  # fmt: skip
     if fits_pairs(block, problem.Q) and problem.K == problem.C and problem.C % 2 == 0:
         block = replace(block, rows=2, vectors=1)
     return block, make_geometry(problem)
+
+
+def _is_rolling(problem: ConvProblem, most: int) -> bool:
+    """Say whether rows of the input serve several rows of outputs, of which `most` are made at a time."""
+    stride, dilation = problem.stride[1:], problem.dilation[1]
+    return stride[0] == stride[1] and dilation == 1 < problem.R and (problem.R - 1) // stride[0] < most
 
 
 def make_geometry(problem: ConvProblem) -> Geometry:

@@ -187,7 +187,7 @@ def run(problem: ConvProblem, tile: Tile, device: Device, operands: Operands) ->
     if rows is not None and lie_in_rows(operands):
         problem = rows
     of_row, of_column = operands.out.strides[3:]
-    joins = _joins(problem, device) and of_row == problem.Q * of_column
+    joins = _joins(problem, device) and (problem.P == 1 or of_row == problem.Q * of_column)
     plan = _plan(problem, tile, device, task_threads(problem), joins)
     _run_blocks(*plan, *arguments_of(problem, operands, tile.rows, any_weight=takes_view(problem, device)))
 
@@ -250,9 +250,10 @@ def _find_pixel(g, pixel):
 
 @part
 def gather(block, panels, size, width, image, x, g, o, pixel, count):
-    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to panels; from the first image on.
+    """Copy the taps (c, t, r, s) of pixels pixel ... pixel+count-1 to panels.
 
     size, width  pixels of a panel, and how far apart its taps lie
+    image        pointer to the first image, from which pixels are counted
 
     Run by run of pixels in one row, tap by tap, of all channels at once. The lanes beyond the last pixel are
     zeros: what memory holds by chance may be subnormal, and a product with that takes 100 cycles.
@@ -271,9 +272,9 @@ def gather(block, panels, size, width, image, x, g, o, pixel, count):
                 for r in range(g.R):
                     h = p * g.stride_h + r * g.dilation_h - g.pad_h
                     W = g.W if 0 <= d < g.D and 0 <= h < g.H else 0
-                    if g.stride_w > 1 and W > 0:
-                        below = advance(origin, d * x[3] + (h + g.stride_h) * x[4] + q * g.stride_w * x[5])
-                        _fetch_channels(block, g.C, below, x[2], run * g.stride_w * x[5])
+                    if g.stride_w > 1 and x[5] == 1 and W > 0 and r + g.stride_h >= g.R:
+                        below = advance(origin, d * x[3] + (h + g.stride_h) * x[4] + q * g.stride_w)
+                        _fetch_channels(block, g.C, below, x[2], run * g.stride_w)
                     for s in range(g.S):
                         w = q * g.stride_w + s * g.dilation_w - g.pad_w
                         low, high = columns_inside(w, g.stride_w, run, W)
@@ -287,7 +288,7 @@ def gather(block, panels, size, width, image, x, g, o, pixel, count):
 
 @small_part
 def _fetch_channels(block, channels, source, channel_step, count):
-    """Ask for the same elements of all channels: the next run of pixels will read them."""
+    """Ask for the same pixels of all channels, which the next run of outputs is the first to read."""
     for c in range(channels):
         for i in range(0, count, block_lanes(block)):
             prefetch(block, advance(source, c * channel_step + i))

@@ -1,9 +1,9 @@
 """Planes read where they lie, under one small filter whose taps are unrolled: depthwise, channels first.
 
-A strip of a plane, one or two vectors wide, is passed over row after row: for the outputs (`convolve_plane`),
-for the gradient of the filter (`differentiate_plane`) or, with stride 2, for that of the input
-(`spread_plane`). Masks leave out what lies beside a row, and rows beside the plane are skipped, so that
-nothing is packed.
+A strip of a plane, one or two vectors wide, is passed over row after row: for the outputs (`convolve_plane`,
+also of two planes of few columns, which share a vector), for the gradient of the filter
+(`differentiate_plane`) or, with stride 2, for that of the input (`spread_plane`). Masks leave out what lies
+beside a row, and rows beside the plane are skipped, so that nothing is packed.
 """
 
 from __future__ import annotations
@@ -39,42 +39,46 @@ SHARING_ROWS = 3  # of outputs, for whose gradient an input row is loaded once
 class _Plane:
     """Emits loads of rows of a plane, as a strip of outputs reads them.
 
-    far      distance of a second plane, whose columns take the second half of each vector
     S, step  columns of the filter, and the distance of the columns that neighbouring outputs read
-    columns  per step of columns of the filter, where the vectors begin that it reads
+    far      None, or distance of a second plane: its columns take the second half of each vector
+    shares   whether a vector is loaded once for all columns of the filter; else for each step of them
+    columns  of each such load: where its vectors begin
     masks    the lanes of those that are read: they lie in the plane and, with a count, belong to an output
-    shares   whether each vector is loaded once for all columns of the filter, which lie side by side
     """
 
     def __init__(
-        self,
-        builder: Any,
-        block: Block,
-        vectors: int,
-        args: list[Any],
-        S: int,
-        step: int,
-        count: Any = None,
-        far: Any = None,
-    ) -> None:
+        self, builder: Any, block: Block, vectors: int, args: list[Any], S: int, step: int,
+        count: Any = None, far: Any = None,
+    ) -> None:  # fmt: skip
         self.x, self.x_row, self.H, W, column, dilation_w = args
         self.builder, self.block, self.vectors, self.S, self.step = builder, block, vectors, S, step
         self.simd = simd = Vectors(builder, block)
-        self.shares, self.is_pair, lanes = step == 2 and count is None, far is not None, block.lanes
-        if self.shares:
-            shifts, loads = [column], -(-(2 * lanes * vectors + S - 1) // lanes)
-        else:
-            shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
-            loads = vectors * step
+        simd.align_frame()
+        self.is_pair, self.shares = far is not None, step == 2 and count is None
+        shifts = [builder.add(column, builder.mul(dilation_w, INT(s))) for s in range(0, S, step)]
+        shifts = shifts[:1] if self.shares else shifts
         ends = [W if count is None else self._end(shift, count, W) for shift in shifts]
-        begins = [0, 0 if self.shares else -lanes // 2] if self.is_pair else range(0, loads * lanes, lanes)
+        begins = self._find_begins()
         self.columns = [[builder.add(shift, INT(begin)) for begin in begins] for shift in shifts]
         self.masks = [
             [simd.within(column, end) for column in row] for row, end in zip(self.columns, ends, strict=True)
         ]
         if self.is_pair:
-            self.columns = [[first, builder.add(second, far)] for first, second in self.columns]
-        if self.is_pair and not self.shares:
+            self._add_plane(far)
+
+    def _find_begins(self) -> list[int]:
+        """Return where the vectors of a load begin, counted from its first column."""
+        lanes = self.block.lanes
+        if self.is_pair:  # `emit_split` brings the second plane's columns into the second half by itself
+            return [0, 0 if self.shares else -lanes // 2]
+        columns = 2 * lanes * self.vectors + self.S - 2 if self.shares else self.vectors * self.step * lanes
+        return list(range(0, columns, lanes))
+
+    def _add_plane(self, far: Any) -> None:
+        """Let the second of each two vectors be one of the other plane."""
+        builder, simd, lanes = self.builder, self.simd, self.block.lanes
+        self.columns = [[first, builder.add(second, far)] for first, second in self.columns]
+        if not self.shares:  # both are loaded into one
             half = INT(lanes // 2)
             sides = simd.mask(simd.bits(INT(0), half)), simd.mask(simd.bits(half, INT(lanes)))
             self.masks = [list(map(builder.and_, masks, sides)) for masks in self.masks]
@@ -106,42 +110,38 @@ class _Plane:
         for column in self.columns[0]:
             self.simd.prefetch(self.x, self.builder.add(self.builder.mul(h, self.x_row), column))
 
-    def _load_halves(self, line: Any, columns: list[Any], masks: list[Any]) -> Any:
-        """Return a vector of the columns of both planes."""
-        first = self.simd.load_masked(line, columns[0], masks[0])
-        return self.simd.load_masked(line, columns[1], masks[1], first)
-
-    def _load_shared(self, line: Any) -> list[list[Any]]:
-        """Do what `_load` does for step 2, each vector loaded once: taps further on shift what is split."""
-        builder, lanes = self.builder, self.block.lanes
-        places = zip(self.columns[0], self.masks[0], strict=True)
-        loaded = [self.simd.load_masked(line, column, mask) for column, mask in places]
-        loaded += [ir.Constant(self.simd.type, None)] * (2 + len(loaded) % 2)
-        split = [emit_split(builder, loaded[i : i + 2], lanes) for i in range(0, len(loaded), 2)]
-        read = []
-        for s in range(self.S):
-            row, (far, shift) = [pair[s % 2] for pair in split], divmod(s // 2, lanes)
-            ways = list(range(shift, shift + lanes))
-            read.append(
-                [
-                    shuffle(builder, row[j + far], row[j + far + 1], ways) if shift else row[j + far]
-                    for j in range(self.vectors)
-                ]
-            )
-        return read
-
     def _load(self, line: Any) -> list[list[Any]]:
-        """Return the vectors of a row for each column of the filter; step 2 splits pairs: even and odd."""
+        """Return the vectors of a row for each column of the filter."""
         if self.shares:
             return self._load_shared(line)
         if self.is_pair:
-            return [[self._load_halves(line, *both)] for both in zip(self.columns, self.masks, strict=True)]
+            return [[self._load_both(line, *row)] for row in zip(self.columns, self.masks, strict=True)]
         step, read = self.step, []
         for first, columns, masks in zip(itertools.count(0, step), self.columns, self.masks):
             loaded = [self.simd.load_masked(line, c, m) for c, m in zip(columns, masks, strict=True)]
             pairs = [loaded[j * step : (j + 1) * step] for j in range(self.vectors)]
             split = [emit_split(self.builder, pair, self.block.lanes) for pair in pairs]
             read += [[values[s] for values in split] for s in range(min(step, self.S - first))]
+        return read
+
+    def _load_both(self, line: Any, columns: list[Any], masks: list[Any]) -> Any:
+        """Return a vector of columns of both planes."""
+        first = self.simd.load_masked(line, columns[0], masks[0])
+        return self.simd.load_masked(line, columns[1], masks[1], first)
+
+    def _load_shared(self, line: Any) -> list[list[Any]]:
+        """Do what `_load` does, with step 2: taps shift the even or the odd columns of all vectors."""
+        builder, lanes = self.builder, self.block.lanes
+        places = zip(self.columns[0], self.masks[0], strict=True)
+        loaded = [self.simd.load_masked(line, column, mask) for column, mask in places]
+        loaded += [ir.Constant(self.simd.type, None)] * (2 + len(loaded) % 2)  # what is shifted in
+        split = [emit_split(builder, loaded[i : i + 2], lanes) for i in range(0, len(loaded), 2)]
+        read = []
+        for s in range(self.S):
+            row, (later, shift) = [pair[s % 2] for pair in split], divmod(s // 2, lanes)
+            neighbours = zip(row[later : later + self.vectors], row[later + 1 :])
+            ways = list(range(shift, shift + lanes))
+            read.append([shuffle(builder, a, b, ways) if shift else a for a, b in neighbours])
         return read
 
 
@@ -165,17 +165,13 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     broadcast = partial(_broadcast, simd, is_pair)
     factors = [[broadcast(w, r * S + s, R * S) for s in range(S)] for r in range(R)]
 
-    def add(h: Any, sums: list[Any], taps: range) -> list[Any]:
-        """Return the sums of `vectors` vectors each with row taps[i] of the filter times row h added."""
-
-        def add_row(read: list[list[Any]]) -> list[Any]:
-            new = list(sums)
-            for s, (i, r) in itertools.product(range(S), enumerate(taps)):
-                for j, value in enumerate(read[s], i * vectors):
-                    new[j] = simd.fma(factors[r][s], value, new[j])
-            return new
-
-        return plane.read(h, sums, add_row)
+    def add(sums: list[Any], taps: range, read: list[list[Any]]) -> list[Any]:
+        """Return the sums of `vectors` vectors each with row taps[i] of the filter times a row added."""
+        new = list(sums)
+        for s, (i, r) in itertools.product(range(S), enumerate(taps)):
+            for j, value in enumerate(read[s], i * vectors):
+                new[j] = simd.fma(factors[r][s], value, new[j])
+        return new
 
     start = [broadcast(bias, 0, 1)] * vectors
     pending = (R - 1) // block.step if block.rolling else 0  # outputs that the rows before have begun
@@ -192,13 +188,13 @@ def _emit_outputs(builder: Any, block: Block, vectors: int, args: Any) -> None:
     sums = [*start, *begun]
     for r in range(min(R, block.step) if block.rolling else R):
         taps = range(r, R, block.step) if block.rolling else range(r, r + 1)
-        sums = add(builder.add(top, builder.mul(dilation_h, INT(r))), sums, taps)
+        sums = plane.read(builder.add(top, builder.mul(dilation_h, INT(r))), sums, partial(add, sums, taps))
     p = builder.sub(i, INT(pending))
     with builder.if_then(builder.icmp_signed(">=", p, INT(0))):
         target = builder.gep(y, [builder.mul(p, y_row)])
         for j, value in enumerate(sums[-vectors:]):
             simd.store_first(value, target, INT(j * block.lanes), count)
-        if is_pair:  # what was stored are the first `count` lanes
+        if is_pair:
             simd.store_half(sums[-1], builder.gep(target, [y_plane]), count)
     following = builder.add(i, INT(1))
     latch = builder.block

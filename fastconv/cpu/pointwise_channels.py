@@ -122,7 +122,7 @@ class Division(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _divide(problem: ConvProblem, tile: ChannelTile, device: Device, workers: int) -> Division:
-    """Return a task for each panel, or for some of its bands: those of a round of images, or of a thread."""
+    """Return a task for each panel and part of the bands: as many parts as rounds, or more for threads."""
     K, groups, pixels = problem.gemm_m, problem.groups, problem.P * problem.Q
     share = even_share(pixels, BAND_PIXELS, tile.rows)
     band, bands = math.ceil(share / tile.rows) * tile.rows, math.ceil(pixels / share)

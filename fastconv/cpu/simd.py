@@ -148,7 +148,8 @@ class Block(HashedOnce):
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
              "ragged": distance of the rows of B that neighbouring rows of the tile begin with
     extents  "plane" and Winograd: (R, S) of the filter
-    rolling  "plane": whether rows have dilation 1 and the stride of columns, so that one serves many outputs
+    rolling  "plane": whether a row serves many outputs; dilation along the rows is 1 then, and their stride
+             `step`, or, in gradients of filters, 1
     """
 
     dtype: str
@@ -320,18 +321,16 @@ class Vectors:
         name = f"llvm.fma.v{self.lanes}f{8 * self.bytes}"
         signature = ir.FunctionType(self.type, [self.type] * 3)
         self._fma = cgutils.get_or_insert_function(builder.module, signature, name)
-        if block.form == "plane" or block.m:  # there are more vectors at a time than registers
-            self._align_frame()
 
-    def _align_frame(self) -> None:
-        """Let the frame of the function begin with a cache line, for the vectors that LLVM keeps in it.
+    def align_frame(self) -> None:
+        """Let the frame of the function begin with a cache line: for code with more vectors than registers.
 
-        By itself it aligns them to 16 bytes: in three of four processes each would lie in two lines.
+        LLVM keeps the others there, aligned to 16 bytes: in three of four processes each lies in two lines.
         """
         slot = cgutils.alloca_once(self.builder, self.type)
         slot.align = CACHE_LINE
         use = ir.FunctionType(ir.VoidType(), [slot.type])
-        self.builder.asm(use, "", "r", [slot], True)  # no instruction: else LLVM would drop the slot
+        self.builder.asm(use, "", "r", [slot], True)  # an empty use, without which LLVM drops the slot
 
     def load(self, p: Any, offset: Any) -> Any:
         return self.builder.load(self._address(p, offset), align=self.bytes)
@@ -935,6 +934,13 @@ def _axes(block: Block) -> tuple[Matrices, Matrices]:
     return matrices(m_h, R), matrices(m_w, S)
 
 
+def _begin_transform(builder: Any, block: Block) -> Vectors:
+    """Return what emits a transform, of up to 36 vectors."""
+    simd = Vectors(builder, block)
+    simd.align_frame()
+    return simd
+
+
 @intrinsic
 def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any, target_step: Any) -> Any:
     """Winograd: U = G w G^T of a vector of filters.
@@ -947,7 +953,7 @@ def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, target, target_step = args
-        simd = Vectors(builder, block.block)
+        simd = _begin_transform(builder, block.block)
         w = _load_rows(builder, simd, source, INT(simd.lanes), extents)
         U = _emit_sandwich(builder, simd, rows.G, columns.G, w)
         _store_columns(builder, simd, U, target, target_step)
@@ -970,7 +976,7 @@ def transform_filter_gradient(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, source_step, target = args
-        simd = Vectors(builder, block.block)
+        simd = _begin_transform(builder, block.block)
         U = _load_rows(builder, simd, source, source_step, (a_h, a_w))
         w = _emit_sandwich(builder, simd, G_rows, G_columns, U)
         _store_columns(builder, simd, w, target, INT(simd.lanes))
@@ -1013,7 +1019,7 @@ def _pixels_transform(block: Block, shape: tuple[int, int], left: Matrix, right:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, source_row, target, target_step = args
-        simd = Vectors(builder, block)
+        simd = _begin_transform(builder, block)
         lines = [builder.gep(source, [builder.mul(source_row, INT(i))]) for i in range(shape[0])]
         X = [[simd.load(line, INT(j * simd.lanes)) for j in range(shape[1])] for line in lines]
         _store_columns(builder, simd, _emit_sandwich(builder, simd, left, right, X), target, target_step)
@@ -1041,7 +1047,7 @@ def transform_output(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, source, source_step, bias, target, target_row = args
-        simd = Vectors(builder, block.block)
+        simd = _begin_transform(builder, block.block)
         products = _load_rows(builder, simd, source, source_step, (a_h, a_w))
         added = simd.load(bias, INT(0))
         for j, column in enumerate(_emit_sandwich(builder, simd, rows.AT, columns.AT, products)):

@@ -403,9 +403,9 @@ def _transform_inputs(block, x, g, group, tile_block, first_vector, end_vector, 
     pixels = allocate_pixels(block)
     for vector in range(first_vector, end_vector):
         t, c = vector // g.C_vectors, vector % g.C_vectors * lanes
-        channels = t, group * g.C + c, min(lanes, g.C - c)
+        source = t, group * g.C + c, min(lanes, g.C - c)
         target = advance(V, vector * lanes)
-        transform_tiles(block, x, g, channels, first, end, pixels, target, g.V_row, g.V_step)
+        transform_tiles(block, x, g, source, first, end, pixels, target, g.V_row, g.V_step)
     if first_vector == 0:
         for e in range(g.places):
             rest = g.height - (end - first)
@@ -421,21 +421,21 @@ def allocate_pixels(block):
 
 
 @part
-def transform_tiles(block, x, g, channels, first, end, pixels, V, V_row, V_step):
+def transform_tiles(block, x, g, source, first, end, pixels, V, V_row, V_step):
     """Gather tiles first ... end-1 of a vector of channels and transform them; V: where the first one goes.
 
-    channels       which of the planes that windows meet, the first channel of x, and how many channels
+    source         which of the planes that windows meet, the first channel of x, and how many channels
     V_row, V_step  how far apart tiles lie in V, and the places of a tile
     """
     lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
-    line, (t, channel, channel_count) = GATHERED * lanes * lanes, channels
+    line, (t, channel, channels) = GATHERED * lanes * lanes, source
     tile = first
     while tile < end:
         n, o, row, column, count = find_run(g, tile, end)
         count = min(count, (GATHERED * lanes - a_w + m) // m)
         d = o * g.stride_d + t * g.dilation_d - g.pad_d
         at = n, channel, d, row * m_h - g.pad_h, column * m - g.pad_w
-        sizes = channel_count, a_h, count * m + a_w - m
+        sizes = channels, a_h, count * m + a_w - m
         gather_pixels(block, x, (g.D, g.H, g.W), at, sizes, pixels, line)
         for j in range(count):
             target = advance(V, (tile - first + j) * V_row)

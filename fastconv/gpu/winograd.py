@@ -171,7 +171,7 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
     found = [of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")]
     found.append(of("INPUT", square | {"ORDER": order}, index="long long"))
     found += [of("OUTPUT", square | more, index=index) for more, index in ends[1:]]
-    filters = ((3, 3), (1, 5), (3, 1)) if tile.m == 4 else ((3, 3), (1, 5), (3, 1), (5, 5))
+    filters = [(3, 3), (1, 5), (3, 1), (1, 1) if tile.m == 4 else (5, 5)]
     for R, S in filters:
         constants = _constants(tile.m, R, S)
         found += [
@@ -184,7 +184,10 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
 
 @lru_cache(maxsize=16)
 def _constants(m: int, R: int, S: int) -> dict[str, Any]:
-    """Return the defines that tell the kernels m, 1 for filters of 1 x 1, the filter and their matrices."""
+    """Return the defines that tell the kernels m, the filter and their matrices.
+
+    m is 1 for a filter of 1 x 1, by which a gradient of the input makes the planes that a stride leaves out.
+    """
     taps = max(R, S)
     m = m if taps > 1 else 1
     found = matrices(m, taps)._asdict()

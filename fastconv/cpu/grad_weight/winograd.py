@@ -193,9 +193,9 @@ def _transform(block, first, last, d, tile_block, x, y, V, M):
             t, c = vector // d.C_vectors, vector % d.C_vectors * lanes
             panel, j = divmod(c, d.c_step)
             place = ((group * d.T + t) * d.c_parts + panel) * d.places * d.V_step + j
-            channels = t, group * d.C + c, min(lanes, d.C - c)
+            source = t, group * d.C + c, min(lanes, d.C - c)
             target = advance(table(V), place)
-            transform_tiles(block, x, d, channels, first_tile, end, pixels, target, d.c_step, d.V_step)
+            transform_tiles(block, x, d, source, first_tile, end, pixels, target, d.c_step, d.V_step)
         else:
             k = (vector - d.T * d.C_vectors) * lanes
             panel, j = divmod(k, d.k_step)
