@@ -598,6 +598,7 @@ class TestConvolvePlane:
             ((5, 6), (0, 0), 3, 2),
             ((5, 2 * lanes), (-2, -3), 8, lanes + 1),
             ((4, 3 * lanes), (1, lanes - 1), 3, 2 * lanes),
+            ((3, 4 * lanes + 9), (0, -1), 2, 2 * lanes),
             ((2, lanes), (-7, -1), 4, lanes - 1),
             ((3, 5), (2, 4), 2, lanes),
         ):
