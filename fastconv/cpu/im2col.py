@@ -117,6 +117,7 @@ def _divide(problem: ConvProblem, tile: Tile, device: Device, workers: int, join
     """Cut output planes into blocks whose panels take half of L2, or one panel, for all workers.
 
     joins  whether the planes of all images are one
+
     Blocks that are fewer than workers are gathered by each of them, and the output channels are shared, where
     those are so many that they pay for it; else there are more blocks.
     """
@@ -232,9 +233,9 @@ def _run_blocks(block, first, last, g, d, x, w, bias, y, ending):
             rows_of_y, (n, channel, o, 0, q), tile, int(in_row), ending,
         )  # fmt: skip
         while count > 0 and not in_row:  # one row of pixels at a time
-            image, p, q = _find_pixel(g, pixel)
+            later, p, q = _find_pixel(g, pixel)
             run = min(count, g.Q - q)
-            finish(block, y, (n + image, channel, o, p, q), (k_count, 1, run), ending)
+            finish(block, y, (n + later, channel, o, p, q), (k_count, 1, run), ending)
             pixel, count = pixel + run, count - run
     release(panels)
     release(tile)
