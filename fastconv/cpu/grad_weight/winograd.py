@@ -1,6 +1,6 @@
 """Gradient of the weight by Winograd: the transposes of what `cpu/winograd.py` does, in the opposite order.
 
-    x, a block of tiles       --inputs-->    V (places, tiles, C panel)        V = B^T d B, for each of T
+    x, a block of tiles       --inputs-->    V (places, tiles, C panel)        V = B^T d B, of T planes
     grad_y, the same tiles    --outputs-->   M (places, tiles, K panel)        M = A grad_y A^T
     M, V                      --multiply-->  U (places, K panel, C panel)      U = M^T V, as many products
     U                         --filters-->   grad_w                            G^T U G
