@@ -15,8 +15,8 @@
 //   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, planes, rows, columns.
 //
 // Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a
-// gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED
-// BLOCK_TILES and BLOCK_CHANNELS too.
+// gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY
+// only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED BLOCK_TILES and BLOCK_CHANNELS too.
 
 #ifdef STAGE_INPUT
 #define RESIDENT 1  // left to itself, ptxas spills a register or two so that a block more is resident
