@@ -67,13 +67,20 @@ def _accepts_all(problem: ConvProblem) -> str | None:
 
 
 def _winograd_refuses(problem: ConvProblem) -> str | None:
-    filters = [(3, 3), (5, 5), (1, 3), (3, 1), (1, 5), (5, 1)]
-    if (problem.R, problem.S) not in filters:
-        return "needs 3 x 3 or 5 x 5 taps along rows and columns, or 3 or 5 along one of them"
-    if problem.stride[1:] != (1, 1) or problem.dilation[1:] != (1, 1):
-        return "needs stride 1 and dilation 1 along rows and columns"
-    if problem.precision == "highest" and max(problem.R, problem.S) == 5:
-        return "needs 3 taps for precision 'highest'"
+    extents, strides, taps = (problem.R, problem.S), problem.stride[1:], problem.phase_taps
+    if problem.dilation[1:] != (1, 1):
+        return "needs dilation 1 along rows and columns"
+    if problem.direction != "forward" and strides != (1, 1):
+        return "needs stride 1 along rows and columns for a gradient"
+    known = (1, 2) if problem.compute_dtype == "float64" else (1, 2, 4)  # what vectors of 16 bytes hold
+    if not set(strides) <= set(known):
+        return f"needs stride {', '.join(map(str, known[:-1]))} or {known[-1]} along rows and columns"
+    if any(extent < stride for extent, stride in zip(extents, strides, strict=True)):
+        return "needs as many taps as the stride along rows and columns"
+    if max(taps) not in (2, 3, 4, 5) or min(taps) not in (1, max(taps)):
+        return "needs 2 to 5 taps along rows and columns, or 1 along one of them, in steps of the stride"
+    if problem.precision == "highest" and max(taps) > 3:
+        return "needs 2 or 3 taps, in steps of the stride, for precision 'highest'"
     return None
 
 
@@ -82,9 +89,13 @@ def _winograd_error(problem: ConvProblem, tile: Any) -> float:
 
     On normal data that is 2.6 for F(2 x 2, 3 x 3), 17.3 for F(4 x 4, 3 x 3), 9.0 for F(2 x 2, 5 x 5) and 17.9
     for F(4, 5); under filters of one tap, in a corner, 4.7, 48, 50 and 36. In the gradient of the weight it
-    is less: 3.8, 21, 35 and 22 where every channel of grad_output has one element.
+    is less: 3.8, 21, 35 and 22 where every channel of grad_output has one element. In a corner of filters
+    of 2 or 4 taps, or of so many in a phase, it is 4.3 for F(2 x 2, 2 x 2), 16 for F(4 x 4, 2 x 2), 17 for
+    F(2 x 2, 4 x 4) and 80 for F(4 x 4, 4 x 4).
     """
-    return DIRECT_ERROR if _is_like_direct(problem, tile) else 64.0
+    if _is_like_direct(problem, tile):
+        return DIRECT_ERROR
+    return 128.0 if tile.m == max(problem.phase_taps) == 4 else 64.0
 
 
 def _pointwise_refuses(problem: ConvProblem) -> str | None:
@@ -96,8 +107,8 @@ def _pointwise_refuses(problem: ConvProblem) -> str | None:
 
 
 def _is_like_direct(problem: ConvProblem, tile: Any) -> bool:
-    """Say whether F(m, k) is F(2, 3), whose transforms only add and halve."""
-    return bool(tile.m == 2) and max(problem.R, problem.S) == 3
+    """Say whether F(m, k) is F(2, 2) or F(2, 3), whose transforms only add and halve."""
+    return bool(tile.m == 2) and max(problem.phase_taps) <= 3
 
 
 def _depthwise_refuses(problem: ConvProblem) -> str | None:
@@ -125,12 +136,15 @@ TABLE: dict[str, Algorithm] = {
         ),
         Algorithm(
             "winograd",
-            "F(2x2, 3x3), F(4x4, 3x3), F(2x2, 5x5): 2.25 to 4 times fewer multiplications, by transforms",
-            "Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; Barabasz et al. 2018, arXiv:1803.10986",
+            "F(2x2, 3x3), F(4x4, 3x3), F(4x4, 4x4) ...: 1.4 to 5 times fewer multiplications, by transforms",
+            "Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308; Barabasz et al. 2018, arXiv:1803.10986; "
+            "Huang et al. 2020, arXiv:2002.00552",
             _winograd_refuses,
             exact=_is_like_direct,
             error_factor=_winograd_error,
-            reach=lambda problem, tile: tile.m + max(problem.R, problem.S) - 2,
+            reach=lambda problem, tile: (
+                (tile.m - 1) * max(problem.stride[1:]) + max(problem.R, problem.S) - 1
+            ),
         ),
         Algorithm(
             "pointwise",

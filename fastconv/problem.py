@@ -225,6 +225,11 @@ class ConvProblem(HashedOnce):
         return math.prod(self.weight_shape5[1:])
 
     @property
+    def phase_taps(self) -> Pair:
+        """Taps along rows and columns, in steps of the stride: of the largest phase of a filter."""
+        return -(-self.R // self.stride[1]), -(-self.S // self.stride[2])
+
+    @property
     def terms(self) -> int:
         """Length of each sum of this pass: gemm_k; output channels and taps; or all output pixels."""
         if self.direction == "grad_weight":

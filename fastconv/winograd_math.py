@@ -20,8 +20,11 @@ Matrix = tuple[tuple[Fraction, ...], ...]
 # inputs of a tile -> the points besides infinity; F(1, 1) stands for an axis that is not transformed
 POINTS = {
     1: "",
+    3: "0 1",
     4: "0 1 -1",
+    5: "0 1/2 -1 2",
     6: "0 5/8 -5/8 3/2 -3/2",
+    7: "0 5/8 -5/8 1 -1 2",
     8: "0 1 -1 2 -2 1/2 -1/2",
 }
 

@@ -3,10 +3,11 @@
 //   M x M outputs = A^T [sum over c of U * V] A,   U = G w G^T,   V = B^T d B,   d: (M + 2) x (M + 2) inputs
 //   Along an axis on which the filter has one tap nothing is transformed: F(M, 3) and F(M, 5) for rows and columns.
 //   Nor is depth: a tile lies in one plane of y, and the T planes of x that its windows meet count as more channels.
+//   So do the phases of a stride: even rows of x meet even rows of w alone, with stride 1 from one to the next.
 //
-//   w --FILTER--> U[e][group][t, c][k] ----+
-//                                          +--MULTIPLY (gemm.cuh)--> products[e][k][tile] --OUTPUT--> y
-//   x --INPUT---> V[e][group][t, c][tile] -+
+//   w --FILTER--> U[e][group][t, c, phase][k] ----+
+//                                                 +--MULTIPLY (gemm.cuh)--> products[e][k][tile] --OUTPUT--> y
+//   x --INPUT---> V[e][group][t, c, phase][tile] -+
 //
 //   x --B^T d B in registers--> shared V --+
 //                                          +--FUSED: 2 x 64 sums per thread--> shared products --A^T . A--> y
@@ -14,8 +15,8 @@
 //
 //   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, planes, rows, columns.
 //
-// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S (1, 3, 5), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a
-// gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY
+// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S, STRIDE_H, STRIDE_W (2 to 5 taps of a phase, or 1 where nothing is
+// transformed), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY
 // only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED BLOCK_TILES and BLOCK_CHANNELS too.
 
 #ifdef STAGE_INPUT
@@ -24,10 +25,12 @@
 #include "gemm.cuh"
 
 #ifdef WINOGRAD_M
-constexpr int kTaps = FILTER_R > FILTER_S ? FILTER_R : FILTER_S;
-constexpr int kOut = WINOGRAD_M, kIn = kOut + kTaps - 1;                            // of a transformed axis
-constexpr int kOutH = FILTER_R > 1 ? kOut : 1, kInH = kOutH + FILTER_R - 1;  // a tile has kOutH x kOutW outputs
-constexpr int kOutW = FILTER_S > 1 ? kOut : 1, kInW = kOutW + FILTER_S - 1;  // and kInH x kInW inputs
+constexpr int kPhases = STRIDE_H * STRIDE_W;
+constexpr int kTapsH = (FILTER_R + STRIDE_H - 1) / STRIDE_H, kTapsW = (FILTER_S + STRIDE_W - 1) / STRIDE_W;  // of a phase
+constexpr int kTaps = kTapsH > kTapsW ? kTapsH : kTapsW;
+constexpr int kOut = WINOGRAD_M, kIn = kOut + kTaps - 1;                 // of a transformed axis
+constexpr int kOutH = kTapsH > 1 ? kOut : 1, kInH = kOutH + kTapsH - 1;  // a tile has kOutH x kOutW outputs
+constexpr int kOutW = kTapsW > 1 ? kOut : 1, kInW = kOutW + kTapsW - 1;  // and kInH x kInW inputs in each phase
 constexpr int kPlaces = kInH * kInW;
 
 // Multiply a matrix of constants and a vector: zeros and ones cost nothing once the loops are unrolled.
@@ -109,7 +112,7 @@ struct Item {
 };
 
 #ifdef STAGE_FILTER
-// U = G w G^T with zeros up to `rows` (t, c) and `pitch` output channels: one thread per row and output channel.
+// U = G w G^T with zeros up to `rows` (t, c, phase) and `pitch` output channels: one thread per row and output channel.
 KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv, INDEX rows, INDEX pitch)
 {
     constexpr ACC kG[kIn][kTaps] = WINOGRAD_G;
@@ -117,14 +120,16 @@ KERNEL(const STORAGE* __restrict__ weight, ACC* __restrict__ U, const Conv conv,
     const long long size = static_cast<long long>(conv.groups) * rows * pitch;
     if (thread >= size) return;
     const INDEX k = thread % pitch, row = thread / pitch % rows, group = thread / pitch / rows;
-    const bool exists = k < conv.K && row < conv.T * conv.C;
-    const INDEX t = smaller(row / conv.C, conv.T - 1), c = row % conv.C;
+    const bool exists = k < conv.K && row < conv.T * conv.C * kPhases;
+    const INDEX t = smaller(row / kPhases / conv.C, conv.T - 1), c = row / kPhases % conv.C;
+    const int phase_h = row % kPhases / STRIDE_W, phase_w = row % STRIDE_W;
     weight += (group * conv.K + smaller(k, conv.K - 1)) * conv.w_k + c * conv.w_c + t * conv.w_t;
-    ACC w[FILTER_R][FILTER_S], u[kInH][kInW];
+    ACC w[kTapsH][kTapsW], u[kInH][kInW];
 #pragma unroll
-    for (int i = 0; i < FILTER_R * FILTER_S; ++i) {
-        const int r = i / FILTER_S, s = i % FILTER_S;
-        w[r][s] = exists ? widen(weight[r * conv.w_r + s * conv.w_s]) : ACC(0);
+    for (int i = 0; i < kTapsH * kTapsW; ++i) {
+        const int r = i / kTapsW * STRIDE_H + phase_h, s = i % kTapsW * STRIDE_W + phase_w;
+        const bool is_tap = exists && r < FILTER_R && s < FILTER_S;
+        w[i / kTapsW][i % kTapsW] = is_tap ? widen(weight[r * conv.w_r + s * conv.w_s]) : ACC(0);
     }
     transform(u, kG, w);
 #pragma unroll
@@ -138,20 +143,22 @@ KERNEL(const STORAGE* __restrict__ x, ACC* __restrict__ V, const Conv conv, INDE
 {
     constexpr ACC kBT[kIn][kIn] = WINOGRAD_BT;
     const INDEX pitch = divide_up<INDEX>(tiles, 4) * 4, rows = static_cast<INDEX>(slices) * kBlockK;
-    const INDEX used = conv.T * conv.C;  // rows of a group
+    const INDEX used = conv.T * conv.C * kPhases;  // rows of a group
     const Item item(conv.groups * used, ORDER == NHWC);
     if (item.tile >= pitch) return;
-    const INDEX group = item.channel / used, row = item.channel % used, channel = group * conv.C + row % conv.C;
+    const INDEX group = item.channel / used, row = item.channel % used;
+    const INDEX channel = group * conv.C + row / kPhases % conv.C;
+    const int phase_h = row % kPhases / STRIDE_W, phase_w = row % STRIDE_W;
     const Pixel pixel = find_tile(smaller<INDEX>(first + item.tile, count_tiles(conv) - 1), conv);
-    const INDEX depth = find_plane(pixel, row / conv.C, conv);
+    const INDEX depth = find_plane(pixel, row / kPhases / conv.C, conv);
     const STORAGE* plane = x + (pixel.n * conv.x_n + channel * conv.x_c + depth * conv.x_d);
     ACC d[kInH][kInW], v[kInH][kInW];
 #pragma unroll
     for (int i = 0; i < kInH; ++i) {
-        const INDEX h = pixel.p + i - conv.padding_h;
+        const INDEX h = (pixel.p + i) * STRIDE_H + phase_h - conv.padding_h;
 #pragma unroll
         for (int j = 0; j < kInW; ++j) {
-            const INDEX w = pixel.q + j - conv.padding_w;
+            const INDEX w = (pixel.q + j) * STRIDE_W + phase_w - conv.padding_w;
             const bool inside = is_within(depth, conv.D) && is_within(h, conv.H) && is_within(w, conv.W);
             d[i][j] = inside ? widen(plane[h * conv.x_h + w * conv.x_w]) : ACC(0);
         }
@@ -238,7 +245,7 @@ KERNEL(const ACC* __restrict__ products, const STORAGE* __restrict__ bias, const
 #endif
 
 #ifdef STAGE_FUSED
-static_assert(kOutH == 2 && kInW == 4, "16 places");
+static_assert(kOutH == 2 && kInW == 4 && kPhases == 1, "16 places");
 static_assert(BLOCK_TILES == 32 && BLOCK_CHANNELS == 64 && THREADS == 256, "each warp sums two of them");
 
 constexpr int kSlice = 4;  // channels that are in shared memory at a time, twice

@@ -375,9 +375,10 @@ def test_channels_in_narrow_vectors(rng, monkeypatch):
     assert plans
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("extents", [(1, 3, 3), (3, 3, 3), (1, 5, 5), (2, 1, 3), (1, 5, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_winograd_reads_any_weight(extents, dtype, rng):
+def test_winograd_reads_any_weight(extents, dtype, stride, rng):
     """Taps that run backward, channels that change places: the bits are those of a contiguous weight."""
     x, w = normals(rng, (1, 7, 4, 9, 8), dtype), normals(rng, (19, 7, *extents), dtype)
     backward = np.ascontiguousarray(w[..., ::-1, ::-1])[..., ::-1, ::-1]
@@ -385,23 +386,24 @@ def test_winograd_reads_any_weight(extents, dtype, rng):
     exchanged = np.ascontiguousarray(w.swapaxes(0, 1)).swapaxes(0, 1)
     gaps = np.repeat(w, 2, axis=-1)[..., ::2]
     one_axis = np.ascontiguousarray(w[..., ::-1, :])[..., ::-1, :]
-    wanted = fastconv.conv3d(x, w, algo="winograd")
+    options = {"algo": "winograd", "stride": (1, *(min(stride, extent) for extent in extents[1:]))}
+    wanted = fastconv.conv3d(x, w, **options)
     for view in (backward, planes_backward, exchanged, np.asfortranarray(w), gaps, one_axis):
         assert np.array_equal(view, w)
-        assert np.array_equal(fastconv.conv3d(x, view, algo="winograd"), wanted)
-        assert np.array_equal(fastconv.Conv3d(view, algo="winograd")(x), wanted)
+        assert np.array_equal(fastconv.conv3d(x, view, **options), wanted)
+        assert np.array_equal(fastconv.Conv3d(view, **options)(x), wanted)
 
 
 class TestRefusal:
-    FILTERS = "needs 3 x 3 or 5 x 5 taps along rows and columns, or 3 or 5 along one of them"
-    STEPS = "needs stride 1 and dilation 1 along rows and columns"
+    FILTERS = "needs 2 to 5 taps along rows and columns, or 1 along one of them, in steps of the stride"
     KNOWN = (
-        ("winograd", "stem_7x7", FILTERS),
+        ("winograd", "one_window", FILTERS),
         ("winograd", "even_kernel", FILTERS),
         ("winograd", "conv3d_pointwise", FILTERS),
-        ("winograd", "stride_2", STEPS),
-        ("winograd", "dilated", STEPS),
-        ("winograd", "conv3d_mixed", STEPS),
+        ("winograd", "patches_depthwise", FILTERS),
+        ("winograd", "stride_per_axis", "needs stride 1, 2 or 4 along rows and columns"),
+        ("winograd", "pointwise_stride_2", "needs as many taps as the stride along rows and columns"),
+        ("winograd", "dilated", "needs dilation 1 along rows and columns"),
         ("pointwise", "plain_3x3", "needs a kernel of extent 1"),
         ("pointwise", "pointwise_padded", "needs padding 0"),
         ("depthwise", "groups", "needs groups = C = 6"),
@@ -414,12 +416,26 @@ class TestRefusal:
         case = next(case for case in [*CASES, self.PADDED] if case.name == name)
         self.check(case.problem(), algorithm, reason)
 
-    @pytest.mark.parametrize("name", ["padded_5x5", "conv1d_of_5_taps"])
+    @pytest.mark.parametrize("name", ["padded_5x5", "conv1d_of_5_taps", "stem_7x7"])
     def test_precision(self, name):
-        """F(2, 3) is the only one whose errors are those of a direct sum."""
+        """F(2, 2) and F(2, 3) are the only ones whose errors are those of a direct sum."""
         case = next(case for case in CASES if case.name == name)
-        self.check(case.problem(precision="highest"), "winograd", "needs 3 taps for precision 'highest'")
+        reason = "needs 2 or 3 taps, in steps of the stride, for precision 'highest'"
+        self.check(case.problem(precision="highest"), "winograd", reason)
         assert TABLE["winograd"].refuses(case.problem()) is None
+
+    @pytest.mark.parametrize("direction", ["grad_input", "grad_weight"])
+    def test_gradients_of_strides(self, direction):
+        case = next(case for case in CASES if case.name == "stride_2")
+        reason = "needs stride 1 along rows and columns for a gradient"
+        self.check(case.problem(direction=direction), "winograd", reason)
+
+    def test_stride_4_in_float64(self):
+        """A vector of two lanes has no room for four phases."""
+        case = next(case for case in CASES if case.name == "stride_4")
+        assert possible_plans(case.problem(), "winograd")
+        reason = "needs stride 1 or 2 along rows and columns"
+        self.check(case.problem(dtype="float64"), "winograd", reason)
 
     def check(self, problem, algorithm, reason):
         assert TABLE[algorithm].refuses(problem) == reason

@@ -317,7 +317,7 @@ def test_memory_order_is_kept(ndim):
 
 
 def test_an_algorithm_by_name():
-    """Forwards and backwards; on a GPU, where Winograd has no gradient of the weight, not for that."""
+    """Forwards and backwards; not for gradients that Winograd does not have."""
     x, w = torch.rand(1, 2, 8, 8, requires_grad=True), torch.rand(2, 2, 3, 3, requires_grad=True)
     y = ft.conv2d(x, w, padding=1, algo="winograd")
     y.sum().backward()
@@ -326,9 +326,12 @@ def test_an_algorithm_by_name():
     ones = np.ones(y.shape, np.float32)
     assert np.array_equal(w.grad.numpy(), fastconv.grad.conv2d_weight(arrays[0], w.shape, ones, **options))
     geometry = convolution.Geometry([1, 1], [1, 1, 1, 1], [1, 1], 1, "winograd", "high")
-    assert [convolution._for_weight(geometry, on_gpu).algo for on_gpu in (0, 1)] == ["winograd", "auto"]
-    with pytest.raises(ConvError, match="needs stride 1"):
-        ft.conv2d(x, w, stride=2, algo="winograd")
+    assert [convolution._for_gradient(geometry, written).algo for written in (1, 0)] == ["winograd", "auto"]
+    ft.conv2d(x, w, stride=2, algo="winograd").sum().backward()
+    strided = convolution.Geometry([2, 2], [0, 0, 0, 0], [1, 1], 1, "winograd", "high")
+    assert convolution._for_gradient(strided, is_written=True).algo == "auto"
+    with pytest.raises(ConvError, match="needs dilation 1"):
+        ft.conv2d(x, w, dilation=2, algo="winograd")
 
 
 LAYERS = {

@@ -16,7 +16,7 @@ PUBLISHED = (
 )
 
 every_m = pytest.mark.parametrize("m", [2, 4])
-every_pair = pytest.mark.parametrize(("m", "taps"), [(2, 3), (4, 3), (2, 5), (4, 5)])
+every_pair = pytest.mark.parametrize(("m", "taps"), list(product((2, 4), (2, 3, 4, 5))))
 
 
 def parse(text):
@@ -110,12 +110,22 @@ class TestMatrices:
         assert (len(BT), len(BT[0])) == (m + 2, m + 2)
 
 
+@pytest.mark.parametrize(("m", "taps"), [(2, 2), (4, 2), (2, 4), (4, 4)])
+def test_a_missing_tap_leaves_a_place_out(m, taps):
+    """A phase with one tap less is multiplied in one place less: infinity holds the last tap alone."""
+    *others, infinity = matrices(m, taps).G
+    assert tuple(map(abs, infinity)) == (*[0] * (taps - 1), 1)
+    assert all(row[0] for row in others)
+    exact = {entry.denominator for matrix in matrices(m, taps)[::2] for row in matrix for entry in row}
+    assert exact <= {2**i for i in range(12)}, "floats hold B^T and A^T"
+
+
 def test_one_tap_is_not_transformed():
     assert matrices(1, 1) == (((1,),),) * 3
 
 
 def test_no_points():
-    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have one of 1, 4, 6, 8 inputs, got 9$"):
+    with pytest.raises(ValueError, match=r"^F\(4, 6\) must have one of 1, 3, 4, 5, 6, 7, 8 inputs, got 9$"):
         matrices(4, 6)
 
 

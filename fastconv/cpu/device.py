@@ -68,7 +68,7 @@ class Device(HashedOnce):
         return max(rows * vectors / 2, (rows + vectors + 2) / 2, vectors * L2_CYCLES, SUM_CYCLES)
 
     def multiply_cycles(
-        self, tile: Any, rows: int, columns: int, taps: int, dtype: str, aligned: bool
+        self, tile: Any, rows: int, columns: int, taps: float, dtype: str, aligned: bool
     ) -> float:
         """Return the cycles of a (rows x taps) by (taps x columns) product, tile by tile, waste included.
 

@@ -148,6 +148,7 @@ class Block(HashedOnce):
     step     "plane": distance of the columns that neighbouring outputs read, 1 or 2
              "ragged": distance of the rows of B that neighbouring rows of the tile begin with
     extents  "plane" and Winograd: (R, S) of the filter
+    strides  Winograd: distance of the rows, and of the columns, that neighbouring outputs read
     rolling  "plane": whether a row serves many outputs; dilation along the rows is 1 then, and their stride
              `step`, or, in gradients of filters, 1
     """
@@ -162,14 +163,24 @@ class Block(HashedOnce):
     step: int = 1
     extents: tuple[int, int] = (0, 0)
     rolling: bool = False
+    strides: tuple[int, int] = (1, 1)
 
     __hash__ = HashedOnce.__hash__
 
     @property
+    def taps(self) -> tuple[int, int]:
+        """Winograd: the most taps of one phase, along rows and columns: ceil(extent / stride)."""
+        (R, S), (s_h, s_w) = self.extents, self.strides
+        return -(-R // s_h), -(-S // s_w)
+
+    @property
     def sides(self) -> tuple[int, int, int, int]:
-        """Winograd: rows and columns of a tile's outputs, then of its inputs; one tap is not transformed."""
-        m_h, m_w = (self.m if taps > 1 else 1 for taps in self.extents)
-        return m_h, m_w, m_h + self.extents[0] - 1, m_w + self.extents[1] - 1
+        """Winograd: rows and columns of a tile's outputs, then of its inputs in one phase.
+
+        An axis with one tap is not transformed.
+        """
+        m_h, m_w = (self.m if taps > 1 else 1 for taps in self.taps)
+        return m_h, m_w, m_h + self.taps[0] - 1, m_w + self.taps[1] - 1
 
 
 class BlockType(types.Type):
@@ -224,6 +235,7 @@ block_columns = _constant(lambda block: block.vectors * block.lanes)  # elements
 block_lanes = _constant(lambda block: block.lanes)
 block_extents = _constants(lambda block: block.extents)
 block_sides = _constants(lambda block: block.sides)
+block_strides = _constants(lambda block: block.strides)
 
 
 @intrinsic
@@ -911,6 +923,8 @@ def _emit_product(builder: Any, simd: Vectors, matrix: Any, column: list[Any]) -
 
 def _emit_sum(builder: Any, simd: Vectors, factors: list[Any], column: list[Any]) -> Any:
     """Emit the sum of vectors times constant factors, a factor 1 first if there is one."""
+    if not any(factors):
+        return simd.constant(0.0)
     terms = [(factor, value) for factor, value in zip(factors, column, strict=True) if factor != 0]
     (factor, value), *others = sorted(terms, key=lambda term: term[0] != 1)
     total = value if factor == 1 else builder.fmul(simd.constant(float(factor)), value)
@@ -930,8 +944,8 @@ def _emit_sandwich(builder: Any, simd: Vectors, left: Any, right: Any, X: list[l
 
 def _axes(block: Block) -> tuple[Matrices, Matrices]:
     """Return Winograd's matrices for the rows and for the columns of a block's tiles."""
-    (m_h, m_w, _, _), (R, S) = block.sides, block.extents
-    return matrices(m_h, R), matrices(m_w, S)
+    (m_h, m_w, _, _), (r_h, r_w) = block.sides, block.taps
+    return matrices(m_h, r_h), matrices(m_w, r_w)
 
 
 def _begin_transform(builder: Any, block: Block) -> Vectors:
@@ -942,24 +956,36 @@ def _begin_transform(builder: Any, block: Block) -> Vectors:
 
 
 @intrinsic
-def transform_filters(typingctx: Any, block: BlockType, source: Any, target: Any, target_step: Any) -> Any:
-    """Winograd: U = G w G^T of a vector of filters.
+def transform_filters(
+    typingctx: Any, block: BlockType, source: Any, target: Any, target_step: Any, phase_step: Any
+) -> Any:
+    """Winograd: U = G w G^T of a vector of filters, for each phase of their taps.
 
-    source  pointer to the filters: of each tap one vector, one after the other
-    target  pointer to U: element e of its rows, one after the other, is the vector at e * target_step
+    source      pointer to the filters: of each tap one vector, one after the other
+    target      pointer to U: element e of its rows, one after the other, is the vector at e * target_step
+    phase_step  how far apart the U of two phases lie; those of columns follow each other
     """
-    floats = types.CPointer(block.float)
-    extents, (rows, columns) = block.block.extents, _axes(block.block)
+    floats, number, (s_h, s_w) = types.CPointer(block.float), types.int64, block.block.strides
+    (R, S), (rows, columns) = block.block.extents, _axes(block.block)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, source, target, target_step = args
+        _, source, target, target_step, phase_step = args
         simd = _begin_transform(builder, block.block)
-        w = _load_rows(builder, simd, source, INT(simd.lanes), extents)
-        U = _emit_sandwich(builder, simd, rows.G, columns.G, w)
-        _store_columns(builder, simd, U, target, target_step)
+        for phase in range(s_h * s_w):
+            h, v = divmod(phase, s_w)
+            places = [[(r * S + s) * simd.lanes for s in range(v, S, s_w)] for r in range(h, R, s_h)]
+            w = [[simd.load(source, INT(place)) for place in row] for row in places]
+            U = _emit_sandwich(builder, simd, _of_taps(rows.G, len(w)), _of_taps(columns.G, len(w[0])), w)
+            here = builder.gep(target, [builder.mul(phase_step, INT(phase))])
+            _store_columns(builder, simd, U, here, target_step)
         return context.get_dummy_value()
 
-    return types.void(block, floats, floats, types.int64), codegen
+    return types.void(block, floats, floats, number, number), codegen
+
+
+def _of_taps(G: Matrix, taps: int) -> Matrix:
+    """Return G for a phase with so many taps, whose others are zeros."""
+    return tuple(row[:taps] for row in G)
 
 
 @intrinsic
@@ -1088,6 +1114,66 @@ def _hide(builder: Any, p: Any) -> Any:
     Else it keeps all places of a matrix in memory, and adds to all of them from one matrix to the next.
     """
     return builder.asm(ir.FunctionType(p.type, [p.type]), "", "=r,0", [p], False)
+
+
+@intrinsic
+def transpose_inputs(
+    typingctx: Any,
+    block: BlockType,
+    source: Any,
+    channel_step: Any,
+    row_step: Any,
+    lane: Any,
+    channels: Any,
+    low_row: Any,
+    high_row: Any,
+    low: Any,
+    high: Any,
+    target: Any,
+) -> Any:
+    """Winograd: copy a row's pixels of as many channels as fill a vector, so that channels are on the lanes.
+
+    A lane is a channel and, where there are strides, one phase of its rows and of its columns: lanes count
+    (channel, row, column). Each of block.lanes columns of the target takes `stride` of the source. What does
+    not exist is taken for zero.
+
+    source             pointer to the first pixel, of channel 0 and the first phase
+    channel_step       how far apart the channels lie, and the rows
+    lane, channels     the first lane, a multiple of block.lanes, and how many channels there are
+    low_row, high_row  which phases of the rows lie in the image, one at least; which pixels of a row do
+    target             pointer to block.lanes vectors, one after the other
+    """
+    floats, number, (s_h, s_w) = types.CPointer(block.float), types.int64, block.block.strides
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, channel_step, row_step, lane, channels, low_row, high_row, low, high, target = args
+        simd = Vectors(builder, block.block)
+        ends = [[builder.sub(end, INT(v * simd.lanes)) for end in (low, high)] for v in range(s_w)]
+        bits = [simd.bits(simd.clamp(a), simd.clamp(b)) for a, b in ends]
+        anywhere = builder.mul(low_row, row_step)
+        loaded = []
+        for i in range(simd.lanes // s_w):
+            at = builder.add(builder.sdiv(lane, INT(s_w)), INT(i))
+            channel, row = builder.sdiv(at, INT(s_h)), builder.srem(at, INT(s_h))
+            exists = builder.icmp_signed("<", channel, channels)
+            read = bits
+            if s_h > 1:
+                is_inside = builder.icmp_signed("<=", low_row, row), builder.icmp_signed("<", row, high_row)
+                exists = builder.and_(exists, builder.and_(*is_inside))
+            if s_h > 1 or s_w > 1:
+                read = [builder.select(exists, number, INT(0)) for number in bits]
+            place = builder.add(builder.mul(channel, channel_step), builder.mul(row, row_step))
+            place = builder.select(exists, place, anywhere)
+            columns = [
+                simd.load_masked(source, builder.add(place, INT(v * simd.lanes)), simd.mask(read[v]))
+                for v in range(s_w)
+            ]
+            loaded += emit_split(builder, columns, simd.lanes)
+        for i, column in enumerate(emit_split(builder, loaded, simd.lanes)):
+            simd.store(column, target, INT(i * simd.lanes))
+        return context.get_dummy_value()
+
+    return types.void(block, floats, *[number] * 8, floats), codegen
 
 
 @intrinsic

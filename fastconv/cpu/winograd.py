@@ -9,6 +9,11 @@ Filters of 5 x 5 take F(2 x 2, 5 x 5), of 36 places. Those of 3 or 5 taps in a r
 along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places. Depth is not transformed: a tile
 lies in one plane of outputs, and the planes that its windows meet count as so many times the channels.
 
+So do the phases of a stride (Huang et al. 2020, arXiv:2002.00552): even rows of an input meet even rows of a
+filter alone, with stride 1 from one to the next. With stride 2, filters of 3 x 3 are four phases of 2 x 2,
+2 x 1, 1 x 2 and 1 x 1 taps. F(4 x 4, 2 x 2) on four times the channels takes 81 multiplications for 16
+outputs, not 144, as the place at infinity is zero where a phase has but one tap.
+
 Lanes are channels in all stages, so that one tile fills vectors as well as many do, and a transform needs
 no shuffles. Arrays with channels first are transposed where they are read and written, a square of
 registers at a time. Tiles are numbered through batch, planes, rows and columns.
@@ -37,7 +42,7 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
-from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
+from fastconv.cpu.device import BOX_ROW_CYCLES, L2_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
     Kernel,
@@ -47,6 +52,7 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     block_sides,
+    block_strides,
     copy_rows,
     fill,
     lane_bits,
@@ -62,6 +68,7 @@ from fastconv.cpu.simd import (
     transform_input,
     transform_output,
     transpose,
+    transpose_inputs,
     view_of,
 )
 
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     from fastconv.problem import ConvProblem, Operands
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
+ELEMENT_CYCLES = 2  # to copy an element alone
 GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
 OWN_INPUTS = 128  # up to so many vectors of tiles every worker transforms for itself: sharing costs more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
@@ -119,6 +127,7 @@ class Geometry(NamedTuple):
     P: int
     Q: int
     T: int  # planes that a window meets
+    phases: int  # of rows and columns, each of which is a channel
     stride_d: int
     dilation_d: int
     pad_d: int
@@ -129,7 +138,7 @@ class Geometry(NamedTuple):
     tiles: int
     blocks: int  # that share the tiles evenly
     height: int  # rows of V and M: the tiles of a block, in whole register tiles
-    C_vectors: int  # that the input channels of a plane fill
+    C_vectors: int  # that the input channels of a plane fill, all phases of them
     V_row: int  # elements of a tile in a matrix of V: the vectors of T planes
     c_parts: int  # in how many parts V is made before all else; 0 where a task makes its own
     K_vectors: int  # that the output channels fill
@@ -148,13 +157,14 @@ class Geometry(NamedTuple):
 def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers: int) -> Geometry:
     """Divide a problem into blocks of tiles, panels of output channels and steps of input channels."""
     lanes = device.lanes(problem.compute_dtype)
-    m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
+    block = make_block(problem, tile, device)
+    (m_h, m_w, a_h, a_w), phases = block.sides, math.prod(block.strides)
     groups, C, K = problem.groups, problem.C // problem.groups, problem.K // problem.groups
     tiles_h, tiles_w = math.ceil(problem.P / m_h), math.ceil(problem.Q / m_w)
     tiles = problem.N * problem.O * tiles_h * tiles_w
     rows = math.ceil(tiles / tile.rows)  # of register tiles
     blocks = math.ceil(tiles / BLOCK_TILES)
-    C_vectors, K_vectors = math.ceil(C / lanes), math.ceil(K / lanes)
+    C_vectors, K_vectors = math.ceil(C * phases / lanes), math.ceil(K / lanes)
     panels = math.ceil(K_vectors / tile.vectors)
     k_parts, c_parts = 1, 0
     if 0 < blocks * groups < workers:
@@ -167,12 +177,13 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     height = math.ceil(rows / max(1, blocks)) * tile.rows
     panel = math.ceil(K_vectors / panels) * lanes
     U_first, places = blocks > 2, a_h * a_w
-    room = device.l2 // 4 // itemsize(problem) // (places * panel)
+    room = device.l2 // 4 // itemsize(problem) // (places * phases * panel)
     c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
-    U_rows, V_row = problem.T * C if U_first else c_step, problem.T * C_vectors * lanes
+    U_rows = phases * (problem.T * C if U_first else c_step)
+    V_row = problem.T * C_vectors * lanes
     return Geometry(
         groups, C, K, *problem.input_shape5[2:], *problem.output_shape5[2:],
-        problem.T, problem.stride[0], problem.dilation[0], *problem.padding_before,
+        problem.T, phases, problem.stride[0], problem.dilation[0], *problem.padding_before,
         tiles_h, tiles_w, tiles, blocks, height, C_vectors, V_row,
         c_parts, K_vectors, panels, panel, k_parts, c_step, int(U_first), places,
         U_rows * panel + lanes, height * V_row + lanes, height * panel + lanes,
@@ -184,12 +195,22 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     if tile != possible(problem, tile):
         return float("inf")
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
-    m_h, m_w, a_h, a_w = make_block(problem, tile, device).sides
-    g = _geometry(problem, tile, device, 1)
-    product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, g.C, dtype, True)
-    products = g.blocks * g.places * g.T * product
-    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.T * g.C * (4 * lanes + 6 * g.places)
-    square = SQUARE_CYCLES * lanes if problem.order == "NCHW" else BOX_ROW_CYCLES * lanes
+    block, g = make_block(problem, tile, device), _geometry(problem, tile, device, 1)
+    m_h, m_w, a_h, a_w = block.sides
+    axes = zip((a_h, a_w), block.extents, block.strides, strict=True)
+    multiplied = math.prod(a * s - (s - 1 if extent % s == 1 else 0) for a, extent, s in axes)
+    steps = math.ceil(g.C / g.c_step)
+    taps = g.C / steps * multiplied / g.places
+    product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, taps, dtype, True)
+    V = g.places * g.V_step
+    beyond = (g.panels + 1) * V / lanes * L2_CYCLES if itemsize(problem) * V > device.l2 else 0
+    products = g.blocks * (g.places * g.T * steps * product + beyond)
+    squares = lanes * math.ceil(problem.R * problem.S / lanes)
+    each = 4 * squares + 6 * g.places * g.phases
+    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.T * g.C * each
+    square = SQUARE_CYCLES * lanes
+    if problem.order == "NHWC":
+        square = lanes * (BOX_ROW_CYCLES if g.phases == 1 else ELEMENT_CYCLES * lanes)
     gathered = g.tiles / g.tiles_w * a_h * math.ceil((g.tiles_w * m_w + a_w - m_w) / lanes)
     inputs = g.T * g.C_vectors * (g.tiles * 12 * g.places + gathered * square)
     scattered = g.tiles / g.tiles_w * m_h * math.ceil(g.tiles_w * m_w / lanes)
@@ -209,7 +230,7 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
 
 def possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
     """Return the tile, or F(2 x 2) in place of F(4 x 4, 5 x 5), whose rounding errors reach 380 eps."""
-    return tile._replace(m=2) if problem.R == problem.S == 5 else tile
+    return tile._replace(m=2) if problem.phase_taps == (5, 5) else tile
 
 
 def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np.ndarray) -> np.ndarray:
@@ -243,8 +264,11 @@ def find_tap_step(weight: np.ndarray) -> int:
 def make_block(problem: ConvProblem, tile: WinogradTile, device: Device) -> Block:
     """Return a tile as the microkernel and the transforms take it."""
     dtype, m = problem.compute_dtype, possible(problem, tile).m
-    extents = (problem.R, problem.S)
-    return Block(dtype, tile.rows, tile.vectors, device.lanes(dtype), adds=True, m=m, extents=extents)
+    extents, strides = (problem.R, problem.S), (problem.stride[1], problem.stride[2])
+    return Block(
+        dtype, tile.rows, tile.vectors, device.lanes(dtype),
+        adds=True, m=m, extents=extents, strides=strides,
+    )  # fmt: skip
 
 
 def run(problem: ConvProblem, tile: WinogradTile, device: Device, operands: Operands) -> None:
@@ -308,13 +332,13 @@ def _prepare_filters(block, first, last, g, parts, is_regrouped, w, all_U):
         here, part = divmod(task, parts)
         group, panel = divmod(here, g.panels)
         row, end = g.T * g.C * part // parts, g.T * g.C * (part + 1) // parts
-        U = advance(table(all_U), here * g.places * g.U_step + row * g.panel)
+        U = advance(table(all_U), here * g.places * g.U_step + row * g.phases * g.panel)
         _transform_filters(block, g, is_regrouped, view_of(w), group, panel, row, end - row, U)
 
 
 @part
 def _transform_filters(block, g, is_regrouped, w, group, panel, first, rows, U):
-    """Transform the filters of a panel for some rows (t, c) of U: U[e, row, k] = (G w G^T)[e]."""
+    """Transform the filters of a panel for some channels (t, c): U[e, row, k] = (G w G^T)[e]."""
     lanes, (R, S) = block_lanes(block), block_extents(block)
     size = R * S * lanes
     taps = allocate(block, size)
@@ -327,7 +351,8 @@ def _transform_filters(block, g, is_regrouped, w, group, panel, first, rows, U):
                 filters = advance(pointer(block, w[0]), (vector * g.T * g.C + first + row) * size)
             else:
                 _regroup(block, g, w, group, k + j, first + row, taps)
-            transform_filters(block, filters, advance(U, row * g.panel + j), g.U_step)
+            target = advance(U, row * g.phases * g.panel + j)
+            transform_filters(block, filters, target, g.U_step, g.panel)
     release(taps)
 
 
@@ -402,8 +427,8 @@ def _transform_inputs(block, x, g, group, tile_block, first_vector, end_vector, 
     first, end = _find_tiles(block, g, tile_block)
     pixels = allocate_pixels(block)
     for vector in range(first_vector, end_vector):
-        t, c = vector // g.C_vectors, vector % g.C_vectors * lanes
-        source = t, group * g.C + c, min(lanes, g.C - c)
+        t, lane = vector // g.C_vectors, vector % g.C_vectors * lanes
+        source = t, group * g.C, g.C, lane
         target = advance(V, vector * lanes)
         transform_tiles(block, x, g, source, first, end, pixels, target, g.V_row, g.V_step)
     if first_vector == 0:
@@ -424,19 +449,19 @@ def allocate_pixels(block):
 def transform_tiles(block, x, g, source, first, end, pixels, V, V_row, V_step):
     """Gather tiles first ... end-1 of a vector of channels and transform them; V: where the first one goes.
 
-    source         which of the planes that windows meet, the first channel of x, and how many channels
+    source         which of the planes that windows meet; the first channel, how many, and the lane of them
     V_row, V_step  how far apart tiles lie in V, and the places of a tile
     """
-    lanes, (m_h, m, a_h, a_w) = block_lanes(block), block_sides(block)
-    line, (t, channel, channels) = GATHERED * lanes * lanes, source
+    lanes, (m_h, m, a_h, a_w), (s_h, s_w) = block_lanes(block), block_sides(block), block_strides(block)
+    line, (t, channel, channels, lane) = GATHERED * lanes * lanes, source
     tile = first
     while tile < end:
         n, o, row, column, count = find_run(g, tile, end)
         count = min(count, (GATHERED * lanes - a_w + m) // m)
         d = o * g.stride_d + t * g.dilation_d - g.pad_d
-        at = n, channel, d, row * m_h - g.pad_h, column * m - g.pad_w
+        at = n, channel, d, row * m_h * s_h - g.pad_h, column * m * s_w - g.pad_w
         sizes = channels, a_h, count * m + a_w - m
-        gather_pixels(block, x, (g.D, g.H, g.W), at, sizes, pixels, line)
+        gather_pixels(block, x, (g.D, g.H, g.W), at, lane, sizes, pixels, line)
         for j in range(count):
             target = advance(V, (tile - first + j) * V_row)
             transform_input(block, advance(pixels, j * m * lanes), line, target, V_step)
@@ -444,36 +469,45 @@ def transform_tiles(block, x, g, source, first, end, pixels, V, V_row, V_step):
 
 
 @part
-def gather_pixels(block, x, limits, at, sizes, pixels, line):
+def gather_pixels(block, x, limits, at, lane, sizes, pixels, line):
     """Copy rows and columns of pixels of a plane, channels on the lanes, zeros for those outside the image.
 
     limits  planes, rows and columns of the image
-    at      n, channel, d, h, w of the first pixel, which may lie outside
-    sizes   how many channels, rows and columns
+    at      n, the first channel, d, h, w of the first pixel, which may lie outside
+    lane    the first of a vector of lanes, which count the channels and the phases of each
+    sizes   how many channels, rows and columns, those of a phase
     line    how far apart the rows lie in `pixels`
     """
     lanes, (D, H, W), (channels, rows, columns) = block_lanes(block), limits, sizes
-    d, h, w = at[2], at[3], at[4]
-    source, every = locate(block, x, at), lane_bits(block, 0, lanes)
-    low, high = columns_inside(w, 1, columns, W)
+    (s_h, s_w), (_, _, d, h, w) = block_strides(block), at
+    source, (low, high) = locate(block, x, at), columns_inside(w, 1, columns * s_w, W)
     for i in range(rows):
-        target, row = advance(pixels, i * line), advance(source, i * x[4])
-        if d < 0 or d >= D or h + i < 0 or h + i >= H:
+        target, row, top = advance(pixels, i * line), advance(source, i * s_h * x[4]), h + i * s_h
+        low_row, high_row = max(0, -top), min(s_h, H - top)  # phases that lie in the image
+        if d < 0 or d >= D or low_row >= high_row:
             fill(block, target, columns * lanes)
         elif x[5] == 1:
             for j in range(0, columns, lanes):
-                read = lane_bits(block, low - j, high - j)
-                transpose(
-                    block, advance(row, j), x[2], channels, read,
-                    advance(target, j * lanes), lanes, lanes, every,
+                transpose_inputs(
+                    block, advance(row, j * s_w), x[2], x[4], lane, channels, low_row, high_row,
+                    low - j * s_w, high - j * s_w, advance(target, j * lanes),
                 )  # fmt: skip
-        else:
+        elif s_h * s_w == 1:
             fill(block, target, low * lanes)
             copy_rows(
                 block, high - low, advance(target, low * lanes), lanes,
-                advance(row, low * x[5]), x[5], x[2], lanes, 0, channels,
+                advance(row, lane * x[2] + low * x[5]), x[5], x[2], lanes, 0, min(lanes, channels - lane),
             )  # fmt: skip
             fill(block, advance(target, high * lanes), (columns - high) * lanes)
+        else:
+            fill(block, target, columns * lanes)
+            for here in range(min(lanes, channels * s_h * s_w - lane)):
+                channel, phase = divmod(lane + here, s_h * s_w)
+                y_phase, x_phase = divmod(phase, s_w)
+                if low_row <= y_phase < high_row:
+                    of = advance(row, channel * x[2] + y_phase * x[4])
+                    for j in range(max(0, low - x_phase + s_w - 1) // s_w, (high - x_phase + s_w - 1) // s_w):
+                        target[j * lanes + here] = of[(j * s_w + x_phase) * x[5]]
 
 
 @part
@@ -487,28 +521,66 @@ def _multiply_panel(block, g, is_regrouped, at, all_U, own_U, V, w, zeros, M):
         for c in range(0, g.C, g.c_step):
             row, rows = t * g.C + c, min(g.c_step, g.C - c)
             if g.U_first:
-                U = advance(table(all_U), (group * g.panels + panel) * g.places * g.U_step + row * g.panel)
+                start = (group * g.panels + panel) * g.places * g.U_step
+                U = advance(table(all_U), start + row * g.phases * g.panel)
             else:
                 U = own_U
                 _transform_filters(block, g, is_regrouped, w, group, panel, row, rows, U)
-            source = advance(V, t * g.C_vectors * block_lanes(block) + c)
+            source = advance(V, t * g.C_vectors * block_lanes(block) + c * g.phases)
             _multiply(block, g, tile_block, panel, rows, source, U, row > 0, zeros, M)
 
 
 @part
 def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
-    """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e]."""
-    lanes, height = block_lanes(block), block_rows(block)
+    """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e].
+
+    Phases that are zero in a place are left out, the others then summed one after the other.
+    """
     first, end = _find_tiles(block, g, tile_block)
-    _, k_count = _find_panel(g, panel, lanes)
-    vectors = (k_count + lanes - 1) // lanes
+    _, k_count = _find_panel(g, panel, block_lanes(block))
+    sizes = end - first, k_count
     for e in range(g.places):
-        for row in range(0, end - first, height):
-            target = advance(M, e * g.M_step + row * g.panel)
-            multiply_tile(
-                block, vectors, advance(V, e * g.V_step + row * g.V_row), g.V_row, 1,
-                advance(U, e * g.U_step), g.panel, channels, target if adds else zeros, target, g.panel,
-            )  # fmt: skip
+        v, u, m = advance(V, e * g.V_step), advance(U, e * g.U_step), advance(M, e * g.M_step)
+        rows, columns = _find_phases(block, e)
+        if rows * columns == g.phases:
+            _multiply_place(block, g, sizes, v, u, 1, channels * g.phases, adds, zeros, m)
+            continue
+        for i in range(rows):
+            for j in range(columns):
+                phase = i * block_strides(block)[1] + j
+                v_phase, u_phase = advance(v, phase), advance(u, phase * g.panel)
+                goes_on = adds or phase > 0
+                _multiply_place(block, g, sizes, v_phase, u_phase, g.phases, channels, goes_on, zeros, m)
+
+
+@small_part
+def _find_phases(block, e):
+    """Return how many phases of the rows and columns of filters are multiplied in a place; all, or the first.
+
+    The last row of places, at infinity, holds the last tap alone, which only the first phase may have.
+    """
+    (R, S), (s_h, s_w), (_, _, a_h, a_w) = block_extents(block), block_strides(block), block_sides(block)
+    row, column = divmod(e, a_w)
+    rows = 1 if row == a_h - 1 and s_h > 1 and R % s_h == 1 else s_h
+    columns = 1 if column == a_w - 1 and s_w > 1 and S % s_w == 1 else s_w
+    return rows, columns
+
+
+@part
+def _multiply_place(block, g, sizes, V, U, step, taps, adds, zeros, M):
+    """Multiply the matrices of one place.
+
+    sizes  tiles and output channels
+    step   how far apart the taps lie, in elements of V and rows of U
+    """
+    lanes, height, (tiles, channels) = block_lanes(block), block_rows(block), sizes
+    vectors = (channels + lanes - 1) // lanes
+    for row in range(0, tiles, height):
+        target = advance(M, row * g.panel)
+        multiply_tile(
+            block, vectors, advance(V, row * g.V_row), g.V_row, step,
+            U, step * g.panel, taps, target if adds else zeros, target, g.panel,
+        )  # fmt: skip
 
 
 @part

@@ -1,7 +1,8 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel.
 
 Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5). Those of 5 x 5 take
-F(2 x 2, 5 x 5). Depth is not transformed: the planes that a window meets count as so many times the channels.
+F(2 x 2, 5 x 5). Depth is not transformed: the planes that a window meets count as so many times the channels,
+and so do the phases of a stride, as in `cpu/winograd.py`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def prepare(problem: ConvProblem, tile: WinogradTile, device: Device, weight: np
     U = launch.driver().empty(shape, product.accumulator(problem))
     conv, reach = product.describe(problem, (("w", weight.strides),), 0.0)
     index = product.index_type(max(U.size, reach))
-    constants = _constants(tile.m, problem.R, problem.S)
+    constants = _filter_constants(problem, tile)
     kernel = product.stage_kernel("winograd", "FILTER", problem.dtype, constants, THREADS, index)
     blocks = -(-problem.groups * rows * pitch // THREADS)
     launch.launch(kernel, blocks, weight=weight, U=U, conv=conv, rows=rows, pitch=pitch)
@@ -137,11 +138,11 @@ def _run_turn(
 ) -> None:
     """Transform inputs, multiply, and transform back, for `tiles` tiles from the first one on."""
     problem = call.problem
-    constants = _constants(tile.m, problem.R, problem.S)
+    constants = _filter_constants(problem, tile)
     pitch, slices = -(-tiles // 4) * 4, _rows(problem) // SLICE
     largest = max(U.size, V.size, products.size)
     each = -(-tiles // 32) * 32  # threads of a channel
-    channels, order = problem.T * problem.C, {"ORDER": problem.order}
+    channels, order = problem.T * problem.C * _phases(problem), {"ORDER": problem.order}
     call.launch(
         "INPUT", -(-each * channels // THREADS), THREADS, {**constants, **order}, largest,
         x=call.operands.x, V=V, conv=call.conv, first=first, tiles=tiles, slices=slices,
@@ -171,9 +172,9 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
     found = [of("MULTIPLY", _product_defines(tile), tile.threads, index) for index in ("int", "long long")]
     found.append(of("INPUT", square | {"ORDER": order}, index="long long"))
     found += [of("OUTPUT", square | more, index=index) for more, index in ends[1:]]
-    filters = [(3, 3), (1, 5), (3, 1), (1, 1) if tile.m == 4 else (5, 5)]
-    for R, S in filters:
-        constants = _constants(tile.m, R, S)
+    filters = [(3, 3, 1), (1, 5, 1), (3, 1, 1), (1, 1, 1) if tile.m == 4 else (5, 5, 1), (3, 3, 2), (7, 7, 2)]
+    for R, S, stride in filters:
+        constants = _constants(tile.m, R, S, (stride, stride))
         found += [
             of("FILTER", constants),
             of("INPUT", constants | {"ORDER": order}),
@@ -182,17 +183,24 @@ def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
     return found
 
 
+def _filter_constants(problem: ConvProblem, tile: WinogradTile) -> dict[str, Any]:
+    _, stride_h, stride_w = problem.stride
+    return _constants(tile.m, problem.R, problem.S, (stride_h, stride_w))
+
+
 @lru_cache(maxsize=16)
-def _constants(m: int, R: int, S: int) -> dict[str, Any]:
-    """Return the defines that tell the kernels m, the filter and their matrices.
+def _constants(m: int, R: int, S: int, strides: tuple[int, int] = (1, 1)) -> dict[str, Any]:
+    """Return the defines that tell the kernels m, the filter, its strides and their matrices.
 
     m is 1 for a filter of 1 x 1, by which a gradient of the input makes the planes that a stride leaves out.
     """
-    taps = max(R, S)
+    stride_h, stride_w = strides
+    taps = max(-(-R // stride_h), -(-S // stride_w))
     m = m if taps > 1 else 1
     found = matrices(m, taps)._asdict()
     texts = {f"WINOGRAD_{name}": _initializer(matrix) for name, matrix in found.items()}
-    return {"WINOGRAD_M": m, "FILTER_R": R, "FILTER_S": S, **texts}
+    sizes = {"WINOGRAD_M": m, "FILTER_R": R, "FILTER_S": S, "STRIDE_H": stride_h, "STRIDE_W": stride_w}
+    return {**sizes, **texts}
 
 
 def _initializer(matrix: Matrix) -> str:
@@ -214,20 +222,26 @@ def _possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
 
     Rounding errors of F(4 x 4, 5 x 5) reach 380 eps.
     """
-    filters = (problem.R, problem.S)
-    is_possible = (problem.T, *filters) == (1, 3, 3) if tile.is_fused else filters != (5, 5) or tile.m == 2
+    fused = problem.weight_shape5[2:] == (1, 3, 3) and _phases(problem) == 1
+    is_possible = fused if tile.is_fused else problem.phase_taps != (5, 5) or tile.m == 2
     return tile if is_possible else _UNFUSED
+
+
+def _phases(problem: ConvProblem) -> int:
+    """Return the phases of rows and columns, each of which counts as a channel."""
+    return problem.stride[1] * problem.stride[2]
 
 
 def _outputs(problem: ConvProblem, tile: WinogradTile) -> tuple[int, int]:
     """Return the rows and columns of a tile's outputs: an axis of one tap is not transformed."""
-    return (tile.m if problem.R > 1 else 1), (tile.m if problem.S > 1 else 1)
+    rows, columns = problem.phase_taps
+    return (tile.m if rows > 1 else 1), (tile.m if columns > 1 else 1)
 
 
 def _places(problem: ConvProblem, tile: WinogradTile) -> int:
     """Return the inputs of a tile, each with a matrix product of its own."""
-    rows, columns = _outputs(problem, tile)
-    return (rows + problem.R - 1) * (columns + problem.S - 1)
+    (rows, columns), (taps_h, taps_w) = _outputs(problem, tile), problem.phase_taps
+    return (rows + taps_h - 1) * (columns + taps_w - 1)
 
 
 def _tiles(problem: ConvProblem, tile: WinogradTile) -> int:
@@ -236,8 +250,8 @@ def _tiles(problem: ConvProblem, tile: WinogradTile) -> int:
 
 
 def _rows(problem: ConvProblem) -> int:
-    """Return the rows of a group's U and V: the planes of a window times its channels, in slices."""
-    return -(-problem.T * problem.C // problem.groups // SLICE) * SLICE
+    """Return the rows of a group's U and V: planes of a window, its channels and their phases, in slices."""
+    return -(-problem.T * problem.C * _phases(problem) // problem.groups // SLICE) * SLICE
 
 
 def _blocks(problem: ConvProblem, tile: WinogradTile, tiles: int) -> int:

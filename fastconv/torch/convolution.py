@@ -293,14 +293,15 @@ def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
 @define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}", leader=2)
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
-    return function(tuple(input_size), *_plain(weight, grad_output), **Geometry(*geometry).options())
+    options = _for_gradient(Geometry(*geometry), is_written=True).options()
+    return function(tuple(input_size), *_plain(weight, grad_output), **options)
 
 
 @define("convolution_weight", f"Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}")
 def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{len(weight_size) - 2}d_weight")
     input, grad_output = _plain(input, grad_output)
-    options = _for_weight(Geometry(*geometry), input.is_cuda).options()
+    options = _for_gradient(Geometry(*geometry), is_written=not input.is_cuda).options()
     return function(input, tuple(weight_size), grad_output, **options)
 
 
@@ -313,9 +314,13 @@ def _convolution_transposed(input: Any, weight: Any, bias: Any, output_padding: 
     return function(*_plain(input, weight, bias), output_padding=output_padding, **options)
 
 
-def _for_weight(geometry: Geometry, is_cuda: bool) -> Geometry:
-    """Winograd, asked for by name, has no gradient of the weight on a GPU: the cost model chooses."""
-    return geometry._replace(algo="auto") if is_cuda and geometry.algo == "winograd" else geometry
+def _for_gradient(geometry: Geometry, is_written: bool) -> Geometry:
+    """Winograd, asked for by name, has no gradient where there are strides, nor that of the weight on a GPU.
+
+    The cost model chooses then.
+    """
+    is_missing = not is_written or max(geometry.stride) > 1
+    return geometry._replace(algo="auto") if is_missing and geometry.algo == "winograd" else geometry
 
 
 @_convolution.register_fake

@@ -193,7 +193,7 @@ def _transform(block, first, last, d, tile_block, x, y, V, M):
             t, c = vector // d.C_vectors, vector % d.C_vectors * lanes
             panel, j = divmod(c, d.c_step)
             place = ((group * d.T + t) * d.c_parts + panel) * d.places * d.V_step + j
-            source = t, group * d.C + c, min(lanes, d.C - c)
+            source = t, group * d.C, d.C, c
             target = advance(table(V), place)
             transform_tiles(block, x, d, source, first_tile, end, pixels, target, d.c_step, d.V_step)
         else:
@@ -229,7 +229,7 @@ def _transform_outputs(block, y, d, channel, channels, first, end, pixels, M, M_
         n, o, row, column, count = find_run(d, tile, end)
         count = min(count, GATHERED * lanes // m)
         at, sizes = (n, channel, o, row * m_h, column * m), (channels, m_h, count * m)
-        gather_pixels(block, y, (d.O, d.P, d.Q), at, sizes, pixels, line)
+        gather_pixels(block, y, (d.O, d.P, d.Q), at, 0, sizes, pixels, line)
         for j in range(count):
             target = advance(M, (tile - first + j) * M_row)
             transform_output_gradient(block, advance(pixels, j * m * lanes), line, target, d.M_step)
