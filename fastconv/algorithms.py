@@ -72,13 +72,14 @@ def _winograd_refuses(problem: ConvProblem) -> str | None:
         return "needs dilation 1 along rows and columns"
     if problem.direction != "forward" and strides != (1, 1):
         return "needs stride 1 along rows and columns for a gradient"
-    known = (1, 2) if problem.compute_dtype == "float64" else (1, 2, 4)  # what vectors of 16 bytes hold
-    if not set(strides) <= set(known):
-        return f"needs stride {', '.join(map(str, known[:-1]))} or {known[-1]} along rows and columns"
+    if not set(strides) <= {1, 2, 4}:
+        return "needs stride 1, 2 or 4 along rows and columns"
+    if strides[1] == 4 and problem.compute_dtype == "float64":  # a vector of 16 bytes holds two
+        return "needs stride 1 or 2 along columns in float64"
     if any(extent < stride for extent, stride in zip(extents, strides, strict=True)):
         return "needs as many taps as the stride along rows and columns"
     if max(taps) not in (2, 3, 4, 5) or min(taps) not in (1, max(taps)):
-        return "needs 2 to 5 taps along rows and columns, or 1 along one of them, in steps of the stride"
+        return "needs as many taps along rows as along columns, 2 to 5 in steps of the stride, or 1 along one"
     if problem.precision == "highest" and max(taps) > 3:
         return "needs 2 or 3 taps, in steps of the stride, for precision 'highest'"
     return None
@@ -90,7 +91,7 @@ def _winograd_error(problem: ConvProblem, tile: Any) -> float:
     On normal data that is 2.6 for F(2 x 2, 3 x 3), 17.3 for F(4 x 4, 3 x 3), 9.0 for F(2 x 2, 5 x 5) and 17.9
     for F(4, 5); under filters of one tap, in a corner, 4.7, 48, 50 and 36. In the gradient of the weight it
     is less: 3.8, 21, 35 and 22 where every channel of grad_output has one element. In a corner of filters
-    of 2 or 4 taps, or of so many in a phase, it is 4.3 for F(2 x 2, 2 x 2), 16 for F(4 x 4, 2 x 2), 17 for
+    of 2 or 4 taps, or of so many in a phase, it is 4 for F(2 x 2, 2 x 2), 16 for F(4 x 4, 2 x 2), 17 for
     F(2 x 2, 4 x 4) and 80 for F(4 x 4, 4 x 4).
     """
     if _is_like_direct(problem, tile):

@@ -142,8 +142,9 @@ def conv2d_weight(
 
     Arguments, arrays, dtypes and errors are those of conv2d. It is the sum over all pixels of the products of
     each output channel's gradient with each input that a tap meets there (Chellapilla, Puri, Simard 2006).
-    Every algorithm computes it on the CPU, every one but `winograd` on a GPU. With precision "high" it may be
-    computed by Winograd's F(4 x 4, 3 x 3), which spreads a NaN over all taps of a filter.
+    Every algorithm computes it on the CPU, `winograd` with stride 1, every one but `winograd` on a GPU. With
+    precision "high" it may be computed by Winograd's F(4 x 4, 3 x 3), which spreads a NaN over all taps of a
+    filter.
 
     >>> import numpy as np
     >>> conv2d_weight(np.array([[[[1.0, 2.0, 4.0]]]]), (1, 1, 1, 2), np.ones((1, 1, 1, 2)))

@@ -1,7 +1,7 @@
 // winograd.cu - convolution with fewer multiplications: Winograd's minimal filtering F(M x M, 3 x 3).
 //
 //   M x M outputs = A^T [sum over c of U * V] A,   U = G w G^T,   V = B^T d B,   d: (M + 2) x (M + 2) inputs
-//   Along an axis on which the filter has one tap nothing is transformed: F(M, 3) and F(M, 5) for rows and columns.
+//   Along an axis on which the filter has one tap nothing is transformed: F(M, 2) to F(M, 5) for rows and columns.
 //   Nor is depth: a tile lies in one plane of y, and the T planes of x that its windows meet count as more channels.
 //   So do the phases of a stride: even rows of x meet even rows of w alone, with stride 1 from one to the next.
 //
@@ -15,9 +15,10 @@
 //
 //   e counts the places in a tile of inputs; each is a matrix product of its own. Tiles count n, planes, rows, columns.
 //
-// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S, STRIDE_H, STRIDE_W (2 to 5 taps of a phase, or 1 where nothing is
-// transformed), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a gradient are) and what fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY
-// only BLOCK_M and BLOCK_N (see tile.cuh); for FUSED BLOCK_TILES and BLOCK_CHANNELS too.
+// Set by fastconv/gpu/winograd.py: FILTER_R, FILTER_S, STRIDE_H, STRIDE_W (which leave 2 to 5 taps in a phase, or 1
+// where nothing is transformed), WINOGRAD_M (2, 4; 1 for 1 x 1, which some parts of a gradient are) and what
+// fastconv/winograd_math.py makes for them, WINOGRAD_BT, WINOGRAD_G, WINOGRAD_AT; for MULTIPLY only BLOCK_M and BLOCK_N
+// (see tile.cuh); for FUSED BLOCK_TILES and BLOCK_CHANNELS too.
 
 #ifdef STAGE_INPUT
 #define RESIDENT 1  // left to itself, ptxas spills a register or two so that a block more is resident
@@ -26,7 +27,8 @@
 
 #ifdef WINOGRAD_M
 constexpr int kPhases = STRIDE_H * STRIDE_W;
-constexpr int kTapsH = (FILTER_R + STRIDE_H - 1) / STRIDE_H, kTapsW = (FILTER_S + STRIDE_W - 1) / STRIDE_W;  // of a phase
+constexpr int kTapsH = (FILTER_R + STRIDE_H - 1) / STRIDE_H;  // of a phase
+constexpr int kTapsW = (FILTER_S + STRIDE_W - 1) / STRIDE_W;
 constexpr int kTaps = kTapsH > kTapsW ? kTapsH : kTapsW;
 constexpr int kOut = WINOGRAD_M, kIn = kOut + kTaps - 1;                 // of a transformed axis
 constexpr int kOutH = kTapsH > 1 ? kOut : 1, kInH = kOutH + kTapsH - 1;  // a tile has kOutH x kOutW outputs

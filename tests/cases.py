@@ -100,6 +100,7 @@ CASES = [
         "conv3d_planes", "conv3d", (2, 34, 8, 5, 7), (10, 17, 3, 3, 3),
         {"stride": (2, 1, 1), "dilation": (3, 1, 1), "padding": ((2, 4), 1, (0, 1)), "groups": 2},
     ),
+    Case("conv3d_phases", "conv3d", (1, 5, 4, 9, 10), (4, 5, 2, 5, 3), {"stride": (1, 2, 1), "padding": 1}),
     Case("conv3d_depthwise", "conv3d", (1, 4, 5, 6, 7), (4, 1, 3, 3, 3), {"groups": 4, "dilation": 2}),
     Case("conv3d_pointwise", "conv3d", (1, 5, 3, 4, 5), (6, 5, 1, 1, 1)),
 ]  # fmt: skip

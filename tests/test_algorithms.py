@@ -395,7 +395,7 @@ def test_winograd_reads_any_weight(extents, dtype, stride, rng):
 
 
 class TestRefusal:
-    FILTERS = "needs 2 to 5 taps along rows and columns, or 1 along one of them, in steps of the stride"
+    FILTERS = "needs as many taps along rows as along columns, 2 to 5 in steps of the stride, or 1 along one"
     KNOWN = (
         ("winograd", "one_window", FILTERS),
         ("winograd", "even_kernel", FILTERS),
@@ -434,7 +434,7 @@ class TestRefusal:
         """A vector of two lanes has no room for four phases."""
         case = next(case for case in CASES if case.name == "stride_4")
         assert possible_plans(case.problem(), "winograd")
-        reason = "needs stride 1 or 2 along rows and columns"
+        reason = "needs stride 1 or 2 along columns in float64"
         self.check(case.problem(dtype="float64"), "winograd", reason)
 
     def check(self, problem, algorithm, reason):
@@ -484,8 +484,9 @@ class TestSameBits:
     @every_cpu_way
     def test_fewer_tiles_than_threads(self, way, threads, C, rng, monkeypatch):
         """Threads share output channels, or groups and channels; of few each transforms its inputs."""
-        for groups in (1, 3):
-            case = Case("few", "conv2d", (1, C * groups, 9, 10), (72, C, 3, 3), {"groups": groups})
+        for groups, stride in ((1, 1), (3, 1), (1, 2)):
+            options = {"groups": groups, "stride": stride}
+            case = Case("few", "conv2d", (1, C * groups, 9, 10), (72, C, 3, 3), options)
             for problem in way.problems([case]):
                 layer, plan = make_layer(rng, problem, normals), way.plan(problem)
                 monkeypatch.setenv("FASTCONV_THREADS", "1")
@@ -509,15 +510,35 @@ class TestSameBits:
     def test_parts_of_winograd(self, threads, C, K, size, l2, shares, rng, monkeypatch):
         self.check_parts(1, threads, C, K, size, l2, shares, rng, monkeypatch)
 
+    @pytest.mark.parametrize(
+        ("threads", "C", "K", "size", "l2", "shares"),
+        [
+            ("2", 33, 70, 34, 1 << 15, {"k_parts": 2, "c_parts": 4, "U_first": 0, "c_step": 1}),
+            ("2", 33, 70, 60, 1 << 18, {"k_parts": 2, "c_parts": 4, "U_first": 0, "c_step": 3}),
+            ("2", 20, 70, 90, 1 << 16, {"blocks": 4, "k_parts": 1, "U_first": 1}),
+        ],
+    )
+    def test_parts_of_phases(self, threads, C, K, size, l2, shares, rng, monkeypatch):
+        """With strides too, whatever the steps in which channels are summed."""
+        self.check_parts(1, threads, C, K, size, l2, shares, rng, monkeypatch, stride=2)
+
+    @pytest.mark.parametrize("taps", [3, 7])
+    def test_phases_of_a_batch(self, taps, rng):
+        """Filters of a batch are transformed before all else, those of one sample some channels at a time."""
+        x, w = normals(rng, (16, 40, 24, 24)), normals(rng, (40, 40, taps, taps))
+        options = {"stride": 2, "padding": 1, "algo": "winograd"}
+        assert np.array_equal(fastconv.conv2d(x, w, **options)[:1], fastconv.conv2d(x[:1], w, **options))
+
     def test_parts_of_planes(self, rng, monkeypatch):
         """The parts of transformed inputs end amid the channels of a plane."""
         shares = {"blocks": 1, "k_parts": 6, "c_parts": 4, "U_first": 0}
         self.check_parts(3, "2", 150, 300, 20, 1 << 15, shares, rng, monkeypatch)
 
-    def check_parts(self, T, threads, C, K, size, l2, shares, rng, monkeypatch):
+    def check_parts(self, T, threads, C, K, size, l2, shares, rng, monkeypatch, stride=1):
         """Threads share panels of output channels or blocks of tiles, of transformed inputs and filters."""
         way = Way("winograd", "f4_6x4")
-        case = Case("shared", "conv3d", (1, C, T, size, size), (K, C, T, 3, 3), {"padding": (0, 1, 1)})
+        options = {"padding": (0, 1, 1), "stride": (1, stride, stride)}
+        case = Case("shared", "conv3d", (1, C, T, size, size), (K, C, T, 3, 3), options)
         problem = case.problem()
         layer, plan = make_layer(rng, problem, normals), with_caches(way.plan(problem), 1 << 12, l2)
         monkeypatch.setenv("FASTCONV_THREADS", "1")

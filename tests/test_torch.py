@@ -326,10 +326,14 @@ def test_an_algorithm_by_name():
     ones = np.ones(y.shape, np.float32)
     assert np.array_equal(w.grad.numpy(), fastconv.grad.conv2d_weight(arrays[0], w.shape, ones, **options))
     geometry = convolution.Geometry([1, 1], [1, 1, 1, 1], [1, 1], 1, "winograd", "high")
-    assert [convolution._for_gradient(geometry, written).algo for written in (1, 0)] == ["winograd", "auto"]
-    ft.conv2d(x, w, stride=2, algo="winograd").sum().backward()
-    strided = convolution.Geometry([2, 2], [0, 0, 0, 0], [1, 1], 1, "winograd", "high")
-    assert convolution._for_gradient(strided, is_written=True).algo == "auto"
+    assert [convolution._for_gradient(geometry, has).algo for has in (1, 0)] == ["winograd", "auto"]
+    for stride, algo in (([1, 2], "auto"), ([2, 1, 1], "winograd")):
+        assert convolution._for_gradient(geometry._replace(stride=stride), has_kernel=True).algo == algo
+    w.grad = None
+    y = ft.conv2d(x, w, stride=2, algo="winograd")
+    y.sum().backward()
+    wanted = fastconv.grad.conv2d_weight(arrays[0], w.shape, np.ones(y.shape, np.float32), stride=2)
+    assert np.array_equal(w.grad.numpy(), wanted)
     with pytest.raises(ConvError, match="needs dilation 1"):
         ft.conv2d(x, w, dilation=2, algo="winograd")
 

@@ -949,7 +949,7 @@ def _axes(block: Block) -> tuple[Matrices, Matrices]:
 
 
 def _begin_transform(builder: Any, block: Block) -> Vectors:
-    """Return what emits a transform, of up to 36 vectors."""
+    """Return what emits a transform, of up to 64 vectors."""
     simd = Vectors(builder, block)
     simd.align_frame()
     return simd
@@ -1134,8 +1134,8 @@ def transpose_inputs(
     """Winograd: copy a row's pixels of as many channels as fill a vector, so that channels are on the lanes.
 
     A lane is a channel and, where there are strides, one phase of its rows and of its columns: lanes count
-    (channel, row, column). Each of block.lanes columns of the target takes `stride` of the source. What does
-    not exist is taken for zero.
+    (channel, row, column). Each of block.lanes columns of the target takes `stride` of the source. Pixels
+    that do not exist are taken for zeros, and so are channels, or, without strides, for the first one.
 
     source             pointer to the first pixel, of channel 0 and the first phase
     channel_step       how far apart the channels lie, and the rows

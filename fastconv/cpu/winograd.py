@@ -5,14 +5,15 @@
     V, U                 --multiply->  M (places, tiles, K panel)   as many independent products
     M                    --outputs->   y + bias                     m x m pixels per tile; then the epilogue
 
-Filters of 5 x 5 take F(2 x 2, 5 x 5), of 36 places. Those of 3 or 5 taps in a row take F(m, 3) or F(m, 5)
-along that axis: tiles of 1 x m or m x 1 pixels, and m + 2 or m + 4 places. Depth is not transformed: a tile
-lies in one plane of outputs, and the planes that its windows meet count as so many times the channels.
+Filters of k x k = 2 x 2 or 4 x 4 take F(m x m, k x k), those of 5 x 5 F(2 x 2, 5 x 5), of 36 places. Those of
+k = 2 to 5 taps in a row take F(m, k) along that axis: tiles of 1 x m or m x 1 pixels, m + k - 1 places. Depth
+is not transformed: a tile lies in one plane of outputs, and the planes that its windows meet count as so many
+times the channels.
 
 So do the phases of a stride (Huang et al. 2020, arXiv:2002.00552): even rows of an input meet even rows of a
 filter alone, with stride 1 from one to the next. With stride 2, filters of 3 x 3 are four phases of 2 x 2,
-2 x 1, 1 x 2 and 1 x 1 taps. F(4 x 4, 2 x 2) on four times the channels takes 81 multiplications for 16
-outputs, not 144, as the place at infinity is zero where a phase has but one tap.
+2 x 1, 1 x 2 and 1 x 1 taps. F(4 x 4, 2 x 2) on four times the channels takes 90 multiplications for 16
+outputs, not 144: the last column of places, at infinity, holds the last tap, which one phase in two has.
 
 Lanes are channels in all stages, so that one tile fills vectors as well as many do, and a transform needs
 no shuffles. Arrays with channels first are transposed where they are read and written, a square of
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
 
 SQUARE_CYCLES = 5  # to transpose a square of registers, for each of its rows
 ELEMENT_CYCLES = 2  # to copy an element alone
-GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them, 24 KB, stay in L1
+GATHERED = 4  # vectors of a row of pixels that are gathered at once: six rows of them are 24 KB of L1
 OWN_INPUTS = 128  # up to so many vectors of tiles every worker transforms for itself: sharing costs more
 BLOCK_TILES = 64  # V and M of 64 channels then take half a megabyte each; 32 to 128 are as fast
 
@@ -197,10 +198,9 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     dtype, lanes = problem.compute_dtype, device.lanes(problem.compute_dtype)
     block, g = make_block(problem, tile, device), _geometry(problem, tile, device, 1)
     m_h, m_w, a_h, a_w = block.sides
-    axes = zip((a_h, a_w), block.extents, block.strides, strict=True)
-    multiplied = math.prod(a * s - (s - 1 if extent % s == 1 else 0) for a, extent, s in axes)
-    steps = math.ceil(g.C / g.c_step)
-    taps = g.C / steps * multiplied / g.places
+    s_w, steps = block.strides[1], math.ceil(g.C / g.c_step)
+    left_out = (1 - 1 / s_w) / a_w if problem.S % s_w == 1 else 0
+    taps = g.C * g.phases / steps * (1 - left_out)
     product = device.multiply_cycles(tile, g.height, g.K_vectors * lanes, taps, dtype, True)
     V = g.places * g.V_step
     beyond = (g.panels + 1) * V / lanes * L2_CYCLES if itemsize(problem) * V > device.l2 else 0
@@ -506,7 +506,7 @@ def gather_pixels(block, x, limits, at, lane, sizes, pixels, line):
                 y_phase, x_phase = divmod(phase, s_w)
                 if low_row <= y_phase < high_row:
                     of = advance(row, channel * x[2] + y_phase * x[4])
-                    for j in range(max(0, low - x_phase + s_w - 1) // s_w, (high - x_phase + s_w - 1) // s_w):
+                    for j in range((low - x_phase + s_w - 1) // s_w, (high - x_phase + s_w - 1) // s_w):
                         target[j * lanes + here] = of[(j * s_w + x_phase) * x[5]]
 
 
@@ -534,53 +534,22 @@ def _multiply_panel(block, g, is_regrouped, at, all_U, own_U, V, w, zeros, M):
 def _multiply(block, g, tile_block, panel, channels, V, U, adds, zeros, M):
     """Multiply the matrices of all places: M[e] = V[e] U[e], or add that to M[e].
 
-    Phases that are zero in a place are left out, the others then summed one after the other.
+    Where only the first phase of columns has the last tap, the others are left out of the last column.
     """
+    lanes, height = block_lanes(block), block_rows(block)
+    (_, S), (_, s_w), (_, _, _, a_w) = block_extents(block), block_strides(block), block_sides(block)
     first, end = _find_tiles(block, g, tile_block)
-    _, k_count = _find_panel(g, panel, block_lanes(block))
-    sizes = end - first, k_count
+    _, k_count = _find_panel(g, panel, lanes)
+    vectors = (k_count + lanes - 1) // lanes
     for e in range(g.places):
-        v, u, m = advance(V, e * g.V_step), advance(U, e * g.U_step), advance(M, e * g.M_step)
-        rows, columns = _find_phases(block, e)
-        if rows * columns == g.phases:
-            _multiply_place(block, g, sizes, v, u, 1, channels * g.phases, adds, zeros, m)
-            continue
-        for i in range(rows):
-            for j in range(columns):
-                phase = i * block_strides(block)[1] + j
-                v_phase, u_phase = advance(v, phase), advance(u, phase * g.panel)
-                goes_on = adds or phase > 0
-                _multiply_place(block, g, sizes, v_phase, u_phase, g.phases, channels, goes_on, zeros, m)
-
-
-@small_part
-def _find_phases(block, e):
-    """Return how many phases of the rows and columns of filters are multiplied in a place; all, or the first.
-
-    The last row of places, at infinity, holds the last tap alone, which only the first phase may have.
-    """
-    (R, S), (s_h, s_w), (_, _, a_h, a_w) = block_extents(block), block_strides(block), block_sides(block)
-    row, column = divmod(e, a_w)
-    rows = 1 if row == a_h - 1 and s_h > 1 and R % s_h == 1 else s_h
-    columns = 1 if column == a_w - 1 and s_w > 1 and S % s_w == 1 else s_w
-    return rows, columns
-
-
-@part
-def _multiply_place(block, g, sizes, V, U, step, taps, adds, zeros, M):
-    """Multiply the matrices of one place.
-
-    sizes  tiles and output channels
-    step   how far apart the taps lie, in elements of V and rows of U
-    """
-    lanes, height, (tiles, channels) = block_lanes(block), block_rows(block), sizes
-    vectors = (channels + lanes - 1) // lanes
-    for row in range(0, tiles, height):
-        target = advance(M, row * g.panel)
-        multiply_tile(
-            block, vectors, advance(V, row * g.V_row), g.V_row, step,
-            U, step * g.panel, taps, target if adds else zeros, target, g.panel,
-        )  # fmt: skip
+        step = s_w if e % a_w == a_w - 1 and S % s_w == 1 else 1
+        for row in range(0, end - first, height):
+            target = advance(M, e * g.M_step + row * g.panel)
+            multiply_tile(
+                block, vectors, advance(V, e * g.V_step + row * g.V_row), g.V_row, step,
+                advance(U, e * g.U_step), step * g.panel, channels * g.phases // step,
+                target if adds else zeros, target, g.panel,
+            )  # fmt: skip
 
 
 @part

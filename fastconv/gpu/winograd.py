@@ -1,6 +1,6 @@
 """Winograd F(m x m, 3 x 3), m = 2 or 4: transforms and a batch of matrix products, or all in one kernel.
 
-Filters of 3 or 5 taps in a row are transformed along that axis: F(m, 3) and F(m, 5). Those of 5 x 5 take
+Filters of 2 to 5 taps in a row are transformed along that axis: F(m, 2) to F(m, 5). Those of 5 x 5 take
 F(2 x 2, 5 x 5). Depth is not transformed: the planes that a window meets count as so many times the channels,
 and so do the phases of a stride, as in `cpu/winograd.py`.
 """
@@ -158,7 +158,7 @@ def _run_turn(
 
 
 def kernels(dtype: str, order: str, tile: WinogradTile) -> list[Kernel]:
-    """Return the kernels of a tile, as product.kernels does: for 3 x 3, and some for filters in a row."""
+    """Return the kernels of a tile, as product.kernels does: for 3 x 3, and some for other filters."""
     square = _constants(tile.m, 3, 3)
 
     def of(stage: str, defines: dict[str, Any], threads: int = THREADS, index: str = "int") -> Kernel:

@@ -293,7 +293,7 @@ def _convolution(input: Any, weight: Any, bias: Any, *geometry: Any) -> Any:
 @define("convolution_input", f"SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}", leader=2)
 def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{weight.dim() - 2}d_input")
-    options = _for_gradient(Geometry(*geometry), is_written=True).options()
+    options = _for_gradient(Geometry(*geometry), has_kernel=True).options()
     return function(tuple(input_size), *_plain(weight, grad_output), **options)
 
 
@@ -301,7 +301,7 @@ def _convolution_input(input_size: Any, weight: Any, grad_output: Any, *geometry
 def _convolution_weight(input: Any, weight_size: Any, grad_output: Any, *geometry: Any) -> Any:
     function = getattr(conv_grad, f"conv{len(weight_size) - 2}d_weight")
     input, grad_output = _plain(input, grad_output)
-    options = _for_gradient(Geometry(*geometry), is_written=not input.is_cuda).options()
+    options = _for_gradient(Geometry(*geometry), has_kernel=not input.is_cuda).options()
     return function(input, tuple(weight_size), grad_output, **options)
 
 
@@ -314,12 +314,12 @@ def _convolution_transposed(input: Any, weight: Any, bias: Any, output_padding: 
     return function(*_plain(input, weight, bias), output_padding=output_padding, **options)
 
 
-def _for_gradient(geometry: Geometry, is_written: bool) -> Geometry:
-    """Winograd, asked for by name, has no gradient where there are strides, nor that of the weight on a GPU.
+def _for_gradient(geometry: Geometry, has_kernel: bool) -> Geometry:
+    """Let the cost model choose where Winograd, asked for by name, has no gradient.
 
-    The cost model chooses then.
+    That is where rows or columns have a stride, and for the gradient of the weight on a GPU.
     """
-    is_missing = not is_written or max(geometry.stride) > 1
+    is_missing = not has_kernel or max(geometry.stride[-2:]) > 1
     return geometry._replace(algo="auto") if is_missing and geometry.algo == "winograd" else geometry
 
 
