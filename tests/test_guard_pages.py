@@ -22,7 +22,7 @@ def run_guarded(*arguments):
     """Run the guarded program; memory from malloc holds garbage, never the zeros of a fresh page."""
     environment = {**os.environ, "MALLOC_PERTURB_": "90", "FASTCONV_THREADS": "1"}
     command = [sys.executable, "-m", "tests.guard_pages", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def failure(done):
