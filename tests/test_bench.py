@@ -36,7 +36,7 @@ from fastconv.problem import make_problem
 ROOT = Path(__file__).resolve().parent.parent
 DIRECT = ErrorBound(factor=4, reach=0)
 TINY = make_problem("conv2d", (1, 4, 9, 9), (6, 4, 3, 3), padding=1)
-SMALL_RUN = ["layers", "--networks", "mnist1d", "--algorithms", "direct,winograd"]
+SMALL_RUN = ["layers", "--networks", "mnist1d", "--algorithms", "direct,pointwise"]
 
 
 @pytest.fixture

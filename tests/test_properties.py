@@ -54,9 +54,10 @@ class Convolution:
 def convolutions(problem, **changes):
     """One under the name of every algorithm that takes the problem, and takes it with the changes too."""
     shapes = problem.op, problem.input_shape, problem.weight_shape
-    changed = make_problem(*shapes, **{**options_of(problem), **changes})
+    options = {**options_of(problem), "precision": "highest"}
+    calls = make_problem(*shapes, **options), make_problem(*shapes, **{**options, **changes})
     for name, row in TABLE.items():
-        if row.refuses(problem) is None and row.refuses(changed) is None:
+        if not any(map(row.refuses, calls)):
             yield Convolution(name, problem)
 
 
@@ -96,8 +97,8 @@ class TestIdentities:
         x, w, bias, _ = draw_operands(problem, seed)
         sample = (..., *(slice(None, None, stride) for stride in options_of(problem)["stride"]))
         for conv in convolutions(problem):
-            assert_exact(conv(x, w, bias), conv(x, w, bias, stride=1)[sample])
-        for conv in convolutions(problem, stride=1):  # Winograd's turn to be sampled
+            assert_exact(conv(x, w, bias), conv(x, w, bias, stride=1, algo="direct")[sample])
+        for conv in convolutions(problem, stride=1):
             assert_exact(conv(x, w, bias, algo="direct"), conv(x, w, bias, stride=1)[sample])
 
     @given(exact_problem, seeds)
