@@ -207,7 +207,11 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     products = g.blocks * (g.places * g.T * steps * product + beyond)
     squares = lanes * math.ceil(problem.R * problem.S / lanes)
     each = 4 * squares + 6 * g.places * g.phases
-    filters = (1 if g.U_first else g.blocks) * g.K_vectors * g.T * g.C * each
+    made = 1 if g.U_first else g.blocks
+    filters: float = made * g.K_vectors * g.T * g.C * each
+    if g.phases > 1:  # so many times larger, U was seen to go to memory and back on a busy machine
+        U = itemsize(problem) * g.places * g.phases * g.T * g.C * g.K
+        filters += device.fetch_cycles((made + g.blocks) * U)
     square = SQUARE_CYCLES * lanes
     if problem.order == "NHWC":
         square = lanes * (BOX_ROW_CYCLES if g.phases == 1 else ELEMENT_CYCLES * lanes)
