@@ -1,7 +1,6 @@
 """Tasks on several threads: each done once, from many callers, and in children of a process with threads."""
 
 import ctypes
-import pickle
 import signal
 import subprocess
 import sys
@@ -10,13 +9,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 from numba.core import types
 
 from fastconv.cpu import team, threads
-from fastconv.cpu.simd import Block, Kernel, part
+from fastconv.cpu.compiling import part
+from fastconv.cpu.simd import Block, Kernel
 from fastconv.cpu.team import load, store
 from fastconv.cpu.threads import thread_count
 from fastconv.problem import ConvError
@@ -487,31 +486,3 @@ def test_processes(name):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
     assert done.stdout == ("late\n" if name == "main_thread_ends_first" else "")
-
-
-@pytest.mark.parametrize("gone", [b"math\nclass_that_is_gone\n.", b"module_that_is_gone\nname\n."])
-def test_code_that_an_older_version_has_kept(gone, tmp_path, monkeypatch):
-    """Numba's index on disk names the types of arguments; one of a class that is gone cannot be read."""
-    (tmp_path / "kept.py").write_text("def add(a, b):\n    return a + b\n")
-    monkeypatch.delitem(sys.modules, "kept", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    import kept
-
-    signature = (types.int64, types.int64)
-    for _ in range(2):
-        compiled = team.compile_for(team.compile_cached(kept.add), signature)
-        assert compiled.entry_point(3, 4) == 7
-        (index,) = tmp_path.rglob("*.nbi")
-        index.write_bytes(pickle.dumps(numba.__version__) + b"c" + gone)
-
-
-def test_code_of_other_types_than_its_index_says():
-    """Where two processes have written to one file at once, what is loaded is not what was asked for."""
-
-    def add(a, b):
-        return a + b
-
-    signature = (types.int64, types.int64)
-    dispatcher = team.compile_cached(add, no_cfunc_wrapper=True)
-    dispatcher.compile = lambda signature: None
-    assert team.compile_for(dispatcher, signature).entry_point(3, 4) == 7

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastconv.cpu import threads
+from fastconv.cpu.compiling import part, small_part
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -40,10 +41,8 @@ from fastconv.cpu.simd import (
     finish_whole,
     lane_bits,
     multiply_tile,
-    part,
     pointer,
     release,
-    small_part,
     spread_rows,
     table,
     view_of,

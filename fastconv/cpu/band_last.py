@@ -31,6 +31,7 @@ from fastconv.cpu.band import (
     task_count,
     task_threads,
 )
+from fastconv.cpu.compiling import part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -43,7 +44,6 @@ from fastconv.cpu.simd import (
     copy_padded,
     fill,
     multiply_tile,
-    part,
     release,
     spread_rows,
     table,

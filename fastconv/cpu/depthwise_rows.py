@@ -19,6 +19,7 @@ import numpy as np
 
 from fastconv.cpu import band
 from fastconv.cpu.band import Geometry, Tables, find_task, find_vectors, finish, locate, pack_band, store_rows
+from fastconv.cpu.compiling import part
 from fastconv.cpu.device import SUM_CYCLES, TILE_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -29,7 +30,6 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     multiply_filter,
-    part,
     release,
     table,
     view_of,

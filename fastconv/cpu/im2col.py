@@ -28,6 +28,7 @@ from fastconv.cpu.band import (
     task_threads,
     weight_lies_well,
 )
+from fastconv.cpu.compiling import part, small_part
 from fastconv.cpu.device import BOX_ROW_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -40,10 +41,8 @@ from fastconv.cpu.simd import (
     block_rows,
     copy_rows,
     copy_whole,
-    part,
     prefetch,
     release,
-    small_part,
     table,
     view_of,
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastconv.cpu import device, threads
 from fastconv.cpu.band import locate
+from fastconv.cpu.compiling import part
 from fastconv.cpu.device import itemsize as itemsize  # half types are converted before
 from fastconv.cpu.simd import (
     Block,
@@ -17,7 +18,6 @@ from fastconv.cpu.simd import (
     advance,
     block_lanes,
     lane_bits,
-    part,
     pointer,
     spread_rows,
     transpose,

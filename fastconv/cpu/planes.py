@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from fastconv.cpu.compiling import part
 from fastconv.cpu.simd import (
     INT,
     Block,
@@ -27,7 +28,6 @@ from fastconv.cpu.simd import (
     emit_split,
     join,
     keep_rolled,
-    part,
     shuffle,
     widths,
 )

@@ -30,6 +30,7 @@ from fastconv.cpu.band import (
     task_threads,
     weight_lies_well,
 )
+from fastconv.cpu.compiling import small_part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.pointwise_channels import ChannelTile
 from fastconv.cpu.simd import (
@@ -43,7 +44,6 @@ from fastconv.cpu.simd import (
     block_lanes,
     block_rows,
     release,
-    small_part,
     table,
     view_of,
 )

@@ -31,6 +31,7 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
+from fastconv.cpu.compiling import part, small_part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -43,10 +44,8 @@ from fastconv.cpu.simd import (
     copy_rows,
     lane_bits,
     multiply_tile,
-    part,
     pointer,
     release,
-    small_part,
     table,
     transpose,
     view_of,

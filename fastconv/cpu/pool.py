@@ -19,7 +19,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from fastconv.cpu import band, threads
-from fastconv.cpu.simd import Block, Kernel, advance, allocate, part, pointer, release, small_part
+from fastconv.cpu.compiling import part, small_part
+from fastconv.cpu.simd import Block, Kernel, advance, allocate, pointer, release
 
 if TYPE_CHECKING:
     from fastconv.pool_problem import PoolProblem

@@ -32,7 +32,8 @@ from numba.core.datamodel import models
 from numba.extending import NativeValue, intrinsic, register_model, typeof_impl, unbox
 
 from fastconv.cpu import team
-from fastconv.cpu.team import PART, compile_cached, compile_for, launch
+from fastconv.cpu.compiling import UNCALLED, compile_cached, compile_for, part
+from fastconv.cpu.team import launch
 from fastconv.lines import CACHE_LINE
 from fastconv.problem import HashedOnce
 from fastconv.winograd_math import Matrices, Matrix, matrices
@@ -79,7 +80,7 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.dispatcher = compile_cached(function, **PART)
+        self.dispatcher = compile_cached(function, **UNCALLED)
         self.entries: dict[Block, tuple[Callable[..., int], int]] = {}
 
     def __call__(self, block: Block, tasks: int, workers: int, *arguments: Any) -> None:
@@ -105,16 +106,6 @@ def _typeof(argument: Any) -> Any:
     if isinstance(argument, np.ndarray) and argument.dtype.kind == "f":
         return types.Array(numba.from_dtype(argument.dtype), argument.ndim, "A")
     return numba.typeof(argument)
-
-
-def part(function: Callable[..., Any]) -> Any:
-    """Compile a part of kernels, which Python does not call: without wrappers and a cache of its own."""
-    return numba.njit(**PART)(function)
-
-
-def small_part(function: Callable[..., Any]) -> Any:
-    """Compile a small part, always inlined: calls were seen to cost 60 ns per task, 2 ns per copied row."""
-    return numba.njit(**PART, forceinline=True)(function)
 
 
 class Tile(NamedTuple):

@@ -21,10 +21,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from fastconv.cpu.compiling import compile_cached, part
 
 CHUNKS_PER_THREAD = 4  # so that a thread that is held up does not hold up the others
 WATCHES = 20_000  # of all jobs, before a worker sleeps: about a millisecond
@@ -45,34 +46,6 @@ ASLEEP, LOCK = range(0, 16, 8)
 
 _INT = ir.IntType(64)
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
-
-
-# Options of what Python does not call.
-PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-
-
-def compile_cached(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function with Numba; its machine code is kept on disk."""
-    try:
-        return numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # Numba found no folder that it may write to
-        return numba.njit(**options)(function)
-
-
-def compile_for(dispatcher: Any, signature: tuple[Any, ...]) -> Any:
-    """Return what Numba compiles of a function for arguments of these types."""
-    try:
-        dispatcher.compile(signature)
-    except (AttributeError, ImportError):  # an older version has kept code for a class that is gone
-        dispatcher._cache.flush()
-        dispatcher.compile(signature)
-    if signature not in dispatcher.overloads:  # two processes have written to one file of the cache at once
-        dispatcher = numba.jit(**dispatcher.targetoptions)(dispatcher.py_func)
-        dispatcher.compile(signature)
-    return dispatcher.overloads[signature]
-
-
-_part = numba.njit(**PART)
 
 
 def _entry(function: Callable[..., Any]) -> Any:
@@ -244,7 +217,7 @@ def launch(jobs, helpers, tasks, kernel, arguments):
     return failed
 
 
-@_part
+@part
 def _take_job(jobs):
     """Return the address of a job that nobody has taken, or 0."""
     for job in range(jobs, jobs + JOBS * ROW, ROW):
@@ -253,7 +226,7 @@ def _take_job(jobs):
     return 0
 
 
-@_part
+@part
 def _wake(jobs, helpers):
     """Wake those of the first `helpers` workers that sleep; others will see the job, which is open by now."""
     for me in range(helpers):
@@ -262,7 +235,7 @@ def _wake(jobs, helpers):
             _release(load(worker + LOCK))
 
 
-@_part
+@part
 def _work_on(job, me):
     """Claim and run chunks of a job until none is left for worker `me` (-1: the caller); say if any was."""
     worked = False
@@ -296,7 +269,7 @@ def _serve(jobs, me):
         _acquire(load(worker + LOCK))  # whoever sets ASLEEP to 0 releases it
 
 
-@_part
+@part
 def _work_on_all(jobs, me):
     """Work on all jobs that are open to a worker; say whether there was one."""
     worked = False

@@ -43,6 +43,7 @@ from fastconv.cpu.band import (
     padded_bias,
     task_threads,
 )
+from fastconv.cpu.compiling import part, small_part
 from fastconv.cpu.device import BOX_ROW_CYCLES, L2_CYCLES, itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -58,11 +59,9 @@ from fastconv.cpu.simd import (
     fill,
     lane_bits,
     multiply_tile,
-    part,
     pointer,
     prefetch,
     release,
-    small_part,
     spread_rows,
     table,
     transform_filters,

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastconv.cpu import band
 from fastconv.cpu.band import columns_inside, columns_touch, locate, task_threads, view
+from fastconv.cpu.compiling import part
 from fastconv.cpu.depthwise import PLANE_TAP_CYCLES, Geometry, PlaneTile, make_geometry, reads_planes
 from fastconv.cpu.device import TILE_CYCLES, itemsize
 from fastconv.cpu.grad_weight import outer
@@ -40,7 +41,6 @@ from fastconv.cpu.simd import (
     block_extents,
     block_lanes,
     fill,
-    part,
     release,
     view_of,
 )

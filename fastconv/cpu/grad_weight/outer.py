@@ -22,6 +22,7 @@ import numpy as np
 
 from fastconv.cpu import threads
 from fastconv.cpu.band import address, even_share, make_block, task_threads, view
+from fastconv.cpu.compiling import part, small_part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Block,
@@ -36,9 +37,7 @@ from fastconv.cpu.simd import (
     fill,
     lane_bits,
     multiply_tile,
-    part,
     pointer,
-    small_part,
     table,
     transpose,
 )

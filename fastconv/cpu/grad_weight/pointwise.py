@@ -21,6 +21,7 @@ import numpy as np
 
 from fastconv.cpu import memory
 from fastconv.cpu.band import flatten, is_one_row, locate, share_channels, task_threads, view
+from fastconv.cpu.compiling import part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.grad_weight import outer
 from fastconv.cpu.grad_weight.outer import add_line, pack_pixels
@@ -36,7 +37,6 @@ from fastconv.cpu.simd import (
     block_rows,
     fill,
     multiply_tile,
-    part,
     release,
     table,
 )

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastconv.cpu import memory, winograd
 from fastconv.cpu.band import count_parts, task_threads
+from fastconv.cpu.compiling import part
 from fastconv.cpu.device import itemsize
 from fastconv.cpu.simd import (
     Kernel,
@@ -33,7 +34,6 @@ from fastconv.cpu.simd import (
     fill,
     lane_bits,
     multiply_tile,
-    part,
     pointer,
     release,
     table,
