@@ -217,7 +217,12 @@ class InputGradient:
         return cut * self._memory.CUT_SECONDS + sum(parts)
 
     def workspace(self, problem: ConvProblem, tile: Any, device: Any) -> int:
-        """Return the bytes that are allocated at a time, the rearranged weights of all parts included."""
+        """Return the bytes that are allocated at a time."""
+        of_parts, whole = self._workspace_of_parts(problem, tile, device), self._find_whole(problem, tile)
+        return of_parts if whole is None else int(whole.workspace(problem, tile, device, of_parts))
+
+    def _workspace_of_parts(self, problem: ConvProblem, tile: Any, device: Any) -> int:
+        """Return the bytes that parts take one after the other, the rearranged weights of all included."""
         parts, is_matrix = find_parts(problem), math.prod(problem.weight_shape5[2:]) == 1
         # Of a matrix that is left as it lies some rows are packed, unless a tile counts them itself.
         is_packed = is_matrix and not _reads_any_weight(tile)

@@ -8,16 +8,18 @@ import re
 import numpy as np
 import pytest
 
+import fastconv
 from fastconv.algorithms import TABLE
 from fastconv.cpu import memory
 from fastconv.cpu.grad_input import depthwise as grad_input
+from fastconv.cpu.grad_input import im2col as columns
 from fastconv.cpu.grad_weight import depthwise as grad_weight
 from fastconv.cpu.grad_weight import pointwise, winograd
 from fastconv.cpu.pointwise_channels import ChannelTile
 from fastconv.plan import make_plan, possible_plans
 from fastconv.problem import ConvError, make_problem
 from tests.cases import CASES, TALL, WIDE, around_tile
-from tests.compare import integers, layouts, normals
+from tests.compare import assert_exact, integers, layouts, normals
 from tests.gradients import exact_plans, make_gradient, problems
 from tests.kernels import DTYPES, ORDERS, with_caches
 
@@ -214,6 +216,77 @@ def test_weight_of_1x1_left_as_it_lies_or_exchanged(algorithm, size, batch, rng,
             make_gradient(rng, problem, integers).check(with_caches(plan, 16 << 10, l2))
             is_left = batch == 1 and l2 > 16 << 10 and (algorithm == "im2col" or size > 2)
             assert len(called) == (not is_left and not isinstance(plan.tile, ChannelTile))
+
+
+class TestColumns:
+    """The gradient of the input as columns, which are added up."""
+
+    @pytest.fixture(autouse=True)
+    def of_few_channels(self, monkeypatch):
+        monkeypatch.setattr(columns, "LEAST_CHANNELS", 1)
+        columns.suits.cache_clear()
+        yield
+        columns.suits.cache_clear()
+
+    def problems(self):
+        found = problems("im2col", "grad_input", CASES + TALL)
+        some = [problem for problem in found if columns.suits(problem, columns.TILES[0])]
+        assert {problem.ndim for problem in some} == {1, 2, 3}
+        assert max(problem.N for problem in some) > 1
+        return some
+
+    def test_cases(self, rng):
+        for problem in self.problems():
+            gradient, plan = make_gradient(rng, problem, integers), make_plan(problem, "im2col")
+            gradient.check(plan)
+            gradient.check(plan, prepared=True)
+            gradient.check(with_caches(plan, 1 << 9, 1 << 8))  # the columns of one image at a time
+            bounded = make_gradient(rng, problem, normals)
+            bounded.check_bounded(plan)
+
+    def test_any_memory(self, rng):
+        for problem in self.problems():
+            gradient, plan = make_gradient(rng, problem, integers), make_plan(problem, "im2col")
+            for _, view in layouts(gradient.first):
+                dataclasses.replace(gradient, first=view).check(plan)
+            for _, view in layouts(gradient.second):
+                dataclasses.replace(gradient, second=view).check(plan)
+
+    def test_same_bits(self, rng, monkeypatch):
+        """However many images have their columns in memory at a time, and for any number of threads."""
+        problem = make_problem("conv2d", (5, 9, 17, 14), (40, 9, 3, 3), stride=2, direction="grad_input")
+        gradient, plan, found = make_gradient(rng, problem, normals), make_plan(problem, "im2col"), set()
+        for threads in ("1", "2", "3"):
+            monkeypatch.setenv("FASTCONV_THREADS", threads)
+            found |= {
+                gradient.run(with_caches(plan, 1 << 14, l2)).tobytes() for l2 in (1 << 8, 1 << 14, 1 << 20)
+            }
+        assert len(found) == 1
+
+    def test_ending(self, rng, monkeypatch):
+        """Of each image its own, whichever are computed together."""
+        x, w, bias = integers(rng, (3, 6, 5, 4)), integers(rng, (6, 4, 3, 2)), integers(rng, (4,))
+        plain = fastconv.conv_transpose2d(x, w, stride=2, algo="im2col")
+        residual = integers(rng, plain.shape)
+        monkeypatch.setattr(columns, "IN_CACHE", 0)  # one image at a time
+        ending = {"residual": residual, "activation": "relu"}
+        found = fastconv.conv_transpose2d(x, w, bias, stride=2, algo="im2col", **ending)
+        assert_exact(found, np.maximum(plain + bias[:, None, None] + residual, 0), "float32")
+
+    def test_which(self, monkeypatch):
+        def suits(K, **options):
+            problem = make_problem("conv2d", (1, 8, 9, 9), (K, 8, 3, 3), direction="grad_input", **options)
+            return columns.suits(problem, columns.TILES[0])
+
+        monkeypatch.undo()
+        columns.suits.cache_clear()
+        K = columns.LEAST_CHANNELS
+        assert suits(K, stride=2)
+        assert suits(K, stride=(1, 2), order="NCHW")
+        assert not suits(K - 1, stride=2)
+        assert not suits(K)
+        assert not suits(K, stride=3)  # windows side by side
+        assert not suits(K, stride=2, order="NHWC")
 
 
 class TestDepthwisePlanes:

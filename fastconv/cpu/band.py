@@ -586,6 +586,12 @@ def _finish_row(block, row, added, count, adds, activation):
         finish_lanes(block, advance(row, whole), advance(added, whole), rest, adds, clips, most)
 
 
+@small_part
+def add_row(block, row, added, count):
+    """Add elements that follow one another to others."""
+    _finish_row(block, row, added, count, True, 0)
+
+
 @part
 def _activate(y, step, count, activation, slope):
     """Apply an activation, given as its code, to `count` elements of y."""

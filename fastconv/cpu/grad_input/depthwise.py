@@ -39,6 +39,11 @@ def cost(problem: ConvProblem, tile: AnyTile, device: Device) -> float:
     return device.seconds(problem, problem.N * problem.C * (TILE_CYCLES + cycles))
 
 
+def workspace(problem: ConvProblem, tile: AnyTile, device: Device, of_parts: int) -> int:
+    """Return the bytes that parts take: arrays that are not read in place are left to them."""
+    return of_parts
+
+
 def prepare(problem: ConvProblem, tile: AnyTile, device: Device, weight: np.ndarray) -> np.ndarray:
     """Return the weight as the kernel reads it."""
     return np.ascontiguousarray(weight)
