@@ -516,6 +516,9 @@ class TestSameBits:
             ("2", 33, 70, 34, 1 << 15, {"k_parts": 2, "c_parts": 4, "U_first": 0, "c_step": 1}),
             ("2", 33, 70, 60, 1 << 18, {"k_parts": 2, "c_parts": 4, "U_first": 0, "c_step": 3}),
             ("2", 20, 70, 90, 1 << 16, {"blocks": 4, "k_parts": 1, "U_first": 1}),
+            ("1", 33, 70, 34, 1 << 15, {"blocks": 1, "panels": 2, "stepwise": 1, "U_first": 0}),
+            ("2", 33, 40, 70, 1 << 15, {"blocks": 2, "panels": 1, "stepwise": 1, "U_first": 0}),
+            ("2", 33, 100, 90, 1 << 18, {"blocks": 4, "panels": 2, "stepwise": 1, "U_first": 1}),
         ],
     )
     def test_parts_of_phases(self, threads, C, K, size, l2, shares, rng, monkeypatch):
@@ -533,6 +536,8 @@ class TestSameBits:
         """The parts of transformed inputs end amid the channels of a plane."""
         shares = {"blocks": 1, "k_parts": 6, "c_parts": 4, "U_first": 0}
         self.check_parts(3, "2", 150, 300, 20, 1 << 15, shares, rng, monkeypatch)
+        shares = {"blocks": 2, "k_parts": 1, "c_parts": 0, "stepwise": 1, "U_first": 0, "c_step": 16}
+        self.check_parts(3, "2", 33, 70, 34, 1 << 15, shares, rng, monkeypatch)
 
     def check_parts(self, T, threads, C, K, size, l2, shares, rng, monkeypatch, stride=1):
         """Threads share panels of output channels or blocks of tiles, of transformed inputs and filters."""

@@ -151,7 +151,7 @@ def cost(problem: ConvProblem, tile: Tile, device: Device) -> float:
     if d.panel * lanes * problem.gemm_k * itemsize(problem) > device.l2 // 2:
         multiply *= FAR
     weight = d.K * problem.gemm_k * itemsize(problem)
-    fetch = device.fetch_cycles(weight * (d.blocks - 1)) if weight > device.l2 else 0
+    fetch = device.fetch_cycles(weight * (d.blocks - 1)) / 2 if weight > device.l2 else 0  # half is hidden
     runs = d.images * problem.P + d.vectors / d.panel  # of pixels in a row of the image and in a panel
     rows, pixels = runs * problem.gemm_k, d.images * problem.P * problem.Q
     gather = device.copy_cycles(problem, rows, pixels / runs, problem.stride[2], BOX_ROW_CYCLES)

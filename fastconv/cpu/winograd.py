@@ -23,6 +23,9 @@ U takes four times the memory of w (36 x 512 x 512 floats: 38 MB). It is made be
 three blocks or more will read it. Else each panel of K is made when its turn comes, some channels at a time,
 and multiplied while it lies in L2. Where blocks are fewer than threads, these share the panels of K; V is
 then made by each of them if it is small, else before all else.
+
+Where V of all channels would not fit L2, and takes more than M of all panels, as with strides, V too is made
+some channels at a time; M then holds all panels.
 """
 
 from __future__ import annotations
@@ -146,6 +149,7 @@ class Geometry(NamedTuple):
     panel: int
     k_parts: int  # how many tasks share the panels of a block
     c_step: int  # input channels of U that are made at a time
+    stepwise: int  # 1 where V is made for so many at a time too, and M holds all panels of a task
     U_first: int  # 1 where U is made before all else
     places: int  # in a tile of inputs: each has a matrix of U, of V and of M
     U_step: int  # distance of those, in elements: one vector more than they need, because a power of two
@@ -179,13 +183,20 @@ def _geometry(problem: ConvProblem, tile: WinogradTile, device: Device, workers:
     U_first, places = blocks > 2, a_h * a_w
     room = device.l2 // 4 // itemsize(problem) // (places * phases * panel)
     c_step = C if U_first else math.ceil(C / math.ceil(C / max(1, room)))
-    U_rows = phases * (problem.T * C if U_first else c_step)
     V_row = problem.T * C_vectors * lanes
+    is_large = itemsize(problem) * places * height * V_row > device.l2 // 2
+    stepwise = is_large and c_parts == 0 and problem.T * C_vectors > K_vectors
+    if stepwise:
+        room = device.l2 // 4 // itemsize(problem) // (places * phases * height)
+        whole = max(1, lanes // phases)  # channels that fill a vector
+        c_step = min(C, max(1, min(c_step, room) // whole) * whole)
+        V_row = math.ceil(c_step * phases / lanes) * lanes
+    U_rows = phases * (problem.T * C if U_first else c_step)
     return Geometry(
         groups, C, K, *problem.input_shape5[2:], *problem.output_shape5[2:],
         problem.T, phases, problem.stride[0], problem.dilation[0], *problem.padding_before,
         tiles_h, tiles_w, tiles, blocks, height, C_vectors, V_row,
-        c_parts, K_vectors, panels, panel, k_parts, c_step, int(U_first), places,
+        c_parts, K_vectors, panels, panel, k_parts, c_step, int(stepwise), int(U_first), places,
         U_rows * panel + lanes, height * V_row + lanes, height * panel + lanes,
     )  # fmt: skip
 
@@ -208,7 +219,7 @@ def cost(problem: ConvProblem, tile: WinogradTile, device: Device) -> float:
     each = 4 * squares + 6 * g.places * g.phases
     made = 1 if g.U_first else g.blocks
     filters: float = made * g.K_vectors * g.T * g.C * each
-    if g.phases > 1:  # so many times larger, U was seen to go to memory and back on a busy machine
+    if g.phases > 1 and g.U_first:  # so many times larger, it was seen to go to memory and back
         U = itemsize(problem) * g.places * g.phases * g.T * g.C * g.K
         filters += device.fetch_cycles((made + g.blocks) * U)
     square = SQUARE_CYCLES * lanes
@@ -228,7 +239,8 @@ def workspace(problem: ConvProblem, tile: WinogradTile, device: Device) -> int:
     workers = min(workers, g.groups * g.blocks * g.k_parts)
     U = g.U_step * (g.groups * g.panels if g.U_first else workers)
     V = g.V_step * (g.groups * g.blocks if g.c_parts else workers)
-    return itemsize(problem) * g.places * (U + V + g.M_step * workers)
+    M = g.M_step * workers * (g.panels if g.stepwise else 1)
+    return itemsize(problem) * g.places * (U + V + M)
 
 
 def possible(problem: ConvProblem, tile: WinogradTile) -> WinogradTile:
@@ -377,18 +389,25 @@ def _run_blocks(block, first, last, g, is_regrouped, all_U, all_V, x, w, bias, y
     x, w, bias, y = view_of(x), view_of(w), table(bias), view_of(y)
     own_V = allocate(block, 0 if g.c_parts else g.places * g.V_step)
     own_U = allocate(block, 0 if g.U_first else g.places * g.U_step)
-    M = allocate(block, g.places * g.M_step)
+    M = allocate(block, (g.panels if g.stepwise else 1) * g.places * g.M_step)
     zeros = allocate(block, block_rows(block) * g.panel)  # what sums begin with
     fill(block, zeros, block_rows(block) * g.panel)
     for task in range(first, last):
         here, k_part = divmod(task, g.k_parts)
         group, tile_block = divmod(here, g.blocks)
         V = advance(table(all_V), here * g.places * g.V_step) if g.c_parts else own_V
-        if not g.c_parts:
+        first_panel, end_panel = g.panels * k_part // g.k_parts, g.panels * (k_part + 1) // g.k_parts
+        if g.stepwise:
+            every = group, tile_block, first_panel, end_panel
+            _multiply_steps(block, g, is_regrouped, every, all_U, own_U, V, x, w, zeros, M)
+        elif not g.c_parts:
             _transform_inputs(block, x, g, group, tile_block, 0, g.T * g.C_vectors, V)
-        for panel in range(g.panels * k_part // g.k_parts, g.panels * (k_part + 1) // g.k_parts):
-            _multiply_panel(block, g, is_regrouped, (group, tile_block, panel), all_U, own_U, V, w, zeros, M)
-            _transform_outputs(block, g, group, tile_block, panel, M, bias, y, ending)
+        for panel in range(first_panel, end_panel):
+            if not g.stepwise:
+                at = group, tile_block, panel
+                _multiply_panel(block, g, is_regrouped, at, all_U, own_U, V, w, zeros, M)
+            products = advance(M, (panel - first_panel) * g.places * g.M_step if g.stepwise else 0)
+            _transform_outputs(block, g, group, tile_block, panel, products, bias, y, ending)
     release(own_V)
     release(own_U)
     release(M)
@@ -514,23 +533,48 @@ def gather_pixels(block, x, limits, at, lane, sizes, pixels, line):
 
 
 @part
+def _multiply_steps(block, g, is_regrouped, at, all_U, own_U, V, x, w, zeros, M):
+    """Sum the products of a block of tiles and some panels, while V of some channels lies in cache.
+
+    at  group, block of tiles, the first panel and the one behind the last
+    """
+    lanes, size = block_lanes(block), g.places * g.M_step
+    group, tile_block, first_panel, end_panel = at
+    for t in range(g.T):
+        for c in range(0, g.C, g.c_step):
+            first, end = c * g.phases // lanes, (min(c + g.c_step, g.C) * g.phases + lanes - 1) // lanes
+            start = t * g.C_vectors + first
+            here = advance(V, -start * lanes)  # where V of all channels would begin
+            _transform_inputs(block, x, g, group, tile_block, start, start + end - first, here)
+            for panel in range(first_panel, end_panel):
+                of, products = (group, tile_block, panel), advance(M, (panel - first_panel) * size)
+                _multiply_step(block, g, is_regrouped, of, t, c, all_U, own_U, V, w, zeros, products)
+
+
+@part
 def _multiply_panel(block, g, is_regrouped, at, all_U, own_U, V, w, zeros, M):
-    """Sum the products of a block of tiles and a panel over all planes and channels, some channels at a time.
+    """Sum the products of a block of tiles and a panel over all planes and channels.
 
     at  group, block of tiles, panel
     """
-    group, tile_block, panel = at
     for t in range(g.T):
         for c in range(0, g.C, g.c_step):
-            row, rows = t * g.C + c, min(g.c_step, g.C - c)
-            if g.U_first:
-                start = (group * g.panels + panel) * g.places * g.U_step
-                U = advance(table(all_U), start + row * g.phases * g.panel)
-            else:
-                U = own_U
-                _transform_filters(block, g, is_regrouped, w, group, panel, row, rows, U)
             source = advance(V, t * g.C_vectors * block_lanes(block) + c * g.phases)
-            _multiply(block, g, tile_block, panel, rows, source, U, row > 0, zeros, M)
+            _multiply_step(block, g, is_regrouped, at, t, c, all_U, own_U, source, w, zeros, M)
+
+
+@part
+def _multiply_step(block, g, is_regrouped, at, t, c, all_U, own_U, V, w, zeros, M):
+    """Add the products of a block of tiles and a panel over channels c ... of plane t, where V begins."""
+    group, tile_block, panel = at
+    row, rows = t * g.C + c, min(g.c_step, g.C - c)
+    if g.U_first:
+        start = (group * g.panels + panel) * g.places * g.U_step
+        U = advance(table(all_U), start + row * g.phases * g.panel)
+    else:
+        U = own_U
+        _transform_filters(block, g, is_regrouped, w, group, panel, row, rows, U)
+    _multiply(block, g, tile_block, panel, rows, V, U, row > 0, zeros, M)
 
 
 @part
